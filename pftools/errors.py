@@ -1,0 +1,26 @@
+"""Errors that people read: one sentence with the cause, the place and the remedy."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PftoolsError(ValueError):
+    """A mistake that the person at the keyboard can mend; its message says how.
+
+    In a notebook it is shown as that one sentence, without a traceback through the library.
+    """
+
+    def _render_traceback_(self) -> list[str]:  # the hook that IPython asks before it prints a traceback
+        return [f"{type(self).__name__}: {self}"]
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """A half-sentence that offers the valid word most like ``word``, and lists all of them.
+
+    >>> nearest("sparsty", ["sparsity", "seed"])
+    "did you mean 'sparsity'? (valid: seed, sparsity)"
+    """
+    valid = sorted(valid)
+    close = get_close_matches(word, valid, n=1, cutoff=0.5)
+    listed = f"valid: {', '.join(valid)}"
+    return f"did you mean {close[0]!r}? ({listed})" if close else listed

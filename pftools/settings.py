@@ -1,0 +1,171 @@
+"""The parameters of every step, in one place: their defaults, what they mean, and what is refused.
+
+A notebook's `parameters` cell repeats the names and defaults of one class here (a test keeps the two in step);
+`read` takes what the notebook was given and checks it. Fields marked `local` say where and how fast a step runs,
+never what it computes: they are not part of a run's key.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pftools.errors import PftoolsError, nearest
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def local(default: Any, description: str, **limits: Any) -> Any:
+    """A field that does not change results, and so is left out of a run's key."""
+    return Field(default, description=description, json_schema_extra={"in_key": False}, **limits)
+
+
+class Step(BaseModel):
+    """What all five steps share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    step: ClassVar[str]
+    # The parameters that may name the run of an earlier step.
+    parents: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = Field("smollm2-135m", min_length=1, description="embedded name, hub id, folder, or a run folder")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice of the step")
+    dtype: DtypeName = Field("auto", description="number format; auto: bf16 where the hardware computes in it")
+    device: str = local("auto", "auto, cpu, cuda, cuda:1, mps")
+    runs: str = local("runs", "the folder of run folders")
+    trust_remote_code: bool = Field(False, description="let a hub model run its own code; off unless you read it")
+
+    @classmethod
+    def key_fields(cls) -> tuple[str, ...]:
+        """The names of the parameters that decide what the step computes."""
+        fields = cls.model_fields.items()
+        return tuple(name for name, field in fields if (field.json_schema_extra or {}).get("in_key", True))
+
+
+class _Blocks(Step):
+    """Steps that read blocks of tokens."""
+
+    corpus: str = Field("pydocs", description="pydocs, wikitext2, c4, a data-root folder, a .txt or .jsonl file")
+    block_length: int = Field(512, ge=2, description="tokens a block")
+    batch_size: int | None = local(None, "blocks a forward; None: chosen by size", ge=1)
+
+
+class Calibrate(_Blocks):
+    """01: choose the calibration blocks, and look at the activations they cause."""
+
+    step = "calibrate"
+    split: Literal["calibration", "train"] = Field("calibration", description="the split that blocks come from")
+    n_blocks: int = Field(64, ge=1, description="how many blocks")
+
+
+class Prune(_Blocks):
+    """02: set the least important weights to zero."""
+
+    step = "prune"
+    parents = ("model", "calibration")
+
+    calibration: str = Field("", description="a calibrate run whose blocks are used; empty: choose them here")
+    n_blocks: int = Field(64, ge=1, description="how many calibration blocks, where calibration is empty")
+    method: str = Field("wanda", description="the pruning criterion")
+    sparsity: float = Field(0.5, ge=0, lt=1, allow_inf_nan=False, description="share of zeros over the linear weights")
+    pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4 (zeros may be N of every M)")
+    inputs: Literal["pruned", "dense"] = Field("pruned", description="measure layers behind pruned or dense ones")
+    allocation: Literal["uniform", "owl"] = Field("uniform", description="one sparsity for all layers, or OWL")
+    owl_lambda: float = Field(0.08, ge=0, lt=1, description="OWL: most that a layer may differ from the mean")
+    owl_m: float = Field(5.0, gt=1, description="OWL: an outlier is this many times the layer's mean")
+    reconstruct_steps: int = Field(0, ge=0, description="Adam steps of block reconstruction a layer; 0: none")
+
+
+class Finetune(_Blocks):
+    """03: train a low-rank adapter."""
+
+    step = "finetune"
+    preset: Literal["", "published"] = Field("", description="'published': the study's settings, others given win")
+    tokens: int | None = Field(None, ge=1, description="budget in real tokens (give one of tokens, steps, epochs)")
+    steps: int | None = Field(None, ge=1, description="budget in optimizer steps")
+    epochs: float | None = Field(None, gt=0, description="budget in passes over the train split")
+    packing: bool = Field(True, description="full blocks; False: one line a row, padded (published)")
+    adapter: Literal["lora", "hira"] = Field("lora", description="LoRA, or HiRA (keeps zeros by construction)")
+    merge: Literal["auto", "masked", "dense"] = Field("auto", description="auto: masked where the model has zeros")
+    rank: int = Field(8, ge=1, description="rank of the adapter")
+    alpha: float = Field(16, gt=0, description="scale of the adapter is alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the adapter")
+    targets: str = Field("all-linear", description="all-linear, attention, published (q and v), or names with commas")
+    learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
+    warmup_steps: int = Field(4, ge=0, description="optimizer steps of linear warm-up")
+    schedule: str = Field("linear", description="learning-rate schedule of transformers: linear, cosine, constant")
+    blocks_per_step: int = Field(8, ge=1, description="blocks an optimizer step (batch x accumulation)")
+    base: Literal["plain", "8bit", "nf4"] = Field("plain", description="how the frozen base is held while training")
+    gradient_checkpointing: bool = local(False, "trade time for memory")
+    save_every: int = local(50, "optimizer steps between checkpoints that a killed step goes on from", ge=1)
+
+
+class Evaluate(_Blocks):
+    """04: perplexity with per-block losses, and tasks with per-question records."""
+
+    step = "evaluate"
+    split: Literal["validation", "test"] = Field("test", description="the split that perplexity is computed on")
+    n_blocks: int | None = Field(None, ge=1, description="how many blocks; None: the whole split")
+    tasks: list[str] = Field([], description="lm-eval tasks by name, embedded ones included")
+    limit: int | None = Field(None, ge=1, description="questions a task; None: all")
+
+
+class Analyse(Step):
+    """05: statistics of weights and adapters, layer by layer, and the difference from the parent."""
+
+    step = "analyse"
+    parents = ("model", "parent")
+
+    parent: str = Field("", description="what to compare with; empty: the run's own parent, if it has one")
+    top_percent: float = Field(1.0, gt=0, le=100, description="also average the largest differences, this many percent")
+
+
+STEPS: dict[str, type[Step]] = {kind.step: kind for kind in (Calibrate, Prune, Finetune, Evaluate, Analyse)}
+
+
+def read(kind: type[BaseModel], namespace: dict[str, Any]) -> Any:
+    """The checked parameters of a notebook: call it with `globals()` in the cell under the parameters.
+
+    Names come from every executed cell that begins with the comment "# Parameters": the notebook's own and the one
+    that papermill injects. So a misspelt ``-p sparsty 0.5`` is refused, which papermill itself lets pass.
+
+    Raises:
+        PftoolsError: an unknown parameter (the nearest valid one is named), or a value out of its range.
+    """
+    given = {}
+    for source in namespace["In"]:
+        if source.lstrip().startswith("# Parameters"):
+            given |= {name: namespace[name] for name in _assigned(source) if name in namespace}
+    return check(kind, given)
+
+
+def _assigned(source: str) -> list[str]:
+    targets = [node.targets[0] for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def check(kind: type[BaseModel], given: dict[str, Any], *, place: str = "") -> Any:
+    """``kind(**given)``, with pydantic's complaints turned into one sentence.
+
+    Args:
+        place: where the values stand, such as "line 7 of quick.yaml", for the message.
+    """
+    try:
+        return kind(**given)
+    except ValidationError as failure:
+        raise PftoolsError(_sentence(kind, failure, place)) from None
+
+
+def _sentence(kind: type[BaseModel], failure: ValidationError, place: str) -> str:
+    first = failure.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    of = f" of {place}" if place else f" of the {getattr(kind, 'step', kind.__name__)} step"
+    if first["type"] == "extra_forbidden":
+        return f"unknown parameter {name!r}{of}: {nearest(name, kind.model_fields)}."
+    if not name:
+        return first["msg"].removeprefix("Value error, ")
+    says = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    says = says if first["type"] == "value_error" else f"it should be {says}"
+    return f"the parameter {name}{of} is {first['input']!r}: {says}."
