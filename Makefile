@@ -1,0 +1,44 @@
+# Everything from a fresh clone: only python3 (3.11 or newer) and make are needed. A second call re-does no set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STUDY ?= data/studies/quick.yaml
+WORKERS ?= 2
+
+.PHONY: help study test notebooks bench figures lint clean
+
+help:
+	@echo "make study      run $(STUDY) and print where its report is   (STUDY=... for another)"
+	@echo "make notebooks  open the notebooks in JupyterLab"
+	@echo "make test       run all tests"
+	@echo "make bench      measure every claim about speed and memory; results in benchmarks/results"
+	@echo "make figures    make the figures of the README anew from a finished quick study"
+	@echo "make lint       check the code and that notebooks are stripped"
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "pftools needs Python 3.11 or newer, and $(PYTHON) is older: call make PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,slurm]'
+	touch $@
+
+study: $(VENV)/ready
+	$(BIN)/pftools run $(STUDY)
+
+test: $(VENV)/ready lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+
+notebooks: $(VENV)/ready
+	$(BIN)/jupyter lab notebooks
+
+bench: $(VENV)/ready
+	for script in benchmarks/*.py; do $(BIN)/python $$script --store || exit 1; done
+
+figures: $(VENV)/ready
+	$(BIN)/pftools report $(STUDY) --figures figures
+
+clean:
+	rm -rf $(VENV) build *.egg-info
