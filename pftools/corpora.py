@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pftools import runs
 from pftools.errors import PftoolsError, nearest
 
 if TYPE_CHECKING:
@@ -103,6 +104,27 @@ def token_blocks(
             chooser.shuffle(starts)
         starts = starts[:n_blocks]
     return torch.stack([stream[start : start + block_length] for start in starts])
+
+
+def save_blocks(path: str | Path, blocks: LongTensor) -> None:
+    """Keep chosen blocks as safetensors (int32: half the size, and every vocabulary fits)."""
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"blocks": blocks.to(torch.int32)}, path)
+
+
+def load_blocks(run_folder: str | Path) -> LongTensor:
+    """The blocks that a calibrate run chose, (n_blocks, block_length), checked against their seal.
+
+    Raises:
+        PftoolsError: the run is not finished, damaged, or not a calibrate run.
+    """
+    from safetensors.torch import load_file
+
+    if runs.verify(run_folder)["step"] != "calibrate":
+        raise PftoolsError(f"{run_folder} holds no calibration blocks: give the folder of a finished calibrate run.")
+    return load_file(Path(run_folder) / "blocks.safetensors")["blocks"].long()
 
 
 def _token_stream(tokenizer: PreTrainedTokenizerBase, corpus: str, split: str) -> LongTensor:

@@ -1,0 +1,288 @@
+"""Every chart of the notebooks, the report and the README: tidy DataFrame in, altair chart out.
+
+Charts are shown as SVG, so that they look the same in JupyterLab, in a rendered report and on a code-hosting page, with no
+network. One theme; an ordering has the same colour in every chart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import altair as alt
+import pandas as pd
+
+INK, SOFT, GRID = "#22262b", "#6a737d", "#e7e9ec"
+BLUE, ORANGE, GREEN, GREY = "#1f6fb2", "#d9662c", "#2f8f6b", "#9aa3ad"
+# Colours stay apart for colour-blind readers; what is only pruned, or not touched, is drawn in greys.
+ORDERING_COLOURS = {
+    "base": "#22262b",
+    "prune": "#9aa3ad",
+    "finetune": "#b08d57",
+    "finetune_iter": "#7d6608",
+    "finetune_prune": ORANGE,
+    "prune_finetune": BLUE,
+    "finetune_iter_prune": "#c2408f",
+    "prune_finetune_iter": "#58a6d6",
+    "iter_pf": GREEN,
+    "iter_fp": "#7d55c7",
+}
+_SPARE_COLOURS = ["#a63603", "#08519c", "#006d2c", "#54278f", "#99000d", "#636363"]
+_WIDTH = 640
+
+
+@alt.theme.register("pftools", enable=True)
+def _theme() -> alt.theme.ThemeConfig:
+    font = "Inter, 'Helvetica Neue', Arial, sans-serif"
+    return {
+        "config": {
+            "font": font,
+            "background": "white",
+            "view": {"stroke": None, "continuousWidth": _WIDTH, "continuousHeight": 260},
+            "title": {
+                "anchor": "start", "color": INK, "fontSize": 14, "fontWeight": 600, "offset": 12,
+                "subtitleColor": SOFT, "subtitleFontSize": 12, "subtitlePadding": 5,
+            },
+            "axis": {
+                "labelColor": SOFT, "titleColor": SOFT, "titleFontWeight": "normal", "labelFontSize": 11,
+                "titleFontSize": 12, "gridColor": GRID, "domain": False, "ticks": False, "labelPadding": 6,
+            },
+            "legend": {"labelColor": INK, "titleColor": SOFT, "titleFontWeight": "normal", "symbolStrokeWidth": 3},
+            "header": {"labelColor": INK, "titleColor": SOFT, "labelFontSize": 12},
+            "range": {"category": [BLUE, ORANGE, GREEN, "#7d55c7", "#c2408f", "#b08d57", "#58a6d6", GREY]},
+        }
+    }  # fmt: skip
+
+
+alt.renderers.enable("svg")
+alt.data_transformers.disable_max_rows()
+
+
+def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:
+    """Write a chart as .svg, .png (at twice the size, for sharp screens) or .html with everything inside."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".html":
+        chart.save(path, inline=True)
+    else:
+        chart.save(path, **({"scale_factor": 2} if path.suffix == ".png" else {}))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layer by layer
+
+
+def heat_map(table: pd.DataFrame, value: str, *, title: str, subtitle: str = "", label: str = "") -> alt.Chart:
+    """One cell a layer and module. ``table`` has columns layer, module and ``value``."""
+    order = list(dict.fromkeys(table["module"]))
+    return (
+        alt.Chart(table, title=_title(title, subtitle), width=_WIDTH, height=26 * len(order))
+        .mark_rect(stroke="white", strokeWidth=1)
+        .encode(
+            x=alt.X("layer:O", title="decoder layer", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            y=alt.Y("module:N", title=None, sort=order),
+            color=alt.Color(f"{value}:Q", title=label or value, scale=alt.Scale(scheme="tealblues", type="symlog")),
+            tooltip=list(table.columns),
+        )
+    )
+
+
+def lines_by_layer(
+    table: pd.DataFrame, value: str, *, title: str, subtitle: str = "", label: str = "", colour: str = "module",
+    log: bool = False, percent: bool = False,
+) -> alt.Chart:  # fmt: skip
+    """One line a module (or whatever column ``colour`` names) over the decoder layers."""
+    scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
+    return (
+        alt.Chart(table, title=_title(title, subtitle))
+        .mark_line(point=alt.OverlayMarkDef(size=22), strokeWidth=1.8)
+        .encode(
+            x=alt.X("layer:Q", title="decoder layer", axis=alt.Axis(tickMinStep=1, grid=False)),
+            y=alt.Y(f"mean({value}):Q", title=label or value, scale=scale,
+                    axis=alt.Axis(format="%" if percent else "~g")),
+            color=alt.Color(f"{colour}:N", title=None, sort=list(dict.fromkeys(table[colour]))),
+        )
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pruning
+
+
+def score_histogram(histogram: pd.DataFrame, *, title: str) -> alt.LayerChart:
+    """The distribution of one weight's scores, what is kept and what goes, and the threshold between.
+
+    Args:
+        histogram: columns low, high (bin edges, in log10 of the score), kept and pruned (counts).
+    """
+    tall = histogram.melt(["low", "high"], ["pruned", "kept"], "fate", "weights")
+    colours = alt.Scale(domain=["kept", "pruned"], range=[BLUE, "#d5dade"])
+    return (
+        alt.Chart(tall, title=_title(title, "how many weights have which score (log10); each output row has its own threshold"))
+        .mark_bar(binSpacing=0)
+        .encode(
+            x=alt.X("low:Q", bin="binned", title="log10 of the score"),
+            x2="high:Q",
+            y=alt.Y("weights:Q", title="weights", axis=alt.Axis(format="~s")),
+            color=alt.Color("fate:N", title=None, scale=colours),
+            order=alt.Order("fate:N", sort="descending"),
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuning
+
+
+def loss_curve(losses: pd.DataFrame, *, title: str = "Training loss", subtitle: str = "") -> alt.LayerChart:
+    """Loss of every logged step (dots) and its running mean (line), against tokens seen."""
+    smooth = losses.assign(mean=losses["loss"].ewm(alpha=0.25).mean())
+    base = alt.Chart(smooth, title=_title(title, subtitle)).encode(
+        x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s", grid=False))
+    )
+    dots = base.mark_circle(color=GREY, size=28, opacity=0.8).encode(
+        y=alt.Y("loss:Q", title="loss (nats a token)", scale=alt.Scale(zero=False))
+    )
+    return dots + base.mark_line(color=BLUE, strokeWidth=2.4).encode(y="mean:Q")
+
+
+def learning_rate_curve(losses: pd.DataFrame) -> alt.Chart:
+    """Warm-up and schedule, as they were."""
+    return (
+        alt.Chart(losses, title=_title("Learning rate"), height=110)
+        .mark_line(color=ORANGE, strokeWidth=2)
+        .encode(
+            x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(grid=False, tickMinStep=1)),
+            y=alt.Y("learning_rate:Q", title=None, axis=alt.Axis(format=".1e", tickCount=3)),
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def block_losses(table: pd.DataFrame, *, title: str, subtitle: str = "") -> alt.LayerChart:
+    """Loss of each block in text order, with their mean. ``table`` has columns block and nll."""
+    base = alt.Chart(table, title=_title(title, subtitle), height=180)
+    bars = base.mark_bar(color=BLUE, opacity=0.75).encode(
+        x=alt.X("block:O", title="block of the test text", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
+        y=alt.Y("nll:Q", title="nats a token"),
+        tooltip=["block", alt.Tooltip("nll:Q", format=".3f")],
+    )
+    return bars + base.mark_rule(color=ORANGE, strokeWidth=2).encode(y="mean(nll):Q")
+
+
+def task_scores(scores: pd.DataFrame, *, title: str = "Tasks") -> alt.LayerChart:
+    """One dot a task with its 95% interval, and a tick at the level of guessing.
+
+    Args:
+        scores: columns task, value, low, high and chance (missing where guessing has no level).
+    """
+    base = alt.Chart(scores, title=_title(title, "dot: accuracy with 95% interval; tick: the level of guessing"))
+    y = alt.Y("task:N", title=None)
+    percent = alt.Axis(format="%")
+    interval = base.mark_rule(color=BLUE, strokeWidth=2).encode(x=alt.X("low:Q", title=None, axis=percent), x2="high:Q", y=y)
+    dots = base.mark_circle(color=BLUE, size=90, opacity=1).encode(x=alt.X("value:Q", scale=alt.Scale(domainMin=0)), y=y)
+    chance = base.mark_tick(color=ORANGE, thickness=2, size=18).encode(x="chance:Q", y=y)
+    return (interval + dots + chance).properties(height=alt.Step(34))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Orderings
+
+
+def metric_by_sparsity(
+    results: pd.DataFrame, metric: str, *, title: str, subtitle: str = "", label: str = "", log: bool = False,
+    chance: float | None = None, percent: bool = False,
+) -> alt.LayerChart:  # fmt: skip
+    """A metric against *measured* sparsity, one line an ordering, with intervals where the table has them.
+
+    Args:
+        results: columns ordering, measured and ``metric``; optionally ``metric``_low and ``metric``_high.
+        chance: the level of guessing, drawn as a dashed line.
+    """
+    shown = results.dropna(subset=[metric])
+    orderings = list(dict.fromkeys(shown["ordering"]))
+    axis = alt.Axis(format="%" if percent else "~g")
+    scale = alt.Scale(type="log" if log else "linear", zero=False, padding=12)
+    colour = alt.Color("ordering:N", title=None, sort=orderings, scale=colours_of(orderings))
+    base = alt.Chart(shown, title=_title(title, subtitle), height=320).encode(
+        x=alt.X("measured:Q", title="measured sparsity", axis=alt.Axis(format="%", grid=False),
+                scale=alt.Scale(zero=False, padding=18)),
+        color=colour,
+    )  # fmt: skip
+    y = alt.Y(f"{metric}:Q", title=label or metric, scale=scale, axis=axis)
+    layers: list[alt.Chart] = []
+    if chance is not None:
+        rule = alt.Chart(pd.DataFrame({"chance": [chance]})).mark_rule(color=SOFT, strokeDash=[5, 4])
+        layers.append(rule.encode(y=alt.Y("chance:Q", scale=scale)))
+    if f"{metric}_low" in shown:
+        layers.append(base.mark_rule(strokeWidth=1.5, opacity=0.6).encode(y=alt.Y(f"{metric}_low:Q", scale=scale), y2=f"{metric}_high:Q"))
+    layers.append(base.mark_line(strokeWidth=2.2).encode(y=y, order="measured:Q"))
+    layers.append(base.mark_circle(size=80, opacity=1).encode(y=y, tooltip=["ordering", "asked", "measured", metric]))
+    return alt.layer(*layers)
+
+
+def pair_ratios(pairs: pd.DataFrame, *, title: str) -> alt.LayerChart:
+    """Each pair's perplexity ratio with its interval; an interval that holds 1 cannot be told apart.
+
+    Args:
+        pairs: columns pair, ratio, low, high, verdict_kind ("differs", "cannot be told apart", "not comparable").
+    """
+    base = alt.Chart(pairs, title=_title(title, "perplexity of the first / the second, 95% interval; 1 is no difference"))
+    y = alt.Y("pair:N", title=None, sort=None, axis=alt.Axis(labelLimit=320))
+    kinds = alt.Scale(domain=["differs", "cannot be told apart", "not comparable"], range=[BLUE, GREY, "#e3c7b5"])
+    colour = alt.Color("verdict_kind:N", title=None, scale=kinds)
+    x = alt.X("low:Q", title="ratio of perplexities", scale=alt.Scale(type="log", padding=20))
+    one = alt.Chart(pd.DataFrame({"one": [1.0]})).mark_rule(color=SOFT, strokeDash=[5, 4]).encode(x="one:Q")
+    interval = base.mark_rule(strokeWidth=3).encode(x=x, x2="high:Q", y=y, color=colour)
+    dots = base.mark_circle(size=90, opacity=1).encode(x="ratio:Q", y=y, color=colour)
+    return (one + interval + dots).properties(height=alt.Step(34))
+
+
+def asked_and_measured(results: pd.DataFrame) -> alt.LayerChart:
+    """What each ordering was asked and what it has: a dot on the diagonal kept its zeros."""
+    orderings = list(dict.fromkeys(results["ordering"]))
+    top = float(max(results["asked"].max(), results["measured"].max(), 0.1))
+    diagonal = alt.Chart(pd.DataFrame({"asked": [0, top], "measured": [0, top]})).mark_line(color=GRID, strokeWidth=2)
+    dots = alt.Chart(results, title=_title("Sparsity, asked and measured", "on the diagonal: no zero was lost")).mark_circle(size=90, opacity=0.9)
+    percent = alt.Axis(format="%")
+    x, y = alt.X("asked:Q", title="asked", axis=percent), alt.Y("measured:Q", title="measured", axis=percent)
+    colour = alt.Color("ordering:N", title=None, sort=orderings, scale=colours_of(orderings))
+    return (diagonal.encode(x=x, y=y) + dots.encode(x=x, y=y, color=colour)).properties(width=300, height=300)
+
+
+def plan_chart(table: pd.DataFrame) -> alt.LayerChart:
+    """The steps of a plan from left to right, each linked to the one it starts from.
+
+    Args:
+        table: columns key, parent (a key or empty), depth, lane (both counts), step, label and state
+            ("finished", "to do", "failed").
+    """
+    states = alt.Scale(domain=["finished", "to do", "failed"], range=[GREEN, GREY, ORANGE])
+    places = table.set_index("key")[["depth", "lane"]]
+    links = table[table["parent"].isin(places.index)]
+    links = links.assign(
+        from_depth=links["parent"].map(places["depth"]), from_lane=links["parent"].map(places["lane"])
+    )
+    x = alt.X("depth:Q", axis=None, scale=alt.Scale(padding=50))
+    y = alt.Y("lane:Q", axis=None, scale=alt.Scale(reverse=True, padding=22))
+    lines = alt.Chart(links).mark_rule(color="#cfd5da", strokeWidth=1.4)
+    lines = lines.encode(x=alt.X("from_depth:Q", axis=None), y=alt.Y("from_lane:Q", axis=None), x2="depth:Q", y2="lane:Q")
+    base = alt.Chart(table).encode(x=x, y=y)
+    dots = base.mark_circle(size=180, opacity=1).encode(color=alt.Color("state:N", title=None, scale=states))
+    words = base.mark_text(dy=-15, fontSize=11, color=INK).encode(text="label:N")
+    height = 52 * (int(table["lane"].max()) + 1)
+    width = max(_WIDTH, 130 * (int(table["depth"].max()) + 1))
+    return (lines + dots + words).properties(width=width, height=max(height, 120), title=_title("The plan"))
+
+
+def colours_of(orderings: list[str]) -> alt.Scale:
+    """The fixed colours of the published orderings; custom ones get the spare colours in their order."""
+    spare = iter(_SPARE_COLOURS * (1 + len(orderings) // len(_SPARE_COLOURS)))
+    return alt.Scale(domain=orderings, range=[ORDERING_COLOURS.get(name) or next(spare) for name in orderings])
+
+
+def _title(text: str, subtitle: str = "") -> alt.TitleParams:
+    return alt.TitleParams(text, subtitle=[subtitle]) if subtitle else alt.TitleParams(text)
