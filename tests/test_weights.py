@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+
+from pftools import weights
+from pftools.errors import PftoolsError
+from pftools.models import linear_modules
+from tests.tiny import tiny_llama
+
+
+def test_statistics_agree_with_numpy_in_float64():
+    model = tiny_llama(dtype=torch.bfloat16)
+    table = weights.weight_statistics(model)
+    assert len(table) == 14 and set(table["group"]) == {"attention", "MLP"}
+    for row, module in zip(table.itertuples(), linear_modules(model).values()):
+        exact = module.weight.detach().double().numpy()
+        margin = 1.96 * exact.std(ddof=1) / np.sqrt(exact.size)
+        assert row.mean == pytest.approx(exact.mean(), abs=1e-6)
+        assert row.std == pytest.approx(exact.std(ddof=1), rel=1e-5)
+        assert row.outside_share == pytest.approx((abs(exact - exact.mean()) > margin).mean(), abs=2e-3)
+
+
+def test_differences_count_what_was_zeroed_and_what_was_filled():
+    parent, child = tiny_llama(), tiny_llama()
+    first, second = list(linear_modules(child))[:2]
+    size = linear_modules(child)[first].weight.numel()
+    linear_modules(child)[first].weight.data.flatten()[:10] = 0
+    linear_modules(parent)[second].weight.data.flatten()[:20] = 0
+    table = weights.weight_differences(child, parent, top_percent=1)
+    assert table.loc[0, "zeroed"] == pytest.approx(10 / size) and table.loc[0, "filled"] == 0
+    assert table.loc[1, "filled"] == pytest.approx(20 / linear_modules(child)[second].weight.numel())
+    assert table.loc[2:, ["mean_difference", "top_difference", "relative", "zeroed", "filled"]].to_numpy().max() == 0
+
+
+def test_the_top_difference_is_the_mean_of_the_largest():
+    parent, child = tiny_llama(), tiny_llama()
+    module = next(iter(linear_modules(child).values()))
+    module.weight.data += torch.linspace(0, 1, module.weight.numel()).view_as(module.weight)
+    exact = np.sort(np.linspace(0, 1, module.weight.numel()))[-52:].mean()  # 5% of 1,024, rounded up
+    assert weights.weight_differences(child, parent, top_percent=5).loc[0, "top_difference"] == pytest.approx(exact, rel=1e-4)
+
+
+def test_models_of_other_shapes_are_not_compared():
+    with pytest.raises(PftoolsError, match="cannot be compared"):
+        weights.weight_differences(tiny_llama(), tiny_llama(intermediate_size=48))
+
+
+def test_adapter_statistics_read_a_peft_folder(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).save_pretrained(tmp_path)
+    table = weights.adapter_statistics(tmp_path)
+    assert len(table) == 2 * 2 * 2 and set(table["module"]) == {"q_proj", "v_proj"} and set(table["layer"]) == {0, 1}
+    assert (table[table["matrix"] == "B"]["norm"] == 0).all() and (table[table["matrix"] == "A"]["norm"] > 0).all()
+    with pytest.raises(PftoolsError, match="no adapter"):
+        weights.adapter_statistics(tmp_path / "elsewhere")
