@@ -1,0 +1,211 @@
+"""Checkpoints: a model is its base plus what the steps changed.
+
+A prune step leaves packed masks (one bit a weight), a finetune step leaves its adapter, and only a method that changes the
+kept weights (SparseGPT, reconstruction) leaves full weights. `load` replays these deltas on the base, oldest first.
+Files are safetensors and JSON, never pickles; every file is checked against the sha256 in its run's record.
+
+    runs/prune-4f.../checkpoint.json      {"parent": "smollm2-135m", "kind": "masks"}
+                     masks.safetensors    uint8, eight weights a byte, shapes in the header
+    runs/finetune-a1.../checkpoint.json   {"parent": "../prune-4f...", "kind": "adapter", "merge": "masked"}
+                        adapter/          a PEFT adapter folder
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pftools import models, runs
+from pftools.errors import PftoolsError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MASKS, WEIGHTS, ADAPTER, MANIFEST = "masks.safetensors", "weights.safetensors", "adapter", "checkpoint.json"
+
+
+def save_masks(path: str | Path, masks: dict[str, torch.Tensor]) -> None:
+    """Write masks {weight name: bool tensor, True = kept} as packed bits."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    packed = {name: np.packbits(mask.cpu().numpy().reshape(-1)) for name, mask in masks.items()}
+    save_file(packed, path, metadata={name: json.dumps(list(mask.shape)) for name, mask in masks.items()})
+
+
+def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read what `save_masks` wrote: {weight name: bool tensor, True = kept}."""
+    import numpy as np
+    import torch
+    from safetensors import safe_open
+
+    masks = {}
+    with safe_open(path, framework="numpy") as file:
+        shapes = file.metadata()
+        for name in file.keys():
+            shape = json.loads(shapes[name])
+            bits = np.unpackbits(file.get_tensor(name), count=math.prod(shape)).astype(bool)
+            masks[name] = torch.from_numpy(bits).view(shape)
+    return masks
+
+
+def save_prune(run: runs.Run, masks: dict[str, torch.Tensor], weights: dict[str, torch.Tensor] | None = None) -> list[str]:
+    """Write the delta of a prune step; returns the names of the outputs to seal.
+
+    Args:
+        weights: {weight name: tensor} where the method changed kept weights; they are stored whole.
+    """
+    from safetensors.torch import save_file
+
+    save_masks(run.path(MASKS), masks)
+    outputs = [MASKS, MANIFEST]
+    if weights:
+        save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, run.path(WEIGHTS))
+        outputs.append(WEIGHTS)
+    _write_manifest(run, {"kind": "masks"})
+    return outputs
+
+
+def save_finetune(run: runs.Run, merge: Literal["masked", "dense"]) -> list[str]:
+    """Write the delta of a finetune step, whose adapter lies in `run.path("adapter")`; returns the outputs to seal."""
+    _write_manifest(run, {"kind": "adapter", "merge": merge})
+    return [ADAPTER, MANIFEST]
+
+
+def _write_manifest(run: runs.Run, delta: dict[str, str]) -> None:
+    parent = run.parameters.model
+    if runs.is_finished(parent):
+        # Relative, so that a folder of runs can be moved or copied whole.
+        parent = f"../{Path(parent).name}" if _same_folder(run.folder.parent, Path(parent).parent) else str(Path(parent).resolve())
+    runs.write_json(run.path(MANIFEST), {"parent": parent, **delta})
+
+
+def _same_folder(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
+def read_manifest(folder: str | Path) -> dict[str, str]:
+    """`checkpoint.json` of a finished run, after all its files were checked.
+
+    Raises:
+        PftoolsError: not finished, damaged, or a run that makes no model.
+    """
+    record = runs.verify(folder)
+    if MANIFEST not in record["outputs"]:
+        raise PftoolsError(f"{folder} is a {record['step']} run and holds no model: give a prune or finetune run.")
+    return json.loads((Path(folder) / MANIFEST).read_text())
+
+
+def lineage(folder: str | Path) -> tuple[str, list[Path]]:
+    """The base model's name and the run folders to replay on it, oldest first."""
+    chain: list[Path] = []
+    parent, here = str(folder), Path()
+    while (here / parent / "run.json").exists():
+        here = here / parent
+        chain.insert(0, here)
+        parent = read_manifest(here)["parent"]
+        if not parent.startswith(".."):
+            here = Path()
+    if parent.startswith("../"):
+        raise PftoolsError(f"{chain[0]} starts from the run {here / parent}, which is not there: run its step again.")
+    return parent, chain
+
+
+def load(
+    folder: str | Path, *, dtype: str = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a finished prune or finetune run, and its tokenizer: the base with all deltas replayed.
+
+    Raises:
+        PftoolsError: a run of the chain is missing, unfinished or damaged, or does not fit the base.
+    """
+    base, chain = lineage(folder)
+    model, tokenizer = models.load_pretrained(base, dtype=dtype, device=device)
+    for run_folder in chain:
+        model = _replay(model, run_folder)
+    return model, tokenizer
+
+
+def _replay(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest["kind"] == "adapter":
+        from pftools import finetune
+
+        return finetune.merge_adapter(model, folder / ADAPTER, merge=manifest["merge"])
+    if (folder / WEIGHTS).exists():
+        from safetensors.torch import load_file
+
+        _overwrite(model, load_file(folder / WEIGHTS), folder)
+    apply_masks(model, load_masks(folder / MASKS), place=str(folder))
+    return model
+
+
+def apply_masks(model: PreTrainedModel, masks: dict[str, torch.Tensor], *, place: str = "the masks") -> None:
+    """Set every weight to zero whose mask is False, in place.
+
+    Raises:
+        PftoolsError: a mask has no weight of its name and shape.
+    """
+    import torch
+
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weight = _fitting(parameters, name, mask.shape, place)
+            weight.masked_fill_(~mask.to(weight.device), 0)
+
+
+def _overwrite(model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    import torch
+
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            _fitting(parameters, name, weight.shape, str(folder)).copy_(weight)
+
+
+def _fitting(parameters: dict[str, torch.Tensor], name: str, shape: torch.Size, place: str) -> torch.Tensor:
+    weight = parameters.get(name)
+    if weight is None or weight.shape != shape:
+        found = "has no such weight" if weight is None else f"has {tuple(weight.shape)} there"
+        raise PftoolsError(f"{place} does not fit the model: it holds {name} of shape {tuple(shape)}, and the model {found}.")
+    return weight
+
+
+def export(run_folder: str | Path, folder: str | Path, *, dtype: str = "auto", device: str = "auto") -> Path:
+    """Write the model of a run as a plain Hugging Face folder that needs no pftools, and check it.
+
+    The written folder is loaded again with plain transformers and must give the same logits on a short text.
+
+    Raises:
+        PftoolsError: the target is not empty, or the check fails (nothing is left then).
+    """
+    import shutil
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise PftoolsError(f"the folder {folder} is not empty: choose another, or remove it first.")
+    model, tokenizer = load(run_folder, dtype=dtype, device=device)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        runs.write_json(partial / "pftools.json", {"exported_from": Path(run_folder).name, "sparsity": models.measured_sparsity(model)})
+        again = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype).to(model.device).eval()
+        tokens = torch.arange(64, device=model.device)[None] % model.config.vocab_size
+        with torch.no_grad():
+            if not torch.equal(model(tokens).logits, again(tokens).logits):
+                raise PftoolsError(f"the export of {run_folder} failed its check: its logits differ from the run's.")
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
