@@ -1,0 +1,203 @@
+"""The command line: pftools plan | run | status | report | export | prune-runs | fetch-data | doctor.
+
+Each command is a few lines over a function of the package; heavy imports wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pftools import runs as run_folders
+from pftools import study as studies
+from pftools.errors import PftoolsError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="In which order should a language model be pruned and fine-tuned, and is the difference real?",
+)
+out, err = Console(), Console(stderr=True)
+
+StudyFile = Annotated[Path, typer.Argument(help="The study file, such as data/studies/quick.yaml", metavar="STUDY.yaml")]
+Runs = Annotated[Path, typer.Option(help="The folder of run folders")]
+
+
+def main() -> None:
+    """The console script: errors that a person can mend are one sentence, everything else is a traceback."""
+    try:
+        app()
+    except PftoolsError as error:
+        err.print(f"[bold red]pftools:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def plan(study: StudyFile, runs: Runs = Path("runs")) -> None:
+    """Show the steps of a study, what is shared, what earlier runs hold, and what it will cost."""
+    planned = _plan(study, runs)
+    table = Table("", "step", "does", "run", "shared by", "state", title=planned.study.name, title_justify="left")
+    for number, step in enumerate(planned.steps.values(), 1):
+        state = studies.run_state(step.folder)
+        table.add_row(str(number), step.parameters.step, step.label, step.name, str(len(step.orderings)), _coloured(state))
+    out.print(table)
+    for line in planned.summary():
+        out.print(line, highlight=False)
+
+
+@app.command()
+def run(
+    study: StudyFile,
+    runs: Runs = Path("runs"),
+    executor: Annotated[str, typer.Option(help="local or slurm")] = "local",
+    jobs: Annotated[int, typer.Option(help="local: how many steps at a time")] = 1,
+    detach: Annotated[bool, typer.Option("--detach", help="slurm: leave once all jobs are submitted")] = False,
+    slurm: Annotated[list[str] | None, typer.Option(help="slurm: an option of sbatch, NAME=VALUE; repeatable")] = None,
+    report: Annotated[bool, typer.Option(help="Write the report at the end")] = True,
+) -> None:
+    """Execute the missing steps of a study, then write its report."""
+    from pftools import executors
+
+    planned = _plan(study, runs)
+    for line in planned.summary():
+        out.print(line, highlight=False)
+    options = dict(option.partition("=")[::2] for option in slurm or [])
+    failures = executors.run_plan(planned, executor=executor, jobs=jobs, wait=not detach, slurm=options, progress=out.is_terminal)
+    for failure in failures:
+        place = f" in cell {failure.cell}" if failure.cell else ""
+        err.print(f"[bold red]{failure.run} failed{place}:[/] {failure.cause}", highlight=False, soft_wrap=True)
+    if detach and executor == "slurm":
+        out.print(f"Submitted. `pftools status {study}` tells how far it is.", highlight=False)
+        return
+    _print_results(planned)
+    if report and len(planned.rows) and not failures:
+        _write_report(study, runs, None, None)
+    if failures:
+        left = len(planned.missing())
+        raise PftoolsError(f"{left} steps are not finished; what is finished is kept: mend the cause and call `pftools run {study}` again.")
+
+
+@app.command()
+def status(study: StudyFile, runs: Runs = Path("runs")) -> None:
+    """Say which steps are finished, running, failed (with cell and cause) or still to do."""
+    from pftools import executors
+
+    planned = _plan(study, runs)
+    queue = _queue(planned)
+    table = Table("step", "does", "run", "state", "", title=planned.study.name, title_justify="left")
+    counts: dict[str, int] = {}
+    for step in planned.steps.values():
+        state, remark = studies.run_state(step.folder), ""
+        if state == "to do" and step.name in queue:
+            state, remark = "running" if queue[step.name] == "RUNNING" else "queued", f"SLURM: {queue[step.name].lower()}"
+        if state == "running" and not remark:
+            remark = run_folders.owner(step.folder)
+        if state == "failed":
+            failure = executors.read_failure(step.folder)
+            remark = (f"cell {failure.cell}: " if failure.cell else "") + failure.cause
+        counts[state] = counts.get(state, 0) + 1
+        table.add_row(step.parameters.step, step.label, step.name, _coloured(state), remark)
+    out.print(table)
+    out.print(", ".join(f"{number} {state}" for state, number in counts.items()), highlight=False)
+
+
+@app.command()
+def report(
+    study: StudyFile,
+    runs: Runs = Path("runs"),
+    output: Annotated[Path | None, typer.Option(help="The HTML file; default: reports/STUDY.html")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Also write the figures as files into this folder")] = None,
+) -> None:
+    """Render the comparison of a study's finished orderings to one HTML file that needs no network."""
+    _write_report(study, runs, output, figures)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The run folder of a prune or finetune step", metavar="RUN")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write", metavar="FOLDER")],
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+) -> None:
+    """Write a run's model as a plain Hugging Face folder, and check that it gives the same logits."""
+    from pftools import checkpoints
+
+    out.print(f"Exported to {checkpoints.export(run, folder, dtype=dtype)}; its logits equal the run's.", highlight=False)
+
+
+@app.command("prune-runs")
+def prune_runs(
+    keep: Annotated[list[Path], typer.Argument(help="The study files whose runs are kept", metavar="STUDY.yaml...")],
+    runs: Runs = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
+) -> None:
+    """Remove the runs that none of the given studies needs; shows what would go, and asks."""
+    kept = {name for study in keep for name in _plan(study, runs).steps}
+    unneeded = run_folders.unneeded(runs, kept)
+    if not unneeded:
+        out.print("Nothing to remove: every run is needed.")
+        return
+    table = Table("run", "size", "state")
+    for folder in unneeded:
+        table.add_row(folder.name, studies.as_bytes(run_folders.size_of(folder)), studies.run_state(folder))
+    out.print(table)
+    if yes or typer.confirm(f"Remove these {len(unneeded)} runs?"):
+        for folder in unneeded:
+            run_folders.remove(folder)
+        out.print(f"Removed {len(unneeded)} runs.", highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has: versions, devices, the embedded model, data, SLURM."""
+    from pftools import doctor as checks
+
+    table = Table("", "what", "found")
+    for fine, what, found in checks.findings():
+        table.add_row("[green]ok[/]" if fine else "[yellow]--[/]", what, found)
+    out.print(table)
+
+
+def _plan(study: Path, runs: Path) -> studies.Plan:
+    return studies.plan_study(studies.load_study(study), runs=runs)
+
+
+def _coloured(state: str) -> str:
+    colour = {"finished": "green", "failed": "red", "running": "cyan", "queued": "cyan"}.get(state, "dim")
+    return f"[{colour}]{state}[/]"
+
+
+def _queue(planned: studies.Plan) -> dict[str, str]:
+    """Steps of this plan that wait or run in SLURM's queue; empty where the study was never given to SLURM."""
+    if not (Path(planned.runs) / ".slurm").is_dir():
+        return {}
+    from pftools import slurm
+
+    return slurm.queue(Path(planned.runs))
+
+
+def _print_results(planned: studies.Plan) -> None:
+    found = studies.results(planned)
+    if not len(found):
+        return
+    tasks = [name for name in found.columns if name in _task_names(planned)]
+    table = Table("ordering", "asked", "measured", "perplexity", *tasks, title="Results", title_justify="left")
+    for row in found.to_dict("records"):
+        scores = [f"{row[task]:.1%}" for task in tasks]
+        table.add_row(row["ordering"], f"{row['asked']:.0%}", f"{row['measured']:.2%}", f"{row['perplexity']:.2f}", *scores)
+    out.print(table)
+
+
+def _task_names(planned: studies.Plan) -> list[str]:
+    return planned.study.evaluate.get("tasks", [])
+
+
+def _write_report(study: Path, runs: Path, output: Path | None, figures: Path | None) -> None:
+    from pftools import report as reports
+
+    path = reports.render(study, runs=runs, output=output, figures=figures)
+    out.print(f"Report: {path.resolve()}", highlight=False, soft_wrap=True)

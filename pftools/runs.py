@@ -14,12 +14,17 @@ import json
 import os
 import platform
 import shutil
+import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from pftools import RECIPE_VERSION
 from pftools.errors import PftoolsError
@@ -64,11 +69,15 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "run.json"
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
+        whole = record.pop("seal") == _seal_of(record)
     except FileNotFoundError:
         raise PftoolsError(f"the run {folder} is not finished: it has no run.json; run its step first.") from None
-    except json.JSONDecodeError:
-        raise PftoolsError(f"{path} is damaged (no valid JSON): remove the folder, and its step is run again.") from None
+    except (ValueError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise PftoolsError(f"{path} is damaged: remove the folder {folder}, and its step is run again.")
+    return record
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
@@ -89,6 +98,7 @@ class Run:
     parameters: Step
     folder: Path
     already_finished: bool
+    lock: BaseFileLock
     started: float = field(default_factory=time.time)
 
     @property
@@ -123,9 +133,14 @@ class Run:
                 "seconds": round(time.time() - self.started, 2),
                 **_circumstances(),
             }
-            write_json(self.folder / "run.json", record)
+            _write_record(self.folder, record)
         shutil.rmtree(work, ignore_errors=True)
+        self.lock.release()
         return self.folder
+
+    def __str__(self) -> str:
+        state = "finished before; its sealed results are kept" if self.already_finished else "under way"
+        return f"{self.folder} ({state})"
 
 
 def start(parameters: Step) -> Run:
@@ -135,8 +150,80 @@ def start(parameters: Step) -> Run:
         if _key_of_reference(reference) != reference and not is_finished(reference):
             raise PftoolsError(f"{name} is {reference!r}, and that run is not finished: run its step first.")
     folder = run_folder(parameters)
+    writer = _lock(folder, "writer")
+    try:
+        writer.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting: {owner(folder)} is working on {folder}")
+        writer.acquire()
     (folder / "work").mkdir(parents=True, exist_ok=True)
-    return Run(parameters, folder, already_finished=is_finished(folder))
+    return Run(parameters, folder, is_finished(folder), writer)
+
+
+def add_output(folder: Path, name: str) -> None:
+    """Add a file to the record of a finished run: its executed notebook, which is complete only after the seal."""
+    record = read_record(folder)
+    record["outputs"][name] = _sha256(folder / name)
+    _write_record(folder, record)
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    write_json(folder / "run.json", {**record, "seal": _seal_of(record)})
+
+
+def _seal_of(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks. Two for a run: the process that drives the step holds one, so that no step is computed twice; the kernel that
+# writes holds the other, so that a new attempt waits for an orphaned kernel of a killed driver. The system lets go of
+# both when their owner dies, however it dies: there are no stale locks.
+
+
+@contextmanager
+def driving(folder: Path) -> Iterator[None]:
+    """Hold a run while its step is executed; waits until nobody else drives it and no kernel writes to it."""
+    with _lock(folder, "driver"):
+        note = _lock_path(folder, "driver").with_suffix(".json")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_json(note, {"host": socket.gethostname(), "process": os.getpid(), "since": since})
+        with _lock(folder, "writer"):
+            pass
+        yield
+        note.unlink(missing_ok=True)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a living process works on the run."""
+    for role in ("driver", "writer"):
+        if _lock_path(folder, role).exists():
+            lock = _lock(folder, role)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                return True
+            lock.release()
+    return False
+
+
+def owner(folder: Path) -> str:
+    """Who works on the run, and since when, in words."""
+    try:
+        note = json.loads(_lock_path(folder, "driver").with_suffix(".json").read_text())
+        return f"process {note['process']} on {note['host']} (since {note['since']})"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def _lock_path(folder: Path, role: str) -> Path:
+    return folder.parent / ".locks" / f"{folder.name}.{role}"
+
+
+def _lock(folder: Path, role: str) -> BaseFileLock:
+    path = _lock_path(folder, role)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -188,3 +275,24 @@ def _machine() -> dict[str, Any]:
     torch = sys.modules.get("torch")  # a step that needs no torch does not load it for this
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
     return {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room
+
+
+def unneeded(root: str | Path, kept: set[str]) -> list[Path]:
+    """Run folders under ``root`` that are neither in ``kept`` nor under way."""
+    folders = [folder for folder in sorted(Path(root).glob("*-*")) if _key_of_reference(str(folder)) != str(folder)]
+    return [folder for folder in folders if folder.name not in kept and not is_locked(folder)]
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files of a run."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def remove(folder: Path) -> None:
+    """Remove a run; its record goes first, so that a removal cut short leaves an unfinished run, not a damaged one."""
+    (folder / "run.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)

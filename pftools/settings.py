@@ -8,6 +8,9 @@ never what it computes: they are not part of a run's key.
 from __future__ import annotations
 
 import ast
+import os
+import re
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -122,6 +125,24 @@ class Analyse(Step):
     top_percent: float = Field(1.0, gt=0, le=100, description="also average the largest differences, this many percent")
 
 
+class PlanStudy(BaseModel):
+    """00: show the plan of a study."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    step: ClassVar[str] = "plan"
+
+    study: str = Field("data/studies/quick.yaml", description="the study file")
+    runs: str = Field("runs", description="the folder of run folders")
+
+
+class Compare(PlanStudy):
+    """06: compare the finished orderings of a study."""
+
+    step: ClassVar[str] = "compare"
+
+    save_figures: str = Field("", description="a folder for the figures as files; empty: they are only shown")
+
+
 STEPS: dict[str, type[Step]] = {kind.step: kind for kind in (Calibrate, Prune, Finetune, Evaluate, Analyse)}
 
 
@@ -134,6 +155,7 @@ def read(kind: type[BaseModel], namespace: dict[str, Any]) -> Any:
     Raises:
         PftoolsError: an unknown parameter (the nearest valid one is named), or a value out of its range.
     """
+    _work_from_the_project()
     given = {}
     for source in namespace["In"]:
         if source.lstrip().startswith("# Parameters"):
@@ -141,9 +163,19 @@ def read(kind: type[BaseModel], namespace: dict[str, Any]) -> Any:
     return check(kind, given)
 
 
+def _work_from_the_project() -> None:
+    """Paths in parameters count from the project's folder, also when JupyterLab starts a kernel in `notebooks/`."""
+    here = Path.cwd()
+    if here.name == "notebooks" and (here.parent / "pyproject.toml").exists():
+        os.chdir(here.parent)
+
+
 def _assigned(source: str) -> list[str]:
     targets = [node.targets[0] for node in ast.parse(source).body if isinstance(node, ast.Assign)]
     return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+_SECRET = re.compile(r"(^|_)(token|secret|password|api_?key|credential)s?$", re.IGNORECASE)
 
 
 def check(kind: type[BaseModel], given: dict[str, Any], *, place: str = "") -> Any:
@@ -152,6 +184,12 @@ def check(kind: type[BaseModel], given: dict[str, Any], *, place: str = "") -> A
     Args:
         place: where the values stand, such as "line 7 of quick.yaml", for the message.
     """
+    for name in given:
+        if name not in kind.model_fields and _SECRET.search(name):
+            raise PftoolsError(
+                f"{name} looks like a secret, and parameters are written into notebooks and reports: set it as an "
+                f"environment variable instead (HF_TOKEN for the hub)."
+            )
     try:
         return kind(**given)
     except ValidationError as failure:

@@ -8,7 +8,7 @@ import pandas as pd
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
-    import ipywidgets
+    pass
 
 
 class LiveLoss(TrainerCallback):

@@ -1,0 +1,457 @@
+"""Studies: a set of orderings in a YAML file, the plan of steps that they need, and the table of their results.
+
+A plan is a graph of steps. Every step has the key of its run (`runs.run_key`), made of its parameters and its parents' keys, so
+orderings that begin alike share their beginning without further thought, within a study and across studies, and what is
+finished is never planned again. Planning is pure: no torch, no model, no network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pftools import runs, settings
+from pftools.errors import PftoolsError
+from pftools.orderings import Ordering, OrderingStep, parse_ordering
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class _OrderingEntry(BaseModel):
+    """An ordering of a study, with sparsities of its own where the study's do not fit it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    ordering: str
+    sparsities: list[float] | None = None
+
+
+class Study(BaseModel):
+    """A study file. Every list is crossed with every other."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    step: ClassVar[str] = "study"
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="names the report and the SLURM jobs")
+    description: str = ""
+    model: str = Field(settings.Step.model_fields["model"].default, description="as in every step")
+    dtype: settings.DtypeName = "auto"
+    orderings: list[str | _OrderingEntry] = Field(min_length=1, description="published names or words over P and F")
+    sparsities: list[float] = Field([0.5], description="targets; each from 0 up to 1")
+    methods: list[str] = Field(["wanda"], min_length=1)
+    patterns: list[str] = Field(["unstructured"], min_length=1)
+    merges: list[Literal["auto", "masked", "dense"]] = Field(["auto"], min_length=1)
+    seeds: list[int] = Field([0], min_length=1)
+    schedule: Literal["linear", "cubic"] = Field("linear", description="how several P's share the way to the target")
+    budget: Literal["total", "per_step"] = Field("total", description="total: the tokens are split over an ordering's F's")
+    tokens: int = Field(49_152, ge=1, description="fine-tuning tokens of an ordering, or of each F with per_step")
+    calibrate: dict[str, Any] = Field({}, description="parameters of 01_calibrate")
+    prune: dict[str, Any] = Field({}, description="parameters of 02_prune")
+    finetune: dict[str, Any] = Field({}, description="parameters of 03_finetune")
+    evaluate: dict[str, Any] = Field({}, description="parameters of 04_evaluate")
+    analyse: bool = Field(False, description="whether 05_analyse_weights is run on every model")
+    shape: dict[str, int] = Field({}, description="the model's config.json numbers, to estimate disk without the model")
+
+    @model_validator(mode="after")
+    def _words_and_parameters_are_valid(self) -> Study:
+        for entry in self.entries():
+            ordering = parse_ordering(entry.ordering)
+            for sparsity in entry.sparsities or self.sparsities:
+                ordering.steps(sparsity)
+        for step in ("calibrate", "prune", "finetune", "evaluate"):
+            _step(step, self, getattr(self, step))
+        return self
+
+    def entries(self) -> list[_OrderingEntry]:
+        return [_OrderingEntry(ordering=entry) if isinstance(entry, str) else entry for entry in self.orderings]
+
+
+# What a plan sets itself, and a study's sections therefore cannot.
+_PLANNED = {
+    "calibrate": {"model", "seed", "runs"},
+    "prune": {"model", "calibration", "method", "sparsity", "pattern", "seed", "runs", "corpus", "n_blocks", "block_length"},
+    "finetune": {"model", "seed", "tokens", "merge", "runs"},
+    "evaluate": {"model", "seed", "runs"},
+}
+
+
+def _step(step: str, study: Study, given: dict[str, Any], **planned: Any) -> settings.Step:
+    for name in given:
+        if name in _PLANNED.get(step, ()):
+            raise PftoolsError(f"{step}.{name} is set by the plan: use the study's own words (model, sparsities, seeds, ...).")
+    given = {"model": study.model, "dtype": study.dtype, **given, **planned}
+    return settings.check(settings.STEPS[step], given, place=f"{step} in the study {study.name!r}")
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        PftoolsError: no such file, or a mistake in it; the message names the line and the nearest valid word.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text)
+        content = yaml.safe_load(text)
+    except FileNotFoundError:
+        known = ", ".join(str(file) for file in sorted(Path("data/studies").glob("*.yaml")))
+        raise PftoolsError(f"there is no study file {path}: give one such as {known or 'data/studies/quick.yaml'}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1} of {path}" if mark else str(path)
+        raise PftoolsError(f"{place} is not valid YAML: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(content, dict):
+        raise PftoolsError(f"{path} is not a study: it should hold 'name:', 'orderings:' and so on.")
+    try:
+        return settings.check(Study, {"name": path.stem, **content})
+    except PftoolsError as error:
+        line = _line_of(tree, str(error))
+        raise PftoolsError(f"{path}{f', line {line}' if line else ''}: {error}") from None
+
+
+def _line_of(tree: yaml.Node | None, message: str) -> int | None:
+    """The line of the deepest key or value that the message names in quotes or by its dotted path."""
+    best = None
+    for node, names in _scalars(tree):
+        if any(f"'{name}'" in message or f" {name} " in message or f"{name}." in message for name in names):
+            best = node.start_mark.line + 1
+            if f"'{names[-1]}'" in message:
+                return best
+    return best
+
+
+def _scalars(node: yaml.Node | None) -> Iterator[tuple[yaml.Node, list[str]]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield key, [key.value]
+            yield from _scalars(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _scalars(item)
+    elif isinstance(node, yaml.ScalarNode):
+        yield node, [node.value]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+@dataclass
+class PlannedStep:
+    """One step of a plan: its parameters, where its run is, and the keys (`step-hash`) of the runs it starts from."""
+
+    parameters: settings.Step
+    parents: tuple[str, ...]
+    label: str
+    orderings: set[str] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def folder(self) -> Path:
+        return runs.run_folder(self.parameters)
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """One line of the result table: an ordering at one sparsity, and the evaluation that fills it."""
+
+    ordering: str
+    asked: float
+    method: str
+    pattern: str
+    merge: str
+    seed: int
+    finetune_tokens: int
+    n_finetunes: int
+    model: str
+    evaluation: str
+
+
+@dataclass
+class Plan:
+    """The steps of a study, each once, every step after the ones it starts from."""
+
+    study: Study
+    runs: str
+    steps: dict[str, PlannedStep] = field(default_factory=dict)
+    rows: list[PlannedRow] = field(default_factory=list)
+    unshared: int = 0
+
+    def table(self) -> pd.DataFrame:
+        """A row a step: step, what it does, run, parents, state and how many orderings share it."""
+        import pandas as pd
+
+        state = {name: run_state(step.folder) for name, step in self.steps.items()}
+        return pd.DataFrame(
+            {
+                "step": step.parameters.step,
+                "does": step.label,
+                "run": name,
+                "starts from": ", ".join(step.parents),
+                "state": state[name],
+                "shared by": len(step.orderings),
+            }
+            for name, step in self.steps.items()
+        )
+
+    def missing(self) -> list[PlannedStep]:
+        """The steps that no earlier run holds."""
+        return [step for step in self.steps.values() if not runs.is_finished(step.folder)]
+
+    def summary(self) -> list[str]:
+        """What the plan costs, in sentences: steps with and without sharing, disk, and time where past runs tell it."""
+        finished = len(self.steps) - len(self.missing())
+        lines = [
+            f"{len(self.rows)} results from {len(self.steps)} steps; without sharing it would be {self.unshared}.",
+            f"{finished} of the steps are finished, {len(self.steps) - finished} are to do.",
+        ]
+        disk = estimate_disk(self)
+        if disk:
+            lines.append(f"Disk: about {as_bytes(disk['deltas'])} as deltas; full copies would be {as_bytes(disk['copies'])}.")
+        seconds = estimate_seconds(self)
+        if seconds is not None:
+            lines.append(f"Time: about {seconds / 60:.1f} minutes on this machine, from runs of the same kind.")
+        return lines
+
+
+def run_state(folder: Path) -> str:
+    """finished, failed, running or to do."""
+    if runs.is_finished(folder):
+        return "finished"
+    if runs.is_locked(folder):
+        return "running"
+    return "failed" if (folder / "failure.json").exists() else "to do"
+
+
+def plan_study(study: Study, *, runs: str | Path = "runs") -> Plan:
+    """All steps that a study needs, shared by key.
+
+    Raises:
+        PftoolsError: a combination that has no meaning, such as an N:M pattern in an ordering with several P's.
+    """
+    plan = Plan(study, str(runs))
+    for seed in study.seeds:
+        for method in study.methods:
+            for pattern in study.patterns:
+                for merge in study.merges:
+                    for entry in study.entries():
+                        _plan_ordering(plan, entry, method, pattern, merge, seed)
+    return plan
+
+
+def _plan_ordering(plan: Plan, entry: _OrderingEntry, method: str, pattern: str, merge: str, seed: int) -> None:
+    ordering = parse_ordering(entry.ordering)
+    for sparsity in _targets(plan.study, entry, ordering, pattern):
+        chain = _Chain(plan, ordering, method, pattern, merge, seed)
+        if not ordering.letters:
+            chain.report(0.0, merge)
+        for step in ordering.steps(sparsity, schedule=plan.study.schedule):
+            chain.prune(step) if step.kind == "P" else chain.finetune(step)
+            if step.reported:
+                chain.report(step.sparsity, merge)
+
+
+def _targets(study: Study, entry: _OrderingEntry, ordering: Ordering, pattern: str) -> list[float]:
+    if not ordering.n_prunes:
+        return [0.0]
+    if pattern == "unstructured":
+        return entry.sparsities or study.sparsities
+    if ordering.n_prunes > 1:
+        raise PftoolsError(
+            f"the ordering {ordering.name!r} has several P's, which raise the sparsity step by step, and the pattern "
+            f"{pattern} fixes it: leave one of them out of the study {study.name!r}."
+        )
+    zeros = _pattern_sparsity(pattern)
+    return [zeros]
+
+
+def _pattern_sparsity(pattern: str) -> float:
+    kept, _, group = pattern.partition(":")
+    if not (kept.isdigit() and group.isdigit() and 0 < int(kept) < int(group)):
+        raise PftoolsError(f"the pattern {pattern!r} is not N:M with N < M, such as 2:4, and not 'unstructured'.")
+    return 1 - int(kept) / int(group)
+
+
+class _Chain:
+    """Walks one ordering and adds its steps to the plan."""
+
+    def __init__(self, plan: Plan, ordering: Ordering, method: str, pattern: str, merge: str, seed: int) -> None:
+        self.plan, self.study, self.ordering = plan, plan.study, ordering
+        self.method, self.pattern, self.merge, self.seed = method, pattern, merge, seed
+        self.model, self.tokens, self.finetunes = plan.study.model, 0, 0
+
+    def prune(self, step: OrderingStep) -> None:
+        dense_inputs = self.study.prune.get("inputs") == "dense"
+        calibration = self._add(
+            "calibrate", "calibration blocks", self.study.calibrate,
+            model=self.model if dense_inputs else self.study.model, seed=self.seed,
+        )  # fmt: skip
+        self.model = self._add(
+            "prune", f"{self.method} {step.sparsity:.0%}" + (f" {self.pattern}" if ":" in self.pattern else ""), self.study.prune,
+            model=self.model, calibration=calibration, method=self.method, sparsity=step.sparsity, pattern=self.pattern,
+            seed=self.seed,
+        )  # fmt: skip
+
+    def finetune(self, step: OrderingStep) -> None:
+        share = self.study.tokens if self.study.budget == "per_step" else self.study.tokens // self.ordering.n_finetunes
+        merge = "auto" if step.sparsity == 0 else self.merge  # no zeros to keep yet, so all merges share this step
+        self.model = self._add(
+            "finetune", f"F{step.number}, {share:,} tokens", self.study.finetune,
+            # The k-th F of a chain has seed k; seeds of a study lie far enough apart never to meet.
+            model=self.model, tokens=share, merge=merge, seed=100 * self.seed + step.number,
+        )  # fmt: skip
+        self.tokens += share
+        self.finetunes += 1
+
+    def report(self, sparsity: float, merge: str) -> None:
+        evaluation = self._add("evaluate", f"evaluate {Path(self.model).name}", self.study.evaluate, model=self.model, seed=self.seed)
+        if self.study.analyse:
+            self._add("analyse", f"analyse {Path(self.model).name}", {}, model=self.model)
+        row = PlannedRow(
+            self.ordering.name, sparsity, self.method, self.pattern, merge, self.seed, self.tokens, self.finetunes,
+            self.model, evaluation,
+        )  # fmt: skip
+        if row not in self.plan.rows:
+            self.plan.rows.append(row)
+
+    def _add(self, step: str, label: str, given: dict[str, Any], **planned: Any) -> str:
+        parameters = _step(step, self.study, {}, **{**given, **planned}, runs=self.plan.runs)
+        references = [getattr(parameters, name) for name in parameters.parents]
+        parents = tuple(Path(reference).name for reference in references if Path(reference).name in self.plan.steps)
+        planned_step = PlannedStep(parameters, parents, label)
+        planned_step = self.plan.steps.setdefault(planned_step.name, planned_step)
+        planned_step.orderings.add(self.ordering.name)
+        self.plan.unshared += 1
+        return str(planned_step.folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it will cost
+
+
+def estimate_disk(plan: Plan) -> dict[str, int] | None:
+    """Bytes of all checkpoints as deltas, and as full 16-bit copies; None where the model's shape is not at hand.
+
+    A mask is one bit a weight; an adapter has rank x (inputs + outputs) numbers in fp32 for each weight it adapts.
+    """
+    shape = plan.study.shape or _local_shape(plan.study.model)
+    if not shape:
+        return None
+    matrices = _linear_shapes(shape)
+    linear = shape["num_hidden_layers"] * sum(rows * columns for rows, columns in matrices.values())
+    total = linear + shape["vocab_size"] * shape["hidden_size"] * (1 if shape.get("tie_word_embeddings") else 2)
+    deltas = copies = 0
+    for step in plan.steps.values():
+        parameters = step.parameters
+        if isinstance(parameters, settings.Prune):
+            changed = parameters.method not in ("magnitude", "wanda", "wanda_variant", "ria") or parameters.reconstruct_steps
+            deltas += linear // 8 + (2 * linear if changed else 0)
+            copies += 2 * total
+        elif isinstance(parameters, settings.Finetune):
+            adapted = [matrices[name] for name in _adapted(parameters.targets)]
+            deltas += 4 * parameters.rank * shape["num_hidden_layers"] * sum(map(sum, adapted))
+            copies += 2 * total
+    return {"deltas": deltas, "copies": copies}
+
+
+def _linear_shapes(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    heads = shape["num_attention_heads"]
+    head = shape.get("head_dim") or width // heads
+    kv = shape.get("num_key_value_heads", heads) * head
+    return {
+        "q_proj": (heads * head, width), "k_proj": (kv, width), "v_proj": (kv, width), "o_proj": (width, heads * head),
+        "gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner),
+    }  # fmt: skip
+
+
+def _adapted(targets: str) -> list[str]:
+    named = {
+        "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "published": ["q_proj", "v_proj"],
+    }
+    return named.get(targets, ["q_proj", "v_proj"])
+
+
+def _local_shape(model: str) -> dict[str, int]:
+    from pftools.models import EMBEDDED_MODEL, cache_folder
+
+    folder = cache_folder() / "models" / model if model == EMBEDDED_MODEL else Path(model)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    return config if all(name in config for name in needed) else {}
+
+
+def estimate_seconds(plan: Plan) -> float | None:
+    """Seconds of the missing steps, each taken as the mean of finished runs of its kind on the same model's study; None
+    where a kind has not run yet."""
+    past: dict[str, list[float]] = {}
+    for path in Path(plan.runs).glob("*/run.json"):
+        try:
+            record = runs.read_record(path.parent)
+            past.setdefault(record["step"], []).append(record["seconds"])
+        except (PftoolsError, KeyError):
+            continue  # a damaged record is named when it is used; an estimate does without it
+    missing = [step.parameters.step for step in plan.missing()]
+    if not missing or any(step not in past for step in missing):
+        return None
+    return sum(sum(past[step]) / len(past[step]) for step in missing)
+
+
+def as_bytes(number: float) -> str:
+    """A size in words."""
+    for unit in ("bytes", "KB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The results
+
+
+def results(plan: Plan) -> pd.DataFrame:
+    """A row a finished result: ordering, asked, measured, perplexity, dense_perplexity, one column a task, training
+    tokens, seed, method, pattern, merge, and the run folders of the model and of its evaluation."""
+    import pandas as pd
+
+    rows = []
+    for row in plan.rows:
+        if not runs.is_finished(row.evaluation):
+            continue
+        found = runs.read_record(row.evaluation)["results"]
+        tasks = {task: score["value"] for task, score in found["tasks"].items()}
+        rows.append(
+            {
+                "ordering": row.ordering, "asked": row.asked, "measured": found["measured"],
+                "perplexity": found["perplexity"], **tasks, "finetune_tokens": row.finetune_tokens,
+                "n_finetunes": row.n_finetunes, "seed": row.seed, "method": row.method, "pattern": row.pattern,
+                "merge": row.merge, "model": row.model, "run": row.evaluation,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def run_study(plan: Plan, *, executor: str = "local", jobs: int = 1, progress: bool = True, notebooks: str | Path | None = None) -> list[Any]:
+    """Execute the missing steps of a plan; see `pftools.executors`, which does it.
+
+    Returns:
+        The failures, empty when every step is finished.
+    """
+    from pftools import executors
+
+    return executors.run_plan(plan, executor=executor, jobs=jobs, progress=progress, notebooks=notebooks)
