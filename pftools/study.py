@@ -85,7 +85,7 @@ _PLANNED = {
 def _step(step: str, study: Study, given: dict[str, Any], **planned: Any) -> settings.Step:
     for name in given:
         if name in _PLANNED.get(step, ()):
-            raise PftoolsError(f"{step}.{name} is set by the plan: use the study's own words (model, sparsities, seeds, ...).")
+            raise PftoolsError(f"{name!r} under {step} is set by the plan: use the study's own words (model, sparsities, seeds, ...).")
     given = {"model": study.model, "dtype": study.dtype, **given, **planned}
     return settings.check(settings.STEPS[step], given, place=f"{step} in the study {study.name!r}")
 

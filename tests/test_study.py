@@ -1,0 +1,118 @@
+import pytest
+
+from pftools import runs, settings
+from pftools.errors import PftoolsError
+from pftools.study import Study, estimate_disk, load_study, plan_study
+
+
+def study(**changes) -> Study:
+    words = {"name": "test", "model": "somebody/model", "orderings": ["base", "prune", "finetune_prune", "prune_finetune"]}
+    return settings.check(Study, {**words, **changes})
+
+
+def steps_of(plan):
+    return [step.parameters.step for step in plan.steps.values()]
+
+
+def test_the_shipped_studies_are_valid():
+    for name in ("quick", "published"):
+        assert load_study(f"data/studies/{name}.yaml").name == name
+
+
+def test_common_beginnings_are_shared():
+    plan = plan_study(study())
+    assert sorted(steps_of(plan)) == ["calibrate"] + ["evaluate"] * 4 + ["finetune"] * 2 + ["prune"] * 2
+    assert [row.ordering for row in plan.rows] == ["base", "prune", "finetune_prune", "prune_finetune"]
+    assert plan.unshared == 12
+
+
+def test_every_step_comes_after_the_ones_it_starts_from():
+    plan = plan_study(study(orderings=["iter_pf", "iter_fp", "finetune_iter_prune"], sparsities=[0.5, 0.7]))
+    seen = set()
+    for name, step in plan.steps.items():
+        assert set(step.parents) <= seen
+        seen.add(name)
+
+
+def test_another_sparsity_leaves_what_does_not_depend_on_it():
+    one, other = plan_study(study(sparsities=[0.5])), plan_study(study(sparsities=[0.6]))
+    shared = set(one.steps) & set(other.steps)
+    assert sorted(name.partition("-")[0] for name in shared) == ["calibrate", "evaluate", "finetune"]
+
+
+def test_the_published_grid_shares_its_prefixes():
+    plan = plan_study(load_study("data/studies/published.yaml"))
+    # base 1, finetune 1, finetune_iter 5, three one-shot pipelines and finetune_iter_prune 7 each, P F*5 7 x 5, two chains of 7
+    assert len(plan.rows) == 1 + 1 + 5 + 4 * 7 + 7 * 5 + 2 * 7
+    # F's: 5 of the chain F*5 (finetune and finetune_prune are its first), 7 x 5 after each P (the first is prune_finetune), 7 + 6
+    finetunes = steps_of(plan).count("finetune")
+    # iter_pf starts with P(0.1) F, which prune_finetune has; iter_fp with F, which finetune has
+    assert finetunes == 5 + 7 * 5 + 6 + 6
+    disk = estimate_disk(plan)
+    assert disk["deltas"] < 60e9 < 700e9 < disk["copies"]
+
+
+def test_a_total_budget_is_split_and_a_step_budget_is_not():
+    total = plan_study(study(orderings=["F*4"], tokens=1000))
+    each = plan_study(study(orderings=["F*4"], tokens=1000, budget="per_step"))
+    assert {step.parameters.tokens for step in total.steps.values() if step.parameters.step == "finetune"} == {250}
+    assert {step.parameters.tokens for step in each.steps.values() if step.parameters.step == "finetune"} == {1000}
+    assert (total.rows[0].finetune_tokens, each.rows[0].finetune_tokens) == (1000, 4000)
+
+
+def test_the_kth_finetune_has_seed_k_and_seeds_never_meet():
+    plan = plan_study(study(orderings=["F*3"], seeds=[0, 1]))
+    seeds = [step.parameters.seed for step in plan.steps.values() if step.parameters.step == "finetune"]
+    assert seeds == [1, 2, 3, 101, 102, 103]
+
+
+def test_dense_inputs_calibrate_every_parent():
+    plan = plan_study(study(orderings=["prune", "finetune_prune"], prune={"inputs": "dense"}))
+    assert steps_of(plan).count("calibrate") == 2
+
+
+def test_a_pattern_fixes_the_sparsity():
+    plan = plan_study(study(orderings=["prune"], patterns=["2:4", "unstructured"], sparsities=[0.3]))
+    assert [(row.pattern, row.asked) for row in plan.rows] == [("2:4", 0.5), ("unstructured", 0.3)]
+    with pytest.raises(PftoolsError, match="several P's"):
+        plan_study(study(orderings=["iter_pf"], patterns=["2:4"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("orderings: [prune]\nsparsites: [0.5]\n", "line 2.*did you mean 'sparsities'"),
+        ("orderings:\n  - prune\n  - prune_finetnue\n", "line 3.*did you mean 'prune_finetune'"),
+        ("orderings: [prune]\nsparsities: [1.5]\n", "from 0 up to 1"),
+        ("orderings: [prune]\nfinetune:\n  rnak: 8\n", "line 3.*did you mean 'rank'"),
+        ("orderings: [prune]\nprune:\n  sparsity: 0.5\n", "line 3.*set by the plan"),
+        ("orderings: [prune\n", "not valid YAML"),
+        ("- prune\n", "is not a study"),
+        ("orderings: [prune]\nbudget: totl\n", "budget"),
+    ],
+)
+def test_mistakes_in_a_study_file_are_named_with_their_line(tmp_path, text, says):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(PftoolsError, match=says):
+        load_study(path)
+
+
+def test_a_missing_study_file_names_those_there_are():
+    with pytest.raises(PftoolsError, match="data/studies/quick.yaml"):
+        load_study("nowhere.yaml")
+
+
+@pytest.mark.parametrize("kind", settings.STEPS.values(), ids=settings.STEPS)
+def test_only_what_changes_results_changes_the_key(kind):
+    """Every parameter of every step, one after the other."""
+    other = {
+        int: lambda value: (value or 0) + 1, float: lambda value: (value or 0) * 0.5 + 0.01, bool: lambda value: not value,
+        str: lambda value: value + "x", list: lambda value: [*value, "x"], type(None): lambda value: 1,
+    }  # fmt: skip
+    plain = kind()
+    for name in kind.model_fields:
+        value = getattr(plain, name)
+        changed = plain.model_copy(update={name: other[type(value)](value)})
+        same_key = runs.run_key(changed) == runs.run_key(plain)
+        assert same_key == (name in {"device", "runs", "batch_size", "micro_batch_size", "gradient_checkpointing", "save_every"}), name
