@@ -143,7 +143,7 @@ def _body(model: nn.Module) -> nn.Module:
 
 def squared_column_sums(x: torch.Tensor) -> torch.Tensor:
     """Sum of squares of every column over all leading dimensions, accumulated in float32: (..., columns) -> (columns,)."""
-    return torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=0, dtype=torch.float32).square_()
+    return x.reshape(-1, x.shape[-1]).float().square().sum(dim=0)
 
 
 def measure_layer(

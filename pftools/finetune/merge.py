@@ -1,0 +1,131 @@
+"""From adapter back to plain weights. The product is formed in float32, added, and cast once.
+
+An adapter that was trained masked is stored as an ordinary PEFT adapter folder with one difference: its `peft_type` is a
+sentence. PEFT without pftools stops there and shows it, where it would otherwise merge densely and fill the zeros without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from pftools.errors import PftoolsError
+from pftools.finetune.masked import add_masked
+from pftools.models import measured_sparsity
+
+MASKED_TYPE = "MASKED_LORA: load it with pftools.finetune.merge_adapter, a plain LoRA merge would fill the zeros"
+# A model counts as pruned from here on; below, its zeros are accidents of its number format.
+_PRUNED_FROM = 0.01
+
+
+@dataclass
+class Adapter:
+    """A trained adapter.
+
+    factors: {linear module's full name: (A (rank, inputs), B (outputs, rank))}, float32 on the CPU. scaling: what the product is
+    multiplied by. kind: `lora` or `hira`. masked: whether it was trained masked. mask: digest of the zeros it was trained on.
+    """
+
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    scaling: float
+    kind: Literal["lora", "hira"] = "lora"
+    masked: bool = False
+    mask: str = ""
+
+
+def resolve_merge(merge: str, model: nn.Module) -> Literal["masked", "dense"]:
+    """`auto` is masked where the model is pruned, else dense."""
+    if merge == "auto":
+        return "masked" if measured_sparsity(model) >= _PRUNED_FROM else "dense"
+    return merge
+
+
+def merge_adapter(model: nn.Module, adapter: Adapter | str | Path, *, merge: str = "auto") -> nn.Module:
+    """Add an adapter to the weights of a plain model, in place, and return it.
+
+    Args:
+        adapter: what `finetune_model` gave, or an adapter folder.
+        merge: `masked` (zeros stay zeros), `dense` (the published behaviour: they are filled), or `auto`: masked where the
+            adapter was trained masked or the model is pruned. HiRA multiplies the weight, and keeps zeros with either.
+
+    Raises:
+        PftoolsError: the adapter does not fit the model, or was trained on other zeros.
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = load_adapter(adapter)
+    merge = "masked" if merge == "auto" and adapter.masked else resolve_merge(merge, model)
+    modules = dict(model.named_modules())
+    for name, (a, b) in adapter.factors.items():
+        if name not in modules or modules[name].weight.shape != (b.shape[0], a.shape[1]):
+            raise PftoolsError(f"the adapter does not fit the model at {name}: it was trained on another model.")
+    if adapter.masked and merge == "masked" and adapter.mask != mask_digest(model, adapter.factors):
+        raise PftoolsError("the adapter was trained on other zeros than this model has: merge it into the model that it was trained on.")
+    with torch.no_grad():
+        for name, (a, b) in adapter.factors.items():
+            weight = modules[name].weight
+            weight.copy_(_merged(weight, a.to(weight.device), b.to(weight.device), adapter, merge))
+    return model
+
+
+def _merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, adapter: Adapter, merge: str) -> torch.Tensor:
+    if adapter.kind == "hira":  # W + W * (B A) (Huang et al., 2025, "HiRA")
+        return weight.float().mul(1 + b @ a).to(weight.dtype)
+    if merge == "masked":
+        return add_masked(weight, a, b, adapter.scaling)
+    return torch.addmm(weight.float(), b, a, alpha=adapter.scaling).to(weight.dtype)
+
+
+def mask_digest(model: nn.Module, names: Any) -> str:
+    """sha256 over where the named weights are zero."""
+    modules, digest = dict(model.named_modules()), hashlib.sha256()
+    for name in sorted(names):
+        digest.update(np.packbits((modules[name].weight != 0).cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """Read a PEFT adapter folder (LoRA, masked LoRA or HiRA).
+
+    Raises:
+        PftoolsError: no adapter there, or one of another kind.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except FileNotFoundError as error:
+        raise PftoolsError(f"{folder} is no adapter folder: {Path(error.filename).name} is missing.") from None
+    kind = "hira" if config["peft_type"] == "HIRA" else "lora"
+    if kind == "lora" and config["peft_type"] not in ("LORA", MASKED_TYPE):
+        raise PftoolsError(f"the adapter in {folder} is of type {config['peft_type']}: only LoRA and HiRA can be merged here.")
+    if config.get("use_dora") or config.get("use_rslora"):
+        raise PftoolsError(f"the adapter in {folder} uses DoRA or rsLoRA: merge it with PEFT.")
+    factors = factors_of(tensors, kind)
+    scaling = 1.0 if kind == "hira" else config["lora_alpha"] / config["r"]
+    return Adapter(factors, scaling, kind, config["peft_type"] == MASKED_TYPE, config.get("pftools_mask", ""))
+
+
+def factors_of(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{module name: (A, B)} from the names that PEFT gives: base_model.model.<module>.lora_A[.default][.weight]."""
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, found, rest = name.removeprefix("base_model.model.").partition(f".{kind}_")
+        if found:
+            factors.setdefault(module, {})[rest[0]] = tensor.detach().float().cpu()
+    return {module: (pair["A"], pair["B"]) for module, pair in factors.items()}
+
+
+def mark_masked(folder: Path, digest: str) -> None:
+    """Turn a saved LoRA folder into one that only pftools merges."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "peft_type": MASKED_TYPE, "pftools_mask": digest}, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,64 @@
+"""What a training is told: which weights get an adapter, how long it lasts, and the published settings."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from pftools.errors import PftoolsError
+from pftools.models import linear_modules
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense")
+_PUBLISHED = ("q_proj", "v_proj")
+
+# The study's settings (Prune-Finetune-LLM): PEFT's LoRA on q and v of an 8-bit base, padded lines, dense merge.
+PUBLISHED_PRESET = {
+    "packing": False, "rank": 8, "alpha": 16, "dropout": 0.05, "targets": "published", "learning_rate": 2e-4,
+    "warmup_steps": 100, "schedule": "linear", "blocks_per_step": 16, "base": "8bit", "gradient_checkpointing": True,
+    "merge": "dense",
+}  # fmt: skip
+
+
+def find_targets(model: nn.Module, targets: str) -> list[str]:
+    """Full names of the linear modules that get an adapter.
+
+    Args:
+        targets: `all-linear` (every linear weight of the decoder layers), `attention`, `published` (q and v), or
+            module names with commas between.
+
+    Raises:
+        PftoolsError: nothing matches; the names that exist are listed.
+    """
+    modules = list(linear_modules(model))
+    if targets == "all-linear":
+        return modules
+    named = {"attention": _ATTENTION, "published": _PUBLISHED}
+    wanted = named.get(targets) or tuple(name.strip() for name in targets.split(",") if name.strip())
+    short = sorted({name.rpartition(".")[2] for name in modules})
+    missing = [] if targets in named else [name for name in wanted if name not in short]
+    found = [name for name in modules if name.rpartition(".")[2] in wanted]
+    if missing or not found:
+        raise PftoolsError(
+            f"targets {targets!r} match nothing for {', '.join(missing or wanted)}: the linear modules of this model are "
+            f"{', '.join(short)}; or give 'all-linear' or 'attention'."
+        )
+    return found
+
+
+def steps_of_budget(
+    rows: int, tokens_per_row: float, rows_per_step: int, *, tokens: int | None, steps: int | None, epochs: float | None
+) -> int:
+    """Optimizer steps of a budget given as real tokens, as steps, or as passes over the rows; one of the three.
+
+    Raises:
+        PftoolsError: none or several are given, or nothing is to be trained.
+    """
+    given = {name: value for name, value in {"tokens": tokens, "steps": steps, "epochs": epochs}.items() if value is not None}
+    if len(given) != 1:
+        raise PftoolsError(f"the training budget is {given or 'not given'}: give exactly one of tokens, steps and epochs.")
+    if tokens is not None:
+        steps = round(tokens / (tokens_per_row * rows_per_step))
+    elif epochs is not None:
+        steps = math.ceil(epochs * rows / rows_per_step)
+    return max(1, steps)

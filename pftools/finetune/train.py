@@ -1,0 +1,278 @@
+"""The training: transformers' Trainer on a PEFT adapter, resumable, with the given model left as it was."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from peft import HiraConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from pftools.errors import PftoolsError
+from pftools.finetune.masked import masked_modules
+from pftools.finetune.merge import Adapter, factors_of, mark_masked, mask_digest, resolve_merge
+from pftools.finetune.recipe import find_targets, steps_of_budget
+from pftools.finetune.rows import Rows
+
+
+@dataclass
+class FinetuneResult:
+    """adapter: give it to `merge_adapter`. losses: a row an optimizer step (step, tokens, loss, learning_rate). folder: where the adapter
+    was saved, if it was. summary: tokens, steps, seconds, tokens_per_second, trainable, trainable_share, final loss."""
+
+    adapter: Adapter
+    losses: pd.DataFrame
+    folder: Path | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def finetune_model(
+    model: nn.Module,
+    blocks: torch.Tensor | Rows,
+    *,
+    keep_sparsity: bool = True,
+    rank: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: str = "all-linear",
+    learning_rate: float = 5e-4,
+    warmup_steps: int = 4,
+    schedule: str = "linear",
+    blocks_per_step: int = 8,
+    micro_batch_size: int | None = None,
+    tokens: int | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    adapter: str = "lora",
+    base: str = "plain",
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+    output: str | Path | None = None,
+    save_every: int = 50,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> FinetuneResult:
+    """Train a low-rank adapter on a frozen model. The model is left as it was; `merge_adapter` changes it.
+
+    Args:
+        model: a causal language model in its own dtype; the adapter is trained in float32.
+        blocks: LongTensor (n_blocks, block_length), or `padded_rows(...)`.
+        keep_sparsity: mask the update wherever the weight is zero, where the model is pruned at all.
+        tokens, steps, epochs: the budget; one of them (default: one epoch).
+        blocks_per_step: rows an optimizer step. micro_batch_size: rows a forward; None: chosen by size.
+        adapter: `lora` or `hira`. base: `plain`, `8bit` or `nf4`: how the frozen weights are held while training.
+        output: a folder. The adapter is saved in `output/adapter`; Trainer's checkpoints in `output/trainer` let a killed
+            training go on, and are removed at the end.
+        save_every: optimizer steps between those checkpoints.
+
+    Raises:
+        PftoolsError: a request that cannot be met, or a loss that is not a number, with the step and the likely cause.
+    """
+    rows = blocks if isinstance(blocks, Rows) else Rows(blocks)
+    _check(model, rows, adapter, base)
+    names = find_targets(model, targets)
+    if tokens is None and steps is None and epochs is None:
+        epochs = 1.0
+    tokens_per_row = rows.real_tokens / len(rows)
+    blocks_per_step = min(blocks_per_step, max(1, round((tokens or math.inf) / tokens_per_row))) if tokens else blocks_per_step
+    max_steps = steps_of_budget(len(rows), tokens_per_row, blocks_per_step, tokens=tokens, steps=steps, epochs=epochs)
+    masked = keep_sparsity and adapter == "lora" and resolve_merge("auto", model) == "masked"
+    micro = _micro_batch(blocks_per_step, micro_batch_size, rows.input_ids.shape[1])
+    digest = mask_digest(model, names) if masked else ""
+
+    with _scratch(output) as folder, _quantized(model, names, base) as kept, _adapted(
+        model, names, adapter, rank, alpha, dropout, masked, kept, seed
+    ) as peft_model:
+        arguments = TrainingArguments(
+            output_dir=str(folder / "trainer"), max_steps=max_steps, per_device_train_batch_size=micro,
+            gradient_accumulation_steps=blocks_per_step // micro, learning_rate=learning_rate, warmup_steps=warmup_steps,
+            lr_scheduler_type=schedule, seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False,
+            save_strategy="steps", save_steps=save_every, save_total_limit=1, report_to=[], disable_tqdm=True,
+            use_cpu=model.device.type == "cpu", gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False}, dataloader_pin_memory=model.device.type == "cuda",
+            remove_unused_columns=False, optim="adamw_torch",
+        )  # fmt: skip
+        watch = _Watch(max_steps, progress)
+        trainer = Trainer(peft_model, arguments, train_dataset=rows, callbacks=[watch, *callbacks])
+        trainer.remove_callback(PrinterCallback)
+        if gradient_checkpointing:
+            peft_model.enable_input_require_grads()
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder / "trainer") if (folder / "trainer").is_dir() else None)
+        seconds = time.perf_counter() - started
+        losses = _losses(trainer.state.log_history, tokens_per_row * blocks_per_step)
+        trained = _read_adapter(peft_model, adapter, alpha / rank, masked, digest)
+        trainable = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
+        if output is not None:
+            peft_model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+            if masked:
+                mark_masked(folder / "adapter", digest)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    done = watch.steps_done * blocks_per_step * tokens_per_row
+    summary = {
+        "tokens": round(max_steps * blocks_per_step * tokens_per_row), "steps": max_steps, "seconds": round(seconds, 2),
+        "tokens_per_second": round(done / seconds, 1), "trainable": trainable,
+        "trainable_share": trainable / (total + trainable), "loss": float(losses["loss"].iloc[-5:].mean()), "masked": masked,
+    }  # fmt: skip
+    return FinetuneResult(trained, losses, Path(output) / "adapter" if output is not None else None, summary)
+
+
+def _check(model: nn.Module, rows: Rows, adapter: str, base: str) -> None:
+    if adapter not in ("lora", "hira"):
+        raise PftoolsError(f"unknown adapter {adapter!r}: give 'lora' or 'hira'.")
+    if base not in ("plain", "8bit", "nf4"):
+        raise PftoolsError(f"unknown base {base!r}: give 'plain', '8bit' or 'nf4'.")
+    if base != "plain":
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError:
+            raise PftoolsError(f"base {base!r} needs bitsandbytes, which is not installed: pip install bitsandbytes, or use 'plain'.") from None
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and rows.input_ids.shape[1] > context:
+        raise PftoolsError(f"the blocks have {rows.input_ids.shape[1]} tokens and the model's context is {context}: use a shorter block_length.")
+
+
+def _micro_batch(blocks_per_step: int, wanted: int | None, length: int) -> int:
+    """The largest divisor of the step that is not above what is wanted, or about 4,096 tokens."""
+    limit = wanted or max(1, 4096 // length)
+    return next(size for size in range(min(limit, blocks_per_step), 0, -1) if blocks_per_step % size == 0)
+
+
+@contextmanager
+def _scratch(output: str | Path | None) -> Iterator[Path]:
+    """The output folder, less Trainer's checkpoints at the end; without one, a folder that goes away whole."""
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="pftools-") as folder:
+            yield Path(folder)
+    else:
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        shutil.rmtree(folder / "trainer", ignore_errors=True)
+
+
+@contextmanager
+def _adapted(
+    model: nn.Module, names: list[str], adapter: str, rank: int, alpha: float, dropout: float, masked: bool,
+    kept: dict[str, torch.Tensor], seed: int,
+) -> Iterator[nn.Module]:  # fmt: skip
+    """The model wrapped by PEFT; unwrapped again, with its gradient flags and its mode as they were."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    training, use_cache = model.training, model.config.use_cache
+    torch.manual_seed(seed)
+    if adapter == "hira":
+        config = HiraConfig(r=rank, hira_dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
+    else:
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
+        if masked:
+            config._register_custom_module(masked_modules())
+    peft_model = get_peft_model(model, config)
+    for name, mask in kept.items():
+        peft_model.get_submodule(f"base_model.model.{name}").kept = mask
+    try:
+        yield peft_model
+    finally:
+        peft_model.unload()
+        if getattr(model, "is_gradient_checkpointing", False):
+            model.gradient_checkpointing_disable()
+        if hasattr(model, "disable_input_require_grads") and getattr(model, "_require_grads_hook", None) is not None:
+            model.disable_input_require_grads()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags.get(name, False))
+        model.config.use_cache = use_cache
+        model.train(training)
+        for marker in ("peft_config", "_hf_peft_config_loaded"):
+            if marker in vars(model):
+                delattr(model, marker)
+
+
+@contextmanager
+def _quantized(model: nn.Module, names: list[str], base: str) -> Iterator[dict[str, torch.Tensor]]:
+    """The named linear modules replaced by bitsandbytes' while training; gives {name: kept mask} of the weights before."""
+    if base == "plain":
+        yield {}
+        return
+    originals = {name: model.get_submodule(name) for name in names}
+    kept = {name: module.weight.detach() != 0 for name, module in originals.items()}
+    pruned = resolve_merge("auto", model) == "masked"
+    for name, module in originals.items():
+        model.set_submodule(name, _bnb_linear(module, base))
+    try:
+        yield kept if pruned else {}
+    finally:
+        for name, module in originals.items():
+            model.set_submodule(name, module)
+
+
+def _bnb_linear(module: nn.Linear, base: str) -> nn.Module:
+    import bitsandbytes as bnb
+
+    shape, bias, device = (module.in_features, module.out_features), module.bias is not None, module.weight.device
+    weight = module.weight.detach().clone()
+    if base == "8bit":
+        new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=6.0)
+        new.weight = bnb.nn.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
+    else:
+        new = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=module.weight.dtype, quant_type="nf4")
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=new)
+    if bias:
+        new.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+    return new.to(device)
+
+
+def _read_adapter(peft_model: nn.Module, kind: str, scaling: float, masked: bool, digest: str) -> Adapter:
+    factors = factors_of(get_peft_model_state_dict(peft_model, save_embedding_layers=False), kind)
+    return Adapter(factors, 1.0 if kind == "hira" else scaling, kind, masked, digest)
+
+
+def _losses(history: list[dict[str, float]], tokens_per_step: float) -> pd.DataFrame:
+    rows = [entry for entry in history if "loss" in entry]
+    return pd.DataFrame(
+        {
+            "step": [entry["step"] for entry in rows],
+            "tokens": [round(entry["step"] * tokens_per_step) for entry in rows],
+            "loss": [entry["loss"] for entry in rows],
+            "learning_rate": [entry["learning_rate"] for entry in rows],
+        }
+    )
+
+
+class _Watch(TrainerCallback):
+    """The progress bar, and the guard against losses that are not numbers."""
+
+    def __init__(self, max_steps: int, progress: bool) -> None:
+        self.bar = tqdm(total=max_steps, desc="fine-tuning", unit="step", disable=not progress)
+        self.steps_done = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps_done += 1
+        self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        self.bar.set_postfix(loss=f"{loss:.3f}")
+        if not math.isfinite(loss):
+            raise PftoolsError(
+                f"the loss became {loss} at step {state.global_step}: most often the learning rate ({args.learning_rate:g}) is too high or "
+                "float16 overflowed; try a tenth of it, more warmup_steps, or dtype bfloat16."
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
