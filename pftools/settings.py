@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pftools.errors import PftoolsError, nearest
 
@@ -81,6 +81,15 @@ class Prune(_Blocks):
     reconstruct_steps: int = Field(0, ge=0, description="Adam steps of block reconstruction a layer; 0: none")
 
 
+# The study's settings (Prune-Finetune-LLM): PEFT's LoRA on q and v of an 8-bit base, padded lines, the dense merge.
+_PRESETS = {
+    "published": {
+        "packing": False, "rank": 8, "alpha": 16, "dropout": 0.05, "targets": "published", "learning_rate": 2e-4,
+        "warmup_steps": 100, "blocks_per_step": 16, "base": "8bit", "gradient_checkpointing": True, "merge": "dense",
+    }
+}  # fmt: skip
+
+
 class Finetune(_Blocks):
     """03: train a low-rank adapter."""
 
@@ -94,7 +103,7 @@ class Finetune(_Blocks):
     merge: Literal["auto", "masked", "dense"] = Field("auto", description="auto: masked where the model has zeros")
     rank: int = Field(8, ge=1, description="rank of the adapter")
     alpha: float = Field(16, gt=0, description="scale of the adapter is alpha / rank")
-    dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the adapter")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
     targets: str = Field("all-linear", description="all-linear, attention, published (q and v), or names with commas")
     learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
     warmup_steps: int = Field(4, ge=0, description="optimizer steps of linear warm-up")
@@ -104,6 +113,15 @@ class Finetune(_Blocks):
     gradient_checkpointing: bool = local(False, "trade time for memory")
     save_every: int = local(50, "optimizer steps between checkpoints that a killed step goes on from", ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """A preset stands where a parameter has its default; what was changed by hand wins."""
+        for name, value in _PRESETS.get(given.get("preset", ""), {}).items():
+            if given.get(name, cls.model_fields[name].default) == cls.model_fields[name].default:
+                given = {**given, name: value}
+        return given
+
 
 class Evaluate(_Blocks):
     """04: perplexity with per-block losses, and tasks with per-question records."""
@@ -111,8 +129,8 @@ class Evaluate(_Blocks):
     step = "evaluate"
     split: Literal["validation", "test"] = Field("test", description="the split that perplexity is computed on")
     n_blocks: int | None = Field(None, ge=1, description="how many blocks; None: the whole split")
-    tasks: list[str] = Field([], description="lm-eval tasks by name, embedded ones included")
-    limit: int | None = Field(None, ge=1, description="questions a task; None: all")
+    tasks: list[str] = Field(["facts", "reading"], description="lm-eval tasks by name, embedded ones included")
+    limit: int | None = Field(200, ge=1, description="questions a task; None: all")
 
 
 class Analyse(Step):

@@ -1,7 +1,7 @@
 """Makes facts.csv and reading.csv, the embedded questions: `python data/facts/make.py`. Same lists, same seed, same files.
 
 facts    what a small model partly knows: capitals, continents, chemical symbols, opposites, past tenses, plurals
-reading  what it has to read: who has which thing, in a few generated sentences
+reading  what it has to read: who was given what, in generated sentences
 """
 
 import csv
@@ -59,22 +59,26 @@ def facts(chooser: random.Random) -> list[list[str]]:
         for subject, answer in known:
             wrong = chooser.sample([other for other in answers if other != answer], 3)
             rows.append(question(chooser, kind, stem.format(subject), answer, wrong))
+    chooser.shuffle(rows)  # so that the first questions, which a limit keeps, are of every kind
     return rows
 
 
 def reading(chooser: random.Random, n: int = 400) -> list[list[str]]:
+    """Three kinds, from easy to hard: who was given it, what was taken, what lies there."""
     rows = []
     for number in range(n):
-        people, things, places = chooser.sample(NAMES, 4), chooser.sample(THINGS, 4), chooser.sample(PLACES, 4)
-        asked = chooser.randrange(4)
-        if number % 2:
-            story = " ".join(f"{person} has the {thing}." for person, thing in zip(people, things))
-            stem, answers = f"{story} The person who has the {things[asked]} is", people
+        people, things, place = chooser.sample(NAMES, 4), chooser.sample(THINGS, 7), chooser.choice(PLACES)
+        if number % 3 == 0:
+            kind, answer, wrong = "receiver", people[1], [people[0], *people[2:]]
+            stem = f"When {people[0]} and {people[1]} went to the {place}, {people[0]} gave a {things[0]} to"
+        elif number % 3 == 1:
+            kind, answer, wrong = "taken", things[0], things[1:4]
+            stem = f"{people[2]} lost the {things[1]}. {people[0]} gave the {things[0]} to {people[1]}. {people[1]} thanked {people[0]} and took the"
         else:
-            story = " ".join(f"{person} is in the {place}." for person, place in zip(people, places))
-            stem, answers = f"{story} {people[asked]} is in the", places
-        wrong = [answer for place, answer in enumerate(answers) if place != asked]
-        rows.append(question(chooser, "who" if number % 2 else "where", stem, answers[asked], wrong))
+            kind, answer, wrong = "listed", things[0], things[4:]
+            listed = [f"a {thing}" for thing in chooser.sample(things[:4], 4)]
+            stem = f"{people[0]} went to the {place} and bought {', '.join(listed[:3])} and {listed[3]}. In the bag there is a"
+        rows.append(question(chooser, kind, stem, answer, wrong))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What a training is told: which weights get an adapter, how long it lasts, and the published settings."""
+"""What a training is told: which weights get an adapter, and how long it lasts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ from pftools.models import linear_modules
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense")
 _PUBLISHED = ("q_proj", "v_proj")
-
-# The study's settings (Prune-Finetune-LLM): PEFT's LoRA on q and v of an 8-bit base, padded lines, dense merge.
-PUBLISHED_PRESET = {
-    "packing": False, "rank": 8, "alpha": 16, "dropout": 0.05, "targets": "published", "learning_rate": 2e-4,
-    "warmup_steps": 100, "schedule": "linear", "blocks_per_step": 16, "base": "8bit", "gradient_checkpointing": True,
-    "merge": "dense",
-}  # fmt: skip
-
 
 def find_targets(model: nn.Module, targets: str) -> list[str]:
     """Full names of the linear modules that get an adapter.

@@ -39,7 +39,7 @@ def choose(scores: torch.Tensor, sparsity: float, pattern: Pattern, *, per_matri
 
 
 def table_row(place: str, name: str, pruned: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, norms: torch.Tensor,
-              asked: float, seconds: float, note: str) -> dict[str, Any]:  # fmt: skip
+              asked: float, note: str) -> dict[str, Any]:  # fmt: skip
     """One line of the table of a pruning.
 
     output_error is the relative error of the module's output, ||(W - W') X|| / ||W X||, with the input columns taken
@@ -54,7 +54,6 @@ def table_row(place: str, name: str, pruned: torch.Tensor, weight: torch.Tensor,
         "measured": float((pruned | (weight == 0)).float().mean()),
         "score_kept": float(1 - scores[pruned].sum() / scores.sum().clamp_min(1e-30)),
         "output_error": float((energy[pruned].sum() / energy.sum().clamp_min(1e-30)).sqrt()),
-        "seconds": seconds,
         "note": note,
     }
 

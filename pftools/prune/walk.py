@@ -147,7 +147,8 @@ def _prune_module(
     already = float((weight == 0).float().mean())
     if already > asked + 0.005:
         note = f"was {already:.1%} sparse before, more than asked"
+    row = table_row(place, name, pruned, weight, scores, norms, asked, note)
     with torch.no_grad():
         module.weight.masked_fill_(pruned, 0)
     masks[f"{place}.{name}.weight"] = ~pruned.cpu()
-    rows.append(table_row(place, name, pruned, weight, scores, norms, asked, time.perf_counter() - started, note))
+    rows.append({**row, "seconds": time.perf_counter() - started})
