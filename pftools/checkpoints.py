@@ -115,7 +115,7 @@ def lineage(folder: str | Path) -> tuple[str, list[Path]]:
 
 
 def load(
-    folder: str | Path, *, dtype: str = "auto", device: str = "auto"
+    folder: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a finished prune or finetune run, and its tokenizer: the base with all deltas replayed.
 
@@ -123,7 +123,7 @@ def load(
         PftoolsError: a run of the chain is missing, unfinished or damaged, or does not fit the base.
     """
     base, chain = lineage(folder)
-    model, tokenizer = models.load_pretrained(base, dtype=dtype, device=device)
+    model, tokenizer = models.load_pretrained(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     for run_folder in chain:
         model = _replay(model, run_folder)
     return model, tokenizer

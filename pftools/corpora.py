@@ -215,14 +215,14 @@ def _pydocs() -> dict[str, list[str]]:
     from pydoc_data.topics import topics
 
     groups = sorted(_overlapping(topics), key=lambda group: (-sum(len(topics[name]) for name in group), group))
-    total = sum(len(text) for text in topics.values())
+    kept = [_without_repeats({name: topics[name] for name in group}) for group in groups]
+    total = sum(len(text) for texts in kept for text in texts)
     room = {split: share * total for split, share in _PYDOCS_SHARES.items()}
     dealt: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for group in groups:
-        kept = _without_repeats({name: topics[name] for name in group})
+    for texts in kept:
         split = max(room, key=room.get)
-        dealt[split] += kept
-        room[split] -= sum(map(len, kept))
+        dealt[split] += texts
+        room[split] -= sum(map(len, texts))
     return dealt
 
 

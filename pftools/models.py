@@ -17,7 +17,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pftools.errors import PftoolsError, nearest
 
@@ -78,8 +78,22 @@ def _cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, question, lambda: False)() for question in questions)
 
 
+def load_for(parameters: Any, *, model: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`load_model` with what a step's parameters say of model, dtype, device and remote code.
+
+    Args:
+        model: another model than the step's own.
+    """
+    return load_model(
+        model or parameters.model,
+        dtype=parameters.dtype,
+        device=parameters.device,
+        trust_remote_code=parameters.trust_remote_code,
+    )
+
+
 def load_model(
-    name: str | Path, *, dtype: str = "auto", device: str = "auto"
+    name: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready for evaluation.
 
@@ -88,6 +102,7 @@ def load_model(
             pftools, whose masks and adapters are replayed on its base model.
         dtype: `auto`, `float32`, `bfloat16` or `float16` (or a torch dtype).
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        trust_remote_code: let a hub model run code of its own.
 
     Raises:
         PftoolsError: no such model, or it cannot be fetched.
@@ -96,21 +111,25 @@ def load_model(
     if (Path(name) / "run.json").exists():
         from pftools import checkpoints  # the one look sideways: a run folder is a model too
 
-        return checkpoints.load(name, dtype=dtype, device=device)
-    return load_pretrained(name, dtype=dtype, device=device)
+        return checkpoints.load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return load_pretrained(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def load_pretrained(
-    name: str, *, dtype: str = "auto", device: str = "auto"
+    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Like `load_model`, for models in Hugging Face format only (embedded, hub id or folder)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a bar for a second of loading, in every notebook and report, is noise
     source = model_source(name)
     device = resolve_device(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, device))
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=resolve_dtype(dtype, device), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PftoolsError(
