@@ -140,7 +140,7 @@ def compare_orderings(results: pd.DataFrame, block_nll: Mapping[str, ArrayLike])
     """
     rows = []
     settings = ["method", "pattern", "merge", "asked"]
-    for (method, pattern, merge, asked), group in results.groupby(settings, sort=False):
+    for (_, _, _, asked), group in results.groupby(settings, sort=False):
         for first, second in itertools.combinations(dict.fromkeys(group["ordering"]), 2):
             one, other = (_last_of(group, name) for name in (first, second))
             seeds = sorted(set(one.index) & set(other.index))

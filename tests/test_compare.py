@@ -1,0 +1,132 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+
+from pftools import compare
+from pftools.errors import PftoolsError
+
+
+def test_mcnemar_agrees_with_statsmodels():
+    generator = np.random.default_rng(0)
+    a, b = generator.random(200) < 0.6, generator.random(200) < 0.5
+    table = [[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]]
+    assert compare.compare_accuracy(a, b).p == pytest.approx(mcnemar(table, exact=True).pvalue)
+    assert compare.compare_accuracy(a, b).estimate == pytest.approx(a.mean() - b.mean())
+
+
+def test_the_perplexity_interval_is_near_the_t_interval_of_the_log_ratio():
+    generator = np.random.default_rng(0)
+    a = generator.normal(3, 0.4, 60)
+    b = a + generator.normal(0.05, 0.05, 60)
+    found = compare.compare_perplexity(a, b)
+    test = stats.ttest_rel(a, b)
+    low, high = np.exp(test.confidence_interval())
+    assert found.estimate == pytest.approx(math.exp((a - b).mean()))
+    assert (found.low, found.high) == pytest.approx((low, high), rel=0.004)
+
+
+def test_no_difference_is_found_no_more_often_than_stated():
+    generator = np.random.default_rng(1)
+    false = wrong = 0
+    for trial in range(300):
+        text = generator.normal(3, 0.5, 40)
+        a, b = text + generator.normal(0, 0.05, 40), text + generator.normal(0, 0.05, 40)
+        found = compare.compare_perplexity(a, b, seed=trial)
+        false += found.p < 0.05
+        wrong += not found.low <= 1 <= found.high
+    assert false <= 27 and wrong <= 27  # 5% of 300 is 15; 27 is three standard errors above
+
+
+def test_intervals_of_accuracy_differences_cover():
+    generator = np.random.default_rng(2)
+    covered = false = 0
+    for trial in range(300):
+        skill = generator.random(250)
+        a, b = generator.random(250) < skill, generator.random(250) < skill
+        found = compare.compare_accuracy(a, b, seed=trial)
+        covered += found.low <= 0 <= found.high
+        false += found.p < 0.05
+    assert covered >= 273 and false <= 27
+
+
+def test_the_smallest_visible_difference_is_seen_with_the_stated_power():
+    n, disagreement = 300, 0.3
+    difference = compare.smallest_visible_difference(n, disagreement=disagreement)
+    generator = np.random.default_rng(3)
+    seen = 0
+    for _ in range(400):
+        outcome = generator.choice([1, -1, 0], n, p=[(disagreement + difference) / 2, (disagreement - difference) / 2, 1 - disagreement])
+        first, second = int((outcome > 0).sum()), int((outcome < 0).sum())
+        seen += stats.binomtest(first, first + second).pvalue < 0.05
+    assert 0.72 < seen / 400 < 0.88
+    assert compare.smallest_visible_difference(1200, disagreement=disagreement) == pytest.approx(difference / 2, rel=0.1)
+
+
+def test_holm_agrees_with_hand():
+    assert compare.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert compare.holm([]) == []
+
+
+def test_the_interval_of_guessing():
+    low, high = compare.chance_interval(0.2, 245)
+    assert stats.binom.cdf(low * 245 - 1, 245, 0.2) < 0.025 < 0.975 <= stats.binom.cdf(high * 245, 245, 0.2)
+
+
+def results(**changes):
+    table = pd.DataFrame(
+        {
+            "ordering": ["prune", "finetune_prune", "prune_finetune"], "asked": 0.5, "measured": [0.5, 0.5, 0.5], "perplexity": [23.0, 19.0, 17.0],
+            "finetune_tokens": [0, 1000, 1000], "seed": 0, "method": "wanda", "pattern": "unstructured", "merge": "auto", "run": ["a", "b", "c"],
+        }
+    )  # fmt: skip
+    return table.assign(**changes)
+
+
+def losses(noise=0.01):
+    generator = np.random.default_rng(0)
+    text = generator.normal(0, 0.5, 40)
+    return {run: math.log(perplexity) + text - text.mean() + generator.normal(0, noise, 40) for run, perplexity in zip("abc", (23, 19, 17))}
+
+
+def test_a_real_difference_is_named_with_its_winner():
+    pairs = compare.compare_orderings(results(), losses())
+    assert len(pairs) == 3 and (pairs["verdict_kind"] == "differs").all()
+    verdict = pairs["verdict"].iloc[2]
+    assert verdict.startswith("prune_finetune beats finetune_prune at 50%") and "both were fine-tuned on 1,000 tokens" in verdict
+    assert "training was not equal" in pairs["verdict"].iloc[0]
+
+
+def test_noise_cannot_be_told_apart():
+    noisy = {run: np.random.default_rng(ord(run)).normal(3, 0.5, 12) for run in "abc"}
+    assert (compare.compare_orderings(results(), noisy)["verdict_kind"] == "cannot be told apart").all()
+
+
+def test_other_sparsities_are_not_compared():
+    pairs = compare.compare_orderings(results(measured=[0.5, 0.5, 0.42]), losses())
+    assert pairs["verdict_kind"].tolist() == ["differs", "not comparable", "not comparable"]
+    assert "50.0% and 42.0%" in pairs["verdict"].iloc[1] and math.isnan(pairs["ratio"].iloc[1])
+
+
+def test_seeds_are_pooled_by_block():
+    table = pd.concat([results(), results(seed=1, run=["d", "e", "f"])], ignore_index=True)
+    more = losses() | dict(zip("def", losses(0.02).values()))
+    pairs = compare.compare_orderings(table, more)
+    assert len(pairs) == 3 and (pairs["seeds"] == 2).all()
+
+
+def test_tasks_say_what_could_have_been_seen():
+    generator = np.random.default_rng(0)
+    samples = {run: pd.DataFrame({"task": "facts", "question": range(200), "correct": (generator.random(200) < 0.5) * 1.0}) for run in "abc"}
+    table = compare.compare_tasks(results(), samples)
+    assert len(table) == 3 and table["verdict"].str.contains("cannot be told apart on 200 questions: a difference under").all()
+
+
+def test_results_that_cannot_be_paired_are_refused():
+    with pytest.raises(PftoolsError, match="same blocks and questions"):
+        compare.compare_perplexity([1.0] * 6, [1.0] * 7)
+    with pytest.raises(PftoolsError, match="too few"):
+        compare.compare_perplexity([1.0] * 3, [1.0] * 3)

@@ -1,0 +1,119 @@
+import lm_eval
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from pftools import evaluate
+from pftools.errors import PftoolsError
+from pftools.evaluate.prefix_cache import _best_stretches, _common
+from pftools.evaluate.tasks import load_tasks
+from tests import oracles
+from tests.tiny import tiny_blocks, tiny_llama, tiny_tokenizer
+
+
+def test_perplexity_equals_the_oracle():
+    model = tiny_llama()
+    result = evaluate.perplexity(model, tiny_blocks(), batch_size=3, progress=False)
+    assert result.perplexity == pytest.approx(oracles.perplexity(model, tiny_blocks()), rel=1e-5)
+    assert result.block_nll.shape == (8,) and result.block_nll.dtype == torch.float64
+    assert result.perplexity == pytest.approx(float(result.block_nll.mean().exp()))
+
+
+def test_a_broken_model_and_no_blocks_are_named():
+    model = tiny_llama()
+    model.lm_head.weight.data[5] = torch.nan
+    with pytest.raises(PftoolsError, match="block 0 is not a number"):
+        evaluate.perplexity(model, tiny_blocks(), progress=False)
+    with pytest.raises(PftoolsError, match="shape"):
+        evaluate.perplexity(model, tiny_blocks()[:0], progress=False)
+
+
+def requests(n_prefixes=3, n_questions=12, prefix=300, choices=(" a", " b", " long choice")):
+    texts = []
+    for number in range(n_prefixes):
+        shared = f"{number} " + "example question and answer. " * (prefix // 29)
+        texts += [(f"{shared}{number}-{question} is it?" + "?" * (question % 4), choice) for question in range(n_questions) for choice in choices]
+    texts += [("alone", " x"), ("", "starts with nothing")]
+    return [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(texts)]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_length": 100}])
+def test_likelihoods_equal_those_of_hflm(options):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    ours = evaluate.PrefixCachedLM(pretrained=model, tokenizer=tokenizer, batch_size=4, **options)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, **options)
+    found = ours.loglikelihood(requests(), disable_tqdm=True)
+    expected = theirs.loglikelihood(requests(), disable_tqdm=True)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert max(abs(a - b) for (a, _), (b, _) in zip(found, expected)) < 1e-3
+    if options:
+        assert ours.truncated > 0
+    else:
+        assert ours.truncated == 0 and ours.tokens_read < ours.tokens_asked / 3
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3", "gpt_neox"])
+def test_other_families_give_the_same_likelihoods(family):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    options = {"sliding_window": 64} if family in ("mistral", "gemma2") else {}
+    config = AutoConfig.for_model(
+        family, vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=8, max_position_embeddings=512, **options,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    pair = [kind(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=4) for kind in (evaluate.PrefixCachedLM, HFLM)]
+    found, expected = (lm.loglikelihood(requests(1, 8), disable_tqdm=True) for lm in pair)
+    assert max(abs(a - b) for (a, _), (b, _) in zip(found, expected)) < 1e-3
+
+
+def test_stretches_are_cut_where_they_save_most(monkeypatch):
+    monkeypatch.setattr("pftools.evaluate.prefix_cache._WORTH_TOKENS", 0)
+    # rows 0-2 share 100, rows 3-4 share 80, all share 5: two groups save 200 + 80, one would save 20
+    assert _best_stretches([100, 100, 5, 80], [200] * 5) == [(0, 3, 100), (3, 5, 80)]
+    assert _best_stretches([50, 49, 50], [200] * 4) == [(0, 4, 49)]
+    assert _best_stretches([0, 0], [10] * 3) == []
+
+
+def test_common_beginnings():
+    assert _common((1, 2, 3, 4), (1, 2, 9, 4)) == 2 and _common((1,), (2,)) == 0 and _common((1, 2), (1, 2, 3)) == 2
+
+
+def test_embedded_tasks_have_several_hundred_questions_and_even_answers():
+    for name, configuration in load_tasks(["facts", "reading"]).items():
+        rows = configuration["custom_dataset"](**configuration["metadata"])["test"]
+        assert len(rows) >= 270, name
+        assert len({(row["stem"]) for row in rows}) == len(rows)
+        for row in rows:
+            assert len({row["a"], row["b"], row["c"], row["d"]}) == 4
+
+
+def test_tasks_give_scores_and_a_record_for_every_question():
+    found = evaluate.evaluate_tasks(tiny_llama(), tiny_tokenizer(), ["facts", "reading"], limit=10)
+    assert found.scores["task"].tolist() == ["facts", "reading"] and (found.scores["n"] == 10).all()
+    assert (found.scores["chance"] == 0.25).all() and (found.scores["low"] <= found.scores["value"]).all()
+    assert len(found.samples) == 20 and found.samples["correct"].isin([0, 1]).all()
+    per_task = found.samples.groupby("task")["correct"].mean()
+    assert per_task["facts"] == found.scores["value"][0]
+    assert all(len(scores) == 4 for scores in found.samples["choice_scores"])
+
+
+def test_an_unknown_task_is_refused_with_the_nearest():
+    with pytest.raises(PftoolsError, match="did you mean 'facts'"):
+        evaluate.evaluate_tasks(tiny_llama(), tiny_tokenizer(), ["fact"])
+
+
+@pytest.mark.smollm2
+def test_the_embedded_tasks_have_signal_and_equal_hflm(smollm2):
+    model, tokenizer = smollm2
+    found = evaluate.evaluate_tasks(model, tokenizer, ["facts", "reading"], limit=60)
+    assert (found.scores["low"] > found.scores["chance"]).all(), found.scores
+    expected = lm_eval.simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16), tasks=list(load_tasks(["facts"]).values()), limit=20, bootstrap_iters=0
+    )
+    ours = found.samples[found.samples["task"] == "facts"].set_index("question")["choice_scores"]
+    for sample in expected["samples"]["facts"]:
+        theirs = [response[0] for response in sample["filtered_resps"]]
+        assert max(abs(a - b) for a, b in zip(ours[sample["doc_id"]], theirs)) < 1e-3
