@@ -18,7 +18,7 @@ def wanda_mask(weight: torch.Tensor, inputs: torch.Tensor, sparsity: float) -> t
     kept = torch.ones(rows, columns, dtype=torch.bool)
     norms = [float(inputs[:, column].double().square().sum().sqrt()) for column in range(columns)]
     for row in range(rows):
-        scores = [abs(float(weight[row, column].double())) * norms[column] for column in range(columns)]
+        scores = [abs(float(weight[row, column].detach().double())) * norms[column] for column in range(columns)]
         order = sorted(range(columns), key=lambda column: scores[column])
         for column in order[: int(columns * sparsity)]:
             kept[row, column] = False
@@ -61,7 +61,7 @@ def wanda_walk(model: torch.nn.Module, blocks: torch.Tensor, sparsity: float) ->
         modules = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
         seen = {name: [] for name in modules}
         hooks = [
-            module.register_forward_hook(lambda _, args, __, name=name: seen[name].append(args[0].flatten(0, -2)))
+            module.register_forward_hook(lambda _, args, __, seen=seen, name=name: seen[name].append(args[0].flatten(0, -2)))
             for name, module in modules.items()
         ]
         with torch.no_grad():

@@ -1,0 +1,144 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pftools import checkpoints, models, runs, settings
+from pftools.errors import PftoolsError
+from pftools.finetune import finetune_model
+from pftools.prune import prune_model
+from tests.tiny import save_tiny, tiny_blocks
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    """A finished prune run of a tiny model, made without a notebook."""
+    parameters = settings.Prune(model=str(save_tiny(tmp_path / "tiny")), dtype="float32", runs=str(tmp_path / "runs"))
+    run = runs.start(parameters)
+    model, _ = models.load_for(parameters)
+    result = prune_model(model, tiny_blocks(), progress=False)
+    return run.seal(checkpoints.save_prune(run, result.masks), measured=0.5), model
+
+
+def tuned(sealed):
+    parameters = settings.Finetune(model=str(sealed[0]), dtype="float32", runs=str(sealed[0].parent))
+    run = runs.start(parameters)
+    model, _ = models.load_for(parameters)
+    finetune_model(model, tiny_blocks(), steps=2, output=run.path(""), progress=False)
+    return run.seal(checkpoints.save_finetune(run, "masked"), measured=0.5)
+
+
+def test_masks_are_one_bit_a_weight_and_come_back(tmp_path):
+    masks = {"a": torch.rand(7, 9) > 0.5, "b": torch.rand(64, 64) > 0.5}
+    checkpoints.save_masks(tmp_path / "masks.safetensors", masks)
+    again = checkpoints.load_masks(tmp_path / "masks.safetensors")
+    assert all(torch.equal(masks[name], again[name]) for name in masks)
+    assert (tmp_path / "masks.safetensors").stat().st_size < 64 * 64 / 8 + 500
+
+
+def test_a_chain_of_deltas_replays(sealed):
+    folder, pruned = sealed
+    replayed, _ = checkpoints.load(folder, dtype="float32")
+    assert all(torch.equal(one, other) for one, other in zip(pruned.state_dict().values(), replayed.state_dict().values()))
+    last = tuned(sealed)
+    model, _ = models.load_model(last, dtype="float32")
+    assert models.measured_sparsity(model) == 0.5
+    base, chain = checkpoints.lineage(last)
+    assert base.endswith("tiny") and [path.name for path in chain] == [folder.name, last.name]
+
+
+def test_runs_can_be_moved_together(sealed, tmp_path):
+    last = tuned(sealed)
+    moved = tmp_path / "elsewhere"
+    last.parent.rename(moved)
+    model, _ = checkpoints.load(moved / last.name, dtype="float32")
+    assert models.measured_sparsity(model) == 0.5
+
+
+def test_every_damaged_file_is_detected_and_named(sealed):
+    last = tuned(sealed)
+    for folder in (sealed[0], last):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            whole = path.read_bytes()
+            for damaged in (whole[:-3], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], None):
+                path.unlink() if damaged is None else path.write_bytes(damaged)
+                with pytest.raises(PftoolsError, match=f"{path.name}|not finished|no model"):
+                    checkpoints.load(last, dtype="float32")
+                path.write_bytes(whole)
+    checkpoints.load(last, dtype="float32")
+
+
+def test_a_changed_number_in_the_record_breaks_its_seal(sealed):
+    path = sealed[0] / "run.json"
+    path.write_text(path.read_text().replace('"measured": 0.5', '"measured": 0.6'))
+    with pytest.raises(PftoolsError, match="damaged"):
+        runs.read_record(sealed[0])
+
+
+def test_work_is_not_finished_until_it_is_sealed(tmp_path):
+    run = runs.start(settings.Calibrate(model="somebody/model", runs=str(tmp_path)))
+    run.path("table.txt").write_text("half")
+    assert not runs.is_finished(run.folder) and runs.is_locked(run.folder)
+    run.seal(["table.txt"], answer=1)
+    assert runs.is_finished(run.folder) and not runs.is_locked(run.folder)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["run.json", "table.txt"]
+
+
+def test_a_finished_run_is_never_overwritten(tmp_path):
+    parameters = settings.Calibrate(model="somebody/model", runs=str(tmp_path))
+    for answer in (1, 2):
+        run = runs.start(parameters)
+        run.path("table.txt").write_text(str(answer))
+        run.seal(["table.txt"], answer=answer)
+    assert runs.verify(run.folder)["results"]["answer"] == 1 and (run.folder / "table.txt").read_text() == "1"
+
+
+def test_a_step_does_not_start_from_an_unfinished_run(tmp_path):
+    with pytest.raises(PftoolsError, match="that run is not finished"):
+        runs.start(settings.Prune(model=str(tmp_path / "prune-0123456789ab"), runs=str(tmp_path)))
+
+
+def test_a_killed_owner_leaves_no_lock(tmp_path):
+    code = (
+        "import time; from pathlib import Path; from pftools import runs\n"
+        f"with runs.driving(Path({str(tmp_path)!r}) / 'prune-0123456789ab'):\n print('held', flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline().strip() == "held"
+    folder = tmp_path / "prune-0123456789ab"
+    assert runs.is_locked(folder) and f"process {owner.pid}" in runs.owner(folder)
+    owner.kill()
+    owner.wait()
+    began = time.monotonic()
+    with runs.driving(folder):
+        assert time.monotonic() - began < 5
+
+
+def test_garbage_collection_spares_what_is_kept(sealed):
+    last = tuned(sealed)
+    root = last.parent
+    assert [path.name for path in runs.unneeded(root, {last.name})] == [sealed[0].name]
+    runs.remove(sealed[0])
+    with pytest.raises(PftoolsError, match="run its step again"):
+        checkpoints.load(last)
+
+
+def test_export_refuses_a_full_folder(sealed, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(PftoolsError, match="not empty"):
+        checkpoints.export(sealed[0], tmp_path / "full")
+
+
+def test_the_record_tells_how_it_was_made(sealed):
+    record = json.loads((sealed[0] / "run.json").read_text())
+    assert record["parameters"]["sparsity"] == 0.5 and record["versions"]["torch"] and record["peak_memory_bytes"] > 1e6
+    assert record["machine"]["cores"] >= 1 and record["finished"].endswith("Z")
+
+
+def test_importing_pftools_is_instant():
+    code = "import sys, pftools, pftools.cli; print([name for name in ('torch', 'transformers', 'pandas', 'altair') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
