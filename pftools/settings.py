@@ -28,7 +28,8 @@ def local(default: Any, description: str, **limits: Any) -> Any:
 class Step(BaseModel):
     """What all five steps share."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    # Defaults are validated too, so that 16 and 16.0 never make two keys of one step.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
     step: ClassVar[str]
     # The parameters that may name the run of an earlier step.
     parents: ClassVar[tuple[str, ...]] = ("model",)
