@@ -6,10 +6,16 @@ network. One theme; an ordering has the same colour in every chart.
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import altair as alt
 import pandas as pd
+
+if TYPE_CHECKING:
+    from pftools.orderings import OrderingStep
 
 INK, SOFT, GRID = "#22262b", "#6a737d", "#e7e9ec"
 BLUE, ORANGE, GREEN, GREY = "#1f6fb2", "#d9662c", "#2f8f6b", "#9aa3ad"
@@ -66,6 +72,13 @@ def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:
     else:
         chart.save(path, **({"scale_factor": 2} if path.suffix == ".png" else {}))
     return path
+
+
+def as_svg(chart: alt.TopLevelMixin) -> str:
+    """A chart as SVG text."""
+    text = io.StringIO()
+    chart.save(text, format="svg")
+    return text.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,6 +264,19 @@ def asked_and_measured(results: pd.DataFrame) -> alt.LayerChart:
     x, y = alt.X("asked:Q", title="asked", axis=percent), alt.Y("measured:Q", title="measured", axis=percent)
     colour = alt.Color("ordering:N", title=None, sort=orderings, scale=colours_of(orderings))
     return (diagonal.encode(x=x, y=y) + dots.encode(x=x, y=y, color=colour)).properties(width=300, height=300)
+
+
+def ordering_chart(steps: Sequence[OrderingStep]) -> alt.LayerChart:
+    """An ordering as stairs: the sparsity after each of its steps, pruning in orange, fine-tuning in blue."""
+    rows = [{"place": 0, "step": "base", "sparsity": 0.0}]
+    rows += [{"place": place, "step": step.kind, "sparsity": step.sparsity} for place, step in enumerate(steps, 1)]
+    table = pd.DataFrame(rows)
+    base = alt.Chart(table, title=_title("The way to the target", "P prunes to the level shown; F trains at it"), height=150)
+    x = alt.X("place:O", title="step", axis=alt.Axis(labelAngle=0))
+    y = alt.Y("sparsity:Q", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
+    colour = alt.Color("step:N", title=None, scale=alt.Scale(domain=["base", "P", "F"], range=[INK, ORANGE, BLUE]))
+    line = base.mark_line(interpolate="step-after", color=GREY, strokeWidth=1.6).encode(x=x, y=y)
+    return line + base.mark_circle(size=130, opacity=1).encode(x=x, y=y, color=colour)
 
 
 def plan_chart(table: pd.DataFrame) -> alt.LayerChart:

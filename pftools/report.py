@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +69,7 @@ def _winner(table: pd.DataFrame) -> str:
     if not len(rest):
         return sentence
     verdict = rivals[rivals["rival"] == rest["ordering"].iloc[0]]
-    return f"{sentence} {_capital(verdict['verdict'].iloc[0])}" if len(verdict) else sentence
-
-
-def _capital(text: str) -> str:
-    return f"The nearest rival: {text}"
+    return f"{sentence} The nearest rival: {verdict['verdict'].iloc[0]}" if len(verdict) else sentence
 
 
 def result_table(table: pd.DataFrame) -> Any:
@@ -222,6 +219,7 @@ def _html(notebook: Any, name: str) -> str:
     """The notebook's words and outputs, without its code, in a page of our own: nbconvert's has scripts from elsewhere."""
     from html import escape
 
+    import nbformat
     from nbconvert import HTMLExporter
 
     kept = [cell for cell in notebook.cells if cell.cell_type == "markdown" or cell.get("outputs")]
@@ -229,6 +227,9 @@ def _html(notebook: Any, name: str) -> str:
         cell.setdefault("metadata", {}).pop("tags", None)
         if cell.cell_type == "code":  # what the kernel warns of belongs to the run's notebook, not to the report
             cell.outputs = [output for output in cell.outputs if output.output_type != "stream" or output.get("name") == "stdout"]
+    outputs = [output for cell in kept for output in cell.get("outputs", []) if "image/svg+xml" in output.get("data", {})]
+    for number, output in enumerate(outputs):
+        output.data = nbformat.from_dict({"text/html": _figure(output.data["image/svg+xml"], f"chart{number}")})
     notebook.cells = kept
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
     body, _ = exporter.from_notebook_node(notebook)
@@ -237,3 +238,9 @@ def _html(notebook: Any, name: str) -> str:
         f"<title>{escape(name)} · order of pruning and fine-tuning</title><style>{_STYLE}</style></head>"
         f"<body><main>{body}<footer>Made by pftools from 06_compare_orderings.</footer></main></body></html>"
     )
+
+
+def _figure(svg: str, prefix: str) -> str:
+    """A chart as part of the page: its words can be selected and are read aloud; its ids are its own among the others'."""
+    svg = re.sub(r'(\bid="|url\(#|href="#)', lambda found: f"{found.group(1)}{prefix}-", svg)
+    return f"<figure>{svg}</figure>"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from html import escape
+from typing import Any
 
+import ipywidgets
 import pandas as pd
 from transformers import TrainerCallback
 
-if TYPE_CHECKING:
-    pass
+from pftools.errors import PftoolsError
+from pftools.orderings import PUBLISHED, parse_ordering
 
 
 class LiveLoss(TrainerCallback):
@@ -44,3 +46,38 @@ class LiveLoss(TrainerCallback):
             from IPython.display import HTML
 
             self._shown.update(HTML(""))  # the finished curve follows in a cell of its own
+
+
+def ordering_explorer(ordering: str = "iter_pf", sparsity: float = 0.5) -> ipywidgets.VBox:
+    """A box to type an ordering into, a slider for the sparsity, and the steps that they stand for, drawn as one turns them.
+
+    Without a live kernel (in a rendered notebook) the first picture stays.
+    """
+    from IPython.display import SVG, display
+
+    word = ipywidgets.Combobox(value=ordering, options=list(PUBLISHED), ensure_option=False, description="ordering", continuous_update=True)
+    target = ipywidgets.FloatSlider(value=sparsity, min=0, max=0.9, step=0.05, description="sparsity", readout_format=".0%")
+    schedule = ipywidgets.ToggleButtons(options=["linear", "cubic"], description="schedule")
+    drawn, said = ipywidgets.Output(), ipywidgets.HTML()
+
+    def draw(_: Any = None) -> None:
+        try:
+            steps = parse_ordering(word.value).steps(target.value, schedule=schedule.value)
+        except PftoolsError as error:
+            said.value = f"<span style='color:#b3541e'>{escape(str(error))}</span>"
+            return
+        said.value = f"<code>{' '.join(step.kind for step in steps) or 'no step: the model as it is'}</code>"
+        drawn.clear_output(wait=True)
+        with drawn:
+            display(SVG(_stairs(steps)))
+
+    for control in (word, target, schedule):
+        control.observe(draw, "value")
+    draw()
+    return ipywidgets.VBox([word, target, schedule, said, drawn])
+
+
+def _stairs(steps: tuple[Any, ...]) -> str:
+    from pftools import figures
+
+    return figures.as_svg(figures.ordering_chart(steps))
