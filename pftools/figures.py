@@ -217,12 +217,14 @@ def metric_by_sparsity(
     """
     shown = results.dropna(subset=[metric])
     orderings = list(dict.fromkeys(shown["ordering"]))
-    axis = alt.Axis(format="%" if percent else "~g")
-    scale = alt.Scale(type="log" if log else "linear", zero=False, padding=12)
+    ends = [column for column in (f"{metric}_low", metric, f"{metric}_high") if column in shown]
+    axis = alt.Axis(format="%" if percent else "~g", tickCount=7)
+    scale = _scale(pd.concat([shown[column] for column in ends] + [pd.Series([chance], dtype=float)]), log=log)
     colour = alt.Color("ordering:N", title=None, sort=orderings, scale=colours_of(orderings))
+    top = float(shown["measured"].max())
     base = alt.Chart(shown, title=_title(title, subtitle), height=320).encode(
-        x=alt.X("measured:Q", title="measured sparsity", axis=alt.Axis(format="%", grid=False),
-                scale=alt.Scale(zero=False, padding=18)),
+        x=alt.X("measured:Q", title="measured sparsity", axis=alt.Axis(format="%", grid=False, values=_tenths(top)),
+                scale=alt.Scale(domain=[-0.02, top + 0.02], nice=False)),
         color=colour,
     )  # fmt: skip
     y = alt.Y(f"{metric}:Q", title=label or metric, scale=scale, axis=axis)
@@ -243,11 +245,12 @@ def pair_ratios(pairs: pd.DataFrame, *, title: str) -> alt.LayerChart:
     Args:
         pairs: columns pair, ratio, low, high, verdict_kind ("differs", "cannot be told apart", "not comparable").
     """
-    base = alt.Chart(pairs, title=_title(title, "perplexity of the first / the second, 95% interval; 1 is no difference"))
+    base = alt.Chart(pairs, title=_title(title, "Perplexity of the first / of the second, 95% interval. Left of 1: the first is better."))
     y = alt.Y("pair:N", title=None, sort=None, axis=alt.Axis(labelLimit=320))
     kinds = alt.Scale(domain=["differs", "cannot be told apart", "not comparable"], range=[BLUE, GREY, "#e3c7b5"])
     colour = alt.Color("verdict_kind:N", title=None, scale=kinds)
-    x = alt.X("low:Q", title="ratio of perplexities", scale=alt.Scale(type="log", padding=20))
+    scale = _scale(pd.concat([pairs["low"], pairs["high"], pd.Series([1.0])]), log=True)
+    x = alt.X("low:Q", title="ratio of perplexities", scale=scale, axis=alt.Axis(format="~g", tickCount=7))
     one = alt.Chart(pd.DataFrame({"one": [1.0]})).mark_rule(color=SOFT, strokeDash=[5, 4]).encode(x="one:Q")
     interval = base.mark_rule(strokeWidth=3).encode(x=x, x2="high:Q", y=y, color=colour)
     dots = base.mark_circle(size=90, opacity=1).encode(x="ratio:Q", y=y, color=colour)
@@ -308,6 +311,21 @@ def colours_of(orderings: list[str]) -> alt.Scale:
     """The fixed colours of the published orderings; custom ones get the spare colours in their order."""
     spare = iter(_SPARE_COLOURS * (1 + len(orderings) // len(_SPARE_COLOURS)))
     return alt.Scale(domain=orderings, range=[ORDERING_COLOURS.get(name) or next(spare) for name in orderings])
+
+
+def _scale(values: pd.Series, *, log: bool) -> alt.Scale:
+    """A scale that spans the values and a little more: vega would round a logarithmic one to whole powers of ten."""
+    low, high = float(values.min()), float(values.max())
+    if log and low > 0:
+        room = (high / low) ** 0.08 if high > low else 1.1
+        return alt.Scale(type="log", domain=[low / room, high * room], nice=False)
+    room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    return alt.Scale(domain=[low - room, high + room], nice=False)
+
+
+def _tenths(top: float) -> list[float]:
+    """0%, 10%, ... up to the highest sparsity."""
+    return [tenth / 10 for tenth in range(int(top * 10 + 1e-6) + 1)]
 
 
 def _title(text: str, subtitle: str = "") -> alt.TitleParams:
