@@ -1,0 +1,73 @@
+"""Every chart is drawn, and says what it should."""
+
+import re
+
+import pandas as pd
+import pytest
+
+from pftools import figures
+from pftools.orderings import PUBLISHED, parse_ordering
+
+LAYERS = pd.DataFrame({"layer": [0, 0, 1, 1], "module": ["q_proj", "up_proj"] * 2, "value": [0.1, 0.2, 0.3, 0.4]})
+LOSSES = pd.DataFrame({"step": [1, 2, 3], "tokens": [512, 1024, 1536], "loss": [3.0, 2.8, 2.7], "learning_rate": [1e-4, 2e-4, 1e-4]})
+RESULTS = pd.DataFrame(
+    {
+        "ordering": ["base", "prune", "prune_finetune"], "asked": [0.0, 0.5, 0.5], "measured": [0.0, 0.5, 0.42],
+        "perplexity": [12.2, 23.6, 19.3], "facts": [0.9, 0.6, 0.6], "facts_low": [0.85, 0.53, 0.53], "facts_high": [0.95, 0.67, 0.67],
+    }
+)  # fmt: skip
+PAIRS = pd.DataFrame({"pair": ["a / b", "a / c"], "ratio": [1.05, 0.99], "low": [1.03, 0.97], "high": [1.07, 1.01],
+                      "verdict_kind": ["differs", "cannot be told apart"]})  # fmt: skip
+PLAN = pd.DataFrame({"key": ["prune-1", "evaluate-2"], "parent": ["", "prune-1"], "depth": [0, 1], "lane": [0, 0],
+                     "step": ["prune", "evaluate"], "label": ["wanda 50%", "evaluate"], "state": ["finished", "to do"]})  # fmt: skip
+HISTOGRAM = pd.DataFrame({"low": [0.0, 0.5], "high": [0.5, 1.0], "kept": [0, 5], "pruned": [4, 1]})
+SCORES = pd.DataFrame({"task": ["facts"], "value": [0.6], "low": [0.5], "high": [0.7], "chance": [0.25]})
+
+CHARTS = {
+    "heat map": (lambda: figures.heat_map(LAYERS, "value", title="Heat"), ["Heat", "q_proj", "decoder layer"]),
+    "lines": (lambda: figures.lines_by_layer(LAYERS, "value", title="Lines", log=True), ["Lines", "up_proj"]),
+    "histogram": (lambda: figures.score_histogram(HISTOGRAM, title="Scores"), ["Scores", "pruned", "kept"]),
+    "loss": (lambda: figures.loss_curve(LOSSES), ["Training loss", "training tokens"]),
+    "learning rate": (lambda: figures.learning_rate_curve(LOSSES), ["Learning rate"]),
+    "blocks": (lambda: figures.block_losses(pd.DataFrame({"block": [0, 1], "nll": [2.0, 3.0]}), title="Blocks"), ["Blocks"]),
+    "tasks": (lambda: figures.task_scores(SCORES), ["facts", "level of guessing"]),
+    "metric": (
+        lambda: figures.metric_by_sparsity(RESULTS, "perplexity", title="Perplexity", log=True),
+        ["prune_finetune", "measured sparsity", "50%"],
+    ),
+    "accuracy": (
+        lambda: figures.metric_by_sparsity(RESULTS, "facts", title="Facts", percent=True, chance=0.25), ["Facts", "base"],
+    ),
+    "pairs": (lambda: figures.pair_ratios(PAIRS, title="Pairs"), ["a / b", "cannot be told apart"]),
+    "sparsity": (lambda: figures.asked_and_measured(RESULTS), ["asked", "measured"]),
+    "ordering": (lambda: figures.ordering_chart(parse_ordering("(P F)*3").steps(0.6)), ["step"]),
+    "plan": (lambda: figures.plan_chart(PLAN), ["wanda 50%", "finished"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_every_chart_is_drawn_with_its_words(name):
+    draw, words = CHARTS[name]
+    svg = figures.as_svg(draw())
+    for word in words:
+        assert word in svg
+    assert "NaN" not in svg and "http" not in svg.replace("http://www.w3.org", "")
+
+
+def test_a_logarithmic_axis_spans_the_values_not_whole_decades():
+    svg = figures.as_svg(figures.metric_by_sparsity(RESULTS, "perplexity", title="", log=True))
+    labels = {float(text) for text in re.findall(r">(\d+(?:\.\d+)?)</text>", svg)}
+    assert labels and min(labels) > 10 and max(labels) < 30
+
+
+def test_every_published_ordering_has_a_colour_of_its_own():
+    assert set(figures.ORDERING_COLOURS) == set(PUBLISHED)
+    assert len(set(figures.ORDERING_COLOURS.values())) == len(PUBLISHED)
+    custom = figures.colours_of(["base", "(P F)*2", "F P F"]).to_dict()["range"]
+    assert len(set(custom)) == 3
+
+
+def test_figures_are_saved_in_the_format_of_their_name(tmp_path):
+    chart = figures.loss_curve(LOSSES)
+    for ending, start in {"svg": b"<svg", "png": b"\x89PNG", "html": b"<!DOCTYPE html>"}.items():
+        assert figures.save(chart, tmp_path / f"loss.{ending}").read_bytes().startswith(start)
