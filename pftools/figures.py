@@ -222,21 +222,24 @@ def metric_by_sparsity(
     scale = _scale(pd.concat([shown[column] for column in ends] + [pd.Series([chance], dtype=float)]), log=log)
     colour = alt.Color("ordering:N", title=None, sort=orderings, scale=colours_of(orderings))
     top = float(shown["measured"].max())
-    base = alt.Chart(shown, title=_title(title, subtitle), height=320).encode(
-        x=alt.X("measured:Q", title="measured sparsity", axis=alt.Axis(format="%", grid=False, values=_tenths(top)),
-                scale=alt.Scale(domain=[-0.02, top + 0.02], nice=False)),
-        color=colour,
-    )  # fmt: skip
+    x = alt.X("measured:Q", title="measured sparsity", axis=alt.Axis(format="%", grid=False, values=_tenths(top)),
+              scale=alt.Scale(domain=[-0.02, top + 0.02], nice=False))  # fmt: skip
     y = alt.Y(f"{metric}:Q", title=label or metric, scale=scale, axis=axis)
     layers: list[alt.Chart] = []
     if chance is not None:
         rule = alt.Chart(pd.DataFrame({"chance": [chance]})).mark_rule(color=SOFT, strokeDash=[5, 4])
         layers.append(rule.encode(y=alt.Y("chance:Q", scale=scale)))
-    if f"{metric}_low" in shown:
-        layers.append(base.mark_rule(strokeWidth=1.5, opacity=0.6).encode(y=alt.Y(f"{metric}_low:Q", scale=scale), y2=f"{metric}_high:Q"))
-    layers.append(base.mark_line(strokeWidth=2.2).encode(y=y, order="measured:Q"))
-    layers.append(base.mark_circle(size=80, opacity=1).encode(y=y, tooltip=["ordering", "asked", "measured", metric]))
-    return alt.layer(*layers)
+    intervals = f"{metric}_low" in shown
+    for number, ordering in enumerate(orderings):
+        base = alt.Chart(shown[shown["ordering"] == ordering]).encode(x=x, color=colour)
+        # Intervals of orderings at one sparsity would hide each other: they stand side by side, a few pixels apart.
+        aside = 8 * (number - (len(orderings) - 1) / 2) if intervals else 0
+        if intervals:
+            rule = base.mark_rule(strokeWidth=1.5, opacity=0.6, xOffset=aside)
+            layers.append(rule.encode(y=alt.Y(f"{metric}_low:Q", scale=scale), y2=f"{metric}_high:Q"))
+        layers.append(base.mark_line(strokeWidth=2.2, xOffset=aside).encode(y=y, order="measured:Q"))
+        layers.append(base.mark_circle(size=80, opacity=1, xOffset=aside).encode(y=y, tooltip=["ordering", "asked", "measured", metric]))
+    return alt.layer(*layers).properties(title=_title(title, subtitle), height=320)
 
 
 def pair_ratios(pairs: pd.DataFrame, *, title: str) -> alt.LayerChart:
