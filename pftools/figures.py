@@ -85,16 +85,21 @@ def as_svg(chart: alt.TopLevelMixin) -> str:
 # Layer by layer
 
 
-def heat_map(table: pd.DataFrame, value: str, *, title: str, subtitle: str = "", label: str = "") -> alt.Chart:
-    """One cell a layer and module. ``table`` has columns layer, module and ``value``."""
+def heat_map(
+    table: pd.DataFrame, value: str, *, title: str, subtitle: str = "", label: str = "", percent: bool = False
+) -> alt.Chart:
+    """One cell a layer and module. ``table`` has columns layer, module and ``value``; a share (``percent``) is coloured
+    from 0% to 100%, anything else by its own range."""
     order = list(dict.fromkeys(table["module"]))
+    scale = alt.Scale(scheme="tealblues", domain=[0, 1]) if percent else alt.Scale(scheme="tealblues", type="symlog")
+    legend = alt.Legend(format="%" if percent else "~g")
     return (
         alt.Chart(table, title=_title(title, subtitle), width=_WIDTH, height=26 * len(order))
         .mark_rect(stroke="white", strokeWidth=1)
         .encode(
             x=alt.X("layer:O", title="decoder layer", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
             y=alt.Y("module:N", title=None, sort=order),
-            color=alt.Color(f"{value}:Q", title=label or value, scale=alt.Scale(scheme="tealblues", type="symlog")),
+            color=alt.Color(f"{value}:Q", title=label or value, scale=scale, legend=legend),
             tooltip=list(table.columns),
         )
     )

@@ -25,6 +25,7 @@ SCORES = pd.DataFrame({"task": ["facts"], "value": [0.6], "low": [0.5], "high": 
 
 CHARTS = {
     "heat map": (lambda: figures.heat_map(LAYERS, "value", title="Heat"), ["Heat", "q_proj", "decoder layer"]),
+    "share": (lambda: figures.heat_map(LAYERS, "value", title="Share", percent=True), ["100%"]),
     "lines": (lambda: figures.lines_by_layer(LAYERS, "value", title="Lines", log=True), ["Lines", "up_proj"]),
     "histogram": (lambda: figures.score_histogram(HISTOGRAM, title="Scores"), ["Scores", "pruned", "kept"]),
     "loss": (lambda: figures.loss_curve(LOSSES), ["Training loss", "training tokens"]),
