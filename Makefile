@@ -13,7 +13,7 @@ help:
 	@echo "make test       run all tests"
 	@echo "make bench      measure every claim about speed and memory; results in benchmarks/results"
 	@echo "make figures    make the figures of the README anew from a finished quick study"
-	@echo "make lint       check the code and that notebooks are stripped"
+	@echo "make lint       check the code, in modules and notebooks"
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
