@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -67,10 +67,14 @@ def run(
     for line in planned.summary():
         out.print(line, highlight=False)
     options = dict(option.partition("=")[::2] for option in slurm or [])
-    failures = executors.run_plan(planned, executor=executor, jobs=jobs, wait=not detach, slurm=options, progress=out.is_terminal)
+    try:
+        failures = executors.run_plan(planned, executor=executor, jobs=jobs, wait=not detach, slurm=options, progress=out.is_terminal)
+    except KeyboardInterrupt:
+        rest = "the jobs go on without it" if executor == "slurm" else "steps at work were ended, what is finished is kept"
+        err.print(f"Stopped; {rest}: `pftools run {study}` goes on from there.", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     for failure in failures:
-        place = f" in cell {failure.cell}" if failure.cell else ""
-        err.print(f"[bold red]{failure.run} failed{place}:[/] {failure.cause}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]failed:[/] {failure}", highlight=False, soft_wrap=True)
     if detach and executor == "slurm":
         out.print(f"Submitted. `pftools status {study}` tells how far it is.", highlight=False)
         return
@@ -91,17 +95,26 @@ def status(study: StudyFile, runs: Runs = Path("runs")) -> None:
     queue = _queue(planned)
     table = Table("step", "does", "run", "state", "", title=planned.study.name, title_justify="left")
     counts: dict[str, int] = {}
-    for step in planned.steps.values():
+    broken: set[str] = set()  # steps that failed, and all that depend on them
+    for name, step in planned.steps.items():
         state, remark = studies.run_state(step.folder), ""
-        if state == "to do" and step.name in queue:
-            state, remark = "running" if queue[step.name] == "RUNNING" else "queued", f"SLURM: {queue[step.name].lower()}"
-        if state == "running" and not remark:
+        if name in queue and state != "finished":
+            job = queue[name]
+            state = "running" if job.state in ("RUNNING", "COMPLETING") else "queued"
+            remark = f"SLURM job {job.id}, {job.state.lower()}" + (f" ({job.reason})" if job.reason != "None" else "")
+        elif state == "running":
             remark = run_folders.owner(step.folder)
-        if state == "failed":
+        elif state == "failed":
             failure = executors.read_failure(step.folder)
             remark = (f"cell {failure.cell}: " if failure.cell else "") + failure.cause
+            broken.add(name)
+        elif state == "to do" and (causes := broken & set(step.parents)):
+            remark = f"needs {', '.join(sorted(causes))}"
+            broken.add(name)
+        elif state == "to do" and run_folders.was_interrupted(step.folder):
+            remark = f"was cut short ({run_folders.owner(step.folder)}); the next run goes on from there"
         counts[state] = counts.get(state, 0) + 1
-        table.add_row(step.parameters.step, step.label, step.name, _coloured(state), remark)
+        table.add_row(step.parameters.step, step.label, name, _coloured(state), remark)
     out.print(table)
     out.print(", ".join(f"{number} {state}" for state, number in counts.items()), highlight=False)
 
@@ -171,13 +184,17 @@ def _coloured(state: str) -> str:
     return f"[{colour}]{state}[/]"
 
 
-def _queue(planned: studies.Plan) -> dict[str, str]:
+def _queue(planned: studies.Plan) -> dict[str, Any]:
     """Steps of this plan that wait or run in SLURM's queue; empty where the study was never given to SLURM."""
     if not (Path(planned.runs) / ".slurm").is_dir():
         return {}
     from pftools import slurm
 
-    return slurm.queue(Path(planned.runs))
+    try:
+        return slurm.queue(Path(planned.runs))
+    except PftoolsError as error:  # what the run folders say is still worth showing
+        err.print(f"[yellow]The queue is not known:[/] {error}", highlight=False, soft_wrap=True)
+        return {}
 
 
 def _print_results(planned: studies.Plan) -> None:

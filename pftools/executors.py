@@ -3,6 +3,9 @@
 The same `execute_step` runs everywhere. A step is finished when its run is sealed, and only then: papermill marks all cells of a
 killed kernel as completed and takes `sys.exit(0)` for success, so its notebook is a record to read, never a verdict. A step that
 did not finish leaves its notebook with the error and `failure.json` with the cause in one sentence.
+
+Here, the driver (`pftools run`) keeps one worker for every step at a time: a process that has loaded papermill once and forks
+itself for each step. Whatever ends the driver closes the pipe to its workers, and with it everything that it started.
 """
 
 from __future__ import annotations
@@ -10,17 +13,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import subprocess
 import sys
-import time
+import threading
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pftools import runs
 from pftools.errors import PftoolsError, nearest
+from pftools.settings import HUB_TOKEN
 
 if TYPE_CHECKING:
     from pftools.study import Plan, PlannedStep
@@ -44,6 +50,17 @@ class Failure:
     cell: int | None
     cause: str
 
+    def __str__(self) -> str:
+        return f"{self.run} failed{f' in cell {self.cell}' if self.cell else ''}: {self.cause}"
+
+
+class StepFailed(PftoolsError):
+    """A step that did not finish, with its `Failure`."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
@@ -52,32 +69,52 @@ class Failure:
 def request(step: PlannedStep, notebooks: str | Path | None = None) -> dict[str, Any]:
     """Everything that another process needs to execute a step, as JSON."""
     notebook = Path(notebooks or NOTEBOOKS) / _NOTEBOOK_OF[step.parameters.step]
-    return {"notebook": str(notebook), "folder": str(step.folder), "parameters": step.parameters.model_dump(mode="json")}
+    return {
+        "notebook": str(notebook), "folder": str(step.folder), "parameters": step.parameters.model_dump(mode="json"),
+        "resumes": step.parameters.resumes,
+    }  # fmt: skip
 
 
 def execute_step(step: dict[str, Any]) -> None:
-    """Execute one step in this process, unless it is finished.
+    """Execute one step in this process, unless it is finished; a finished run that is damaged is made again.
 
     Args:
         step: what `request` made.
 
     Raises:
-        PftoolsError: the step did not finish; `failure.json` in its folder says why.
+        StepFailed: the step did not finish; `failure.json` in its folder says why.
     """
     folder = Path(step["folder"])
     with runs.driving(folder):
+        _keep_notebook(folder)  # of an attempt whose driver was killed after its kernel had sealed
+        runs.tidy(folder)
         if runs.is_finished(folder):
-            return
+            damage = runs.damage(folder)
+            if damage is None:
+                return
+            print(f"{damage} This is done now.", flush=True)
+            runs.reopen(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "failure.json").unlink(missing_ok=True)
         failure = _execute_notebook(step, folder)
-        _redact(folder / "notebook.ipynb")
+        with suppress(OSError):  # on a full disk the notebook is lost, and the cause is not
+            _keep_notebook(folder)
         if runs.is_finished(folder):
-            runs.add_output(folder, "notebook.ipynb")
             return
         failure = failure or Failure(folder.name, None, "the notebook ended without sealing its run: does it call run.seal?")
-        runs.write_json(folder / "failure.json", asdict(failure))
-        raise PftoolsError(f"{failure.run} failed: {failure.cause}")
+        with suppress(OSError):
+            runs.write_json(folder / "failure.json", asdict(failure))
+        raise StepFailed(failure)
+
+
+def tidy_finished(plan: Plan) -> None:
+    """Put in order what killed processes left beside finished runs: a notebook, a folder of work, a note."""
+    for step in plan.steps.values():
+        if runs.is_finished(step.folder) and runs.needs_tidying(step.folder):
+            with runs.driving(step.folder):
+                if runs.is_whole(step.folder):
+                    _keep_notebook(step.folder)
+                    runs.tidy(step.folder)
 
 
 def _execute_notebook(step: dict[str, Any], folder: Path) -> Failure | None:
@@ -85,22 +122,38 @@ def _execute_notebook(step: dict[str, Any], folder: Path) -> Failure | None:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    draft = runs.draft_path(folder)
     try:
         papermill.execute_notebook(
-            step["notebook"], str(folder / "notebook.ipynb"), step["parameters"],
-            kernel_name="python3", progress_bar=False, cwd=os.getcwd(),
+            step["notebook"], str(draft), step["parameters"],
+            kernel_name="python3", progress_bar=False, cwd=os.getcwd(), start_timeout=300,
         )  # fmt: skip
     except PapermillExecutionError as error:
         cause = error.evalue if error.ename == "PftoolsError" else f"{error.ename}: {error.evalue}"
-        return Failure(folder.name, error.cell_index + 1, cause.strip() or error.ename)
-    except DeadKernelError:
-        return Failure(
-            folder.name, _cell_at_work(folder / "notebook.ipynb"),
-            "the kernel died; most often the system ended it for lack of memory: try a smaller batch_size.",
-        )  # fmt: skip
+        return Failure(folder.name, error.cell_index + 1, redact(cause.strip() or error.ename))
     except Exception as error:  # a damaged notebook, a full disk: whatever it is, the step has a cause on record
-        return Failure(folder.name, None, f"{type(error).__name__}: {error}")
+        if type(error).__name__ == "UncompletedJobError":  # what submitit raises in a job that may not be queued again
+            cause = "the time limit of its job was reached: give it more with --slurm time=MINUTES."
+            return Failure(folder.name, _cell_at_work(draft), cause)
+        if isinstance(error, DeadKernelError) or "Kernel died" in str(error):
+            cause = "the kernel died; most often the system ended it for lack of memory (try a smaller batch_size), or it was cancelled."
+            return Failure(folder.name, _cell_at_work(draft), cause)
+        return Failure(folder.name, None, redact(f"{type(error).__name__}: {error}"))
     return None
+
+
+def _keep_notebook(folder: Path) -> None:
+    """Move the executed notebook into its run, without secrets, and into the record of a finished run."""
+    draft, notebook = runs.draft_path(folder), folder / "notebook.ipynb"
+    if not draft.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    text = draft.read_text(encoding="utf-8")
+    if (clean := redact(text)) != text:
+        draft.write_text(clean, encoding="utf-8")
+    os.replace(draft, notebook)
+    if runs.is_finished(folder):
+        runs.add_output(folder, "notebook.ipynb")
 
 
 def _cell_at_work(notebook: Path) -> int | None:
@@ -113,17 +166,13 @@ def _cell_at_work(notebook: Path) -> int | None:
     return begun[-1] if begun else None
 
 
-def _redact(notebook: Path) -> None:
-    """Blot out the values of secret environment variables, should a cell have printed one."""
-    if not notebook.exists():
-        return
+def redact(text: str) -> str:
+    """The text with the values of secret environment variables, and whatever looks like a token of the hub, blotted out."""
     secrets = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
-    text = notebook.read_text(encoding="utf-8")
-    clean = text
     for secret in secrets:
-        clean = clean.replace(json.dumps(secret)[1:-1], "[redacted]")
-    if clean != text:
-        notebook.write_text(clean, encoding="utf-8")
+        for form in (secret, json.dumps(secret)[1:-1]):
+            text = text.replace(form, "[redacted]")
+    return HUB_TOKEN.sub("[redacted]", text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,63 +205,189 @@ def run_plan(
     raise PftoolsError(f"unknown executor {executor!r}: {nearest(executor, ['local', 'slurm'])}.")
 
 
+def unusable(plan: Plan) -> dict[str, str]:
+    """Finished runs that this plan is about to use, and that are damaged: {run: why, in a sentence}.
+
+    Used are the evaluations, which the results are read from, and every run that a step which is still to do goes back to.
+    """
+    found: dict[str, str] = {}
+    used: set[str] = set()
+    to_do = {step.name for step in plan.missing()}
+    for name, step in reversed(plan.steps.items()):  # children first: a damaged run needs its own parents again
+        if name not in to_do and (step.parameters.step == "evaluate" or name in used):
+            damage = runs.damage(step.folder)
+            if damage is not None and not runs.is_locked(step.folder):
+                found[name] = damage
+        if name in to_do or name in found or name in used:
+            used.update(step.parents)
+    return found
+
+
 def _run_local(plan: Plan, jobs: int, progress: bool, notebooks: str | Path | None) -> list[Failure]:
-    waiting = {step.name: step for step in plan.missing()}
+    tidy_finished(plan)
+    waiting = {step.name: step for step in plan.steps.values() if not runs.is_finished(step.folder)}
+    for name, why in unusable(plan).items():
+        print(f"{why} This is done now.", file=sys.stderr)
+        waiting[name] = plan.steps[name]
+    waiting = {name: step for name, step in plan.steps.items() if name in waiting}
     unfinished = set(waiting)
-    running: dict[str, tuple[subprocess.Popen[bytes], str | None]] = {}
-    gpus = _gpus()
     failures: list[Failure] = []
-    with _progress(len(plan.steps), len(plan.steps) - len(waiting), progress) as show:
+    workers: list[_Worker] = []
+    with progress_bar(len(plan.steps), len(plan.steps) - len(waiting), progress) as show:
         try:
-            while waiting or running:
-                for name in [name for name, step in waiting.items() if not unfinished & set(step.parents)]:
-                    if len(running) < jobs:
-                        gpu = gpus.pop(0) if gpus else None
-                        running[name] = (_spawn(waiting.pop(name), notebooks, jobs, gpu), gpu)
-                show([plan.steps[name].label for name in running])
-                for name, (process, gpu) in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    del running[name]
-                    gpus += [gpu] if gpu is not None else []
-                    if runs.is_finished(plan.steps[name].folder):
+            while waiting or any(worker.step for worker in workers):
+                idle = [worker for worker in workers if worker.step is None]
+                for step in _ready(waiting, unfinished, limit=jobs - len(workers) + len(idle)):
+                    if not idle:
+                        workers.append(_Worker(len(workers), jobs))
+                        idle = workers[-1:]
+                    idle.pop().start(waiting.pop(step.name), notebooks)
+                busy = [worker for worker in workers if worker.step]
+                show([worker.step.label for worker in busy])
+                if not busy and all(unfinished & set(step.parents) for step in waiting.values()):
+                    break  # what is left depends on a failure
+                # Without a worker at work, what is ready is being done by another driver.
+                ended = select.select([worker.answers for worker in busy], [], [], 1.0)[0]
+                for worker in [worker for worker in busy if worker.answers in ended]:
+                    name, failure = worker.step.name, worker.collect()
+                    # A step that was killed right after it had sealed its run is finished.
+                    if failure is None or runs.is_whole(plan.steps[name].folder):
                         unfinished.discard(name)
                         show([], advance=1)
                     else:
-                        failures.append(read_failure(plan.steps[name].folder, process.returncode))
-                if not running and all(unfinished & set(step.parents) for step in waiting.values()):
-                    break  # what is left depends on a failure
-                time.sleep(0.05)
+                        failures.append(failure)
         finally:
-            for process, _ in running.values():  # Ctrl-C, or an error here: leave no step behind
-                process.terminate()
-            for process, _ in running.values():
-                process.wait()
+            for worker in workers:  # Ctrl-C, or an error here: leave no step behind
+                worker.end()
     return failures
 
 
-def _spawn(step: PlannedStep, notebooks: str | Path | None, jobs: int, gpu: str | None) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
-    if jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    log = step.folder.parent / ".logs" / f"{step.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as file:
-        command = [sys.executable, "-m", "pftools.executors", json.dumps(request(step, notebooks))]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+def _ready(waiting: dict[str, PlannedStep], unfinished: set[str], limit: int) -> list[PlannedStep]:
+    """Steps whose parents are finished and that no other driver works on, in the plan's order."""
+    found: list[PlannedStep] = []
+    for step in waiting.values():
+        if len(found) >= limit:
+            break
+        if not unfinished & set(step.parents) and not runs.is_locked(step.folder):
+            found.append(step)
+    return found
 
 
-def read_failure(folder: Path, returncode: int | None = None) -> Failure:
+class _Worker:
+    """A process that executes one step after the other, each in a fork of itself.
+
+    step: the step at work; None while it waits for one. answers: becomes readable when the step has ended.
+    """
+
+    def __init__(self, number: int, jobs: int) -> None:
+        environment = dict(os.environ)
+        self._place = (number, jobs)
+        gpus = _gpus()
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+        if jobs > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pftools.executors"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=environment, text=True, start_new_session=True,  # Ctrl-C is for the driver, which then ends its workers
+        )  # fmt: skip
+        self.answers = self._process.stdout
+        self.step: PlannedStep | None = None
+
+    def start(self, step: PlannedStep, notebooks: str | Path | None) -> None:
+        self.step = step
+        with suppress(BrokenPipeError):  # a worker that was killed is noticed in `collect`
+            self._process.stdin.write(json.dumps({"step": request(step, notebooks), "log": str(runs.log_path(step.folder))}) + "\n")
+            self._process.stdin.flush()
+
+    def collect(self) -> Failure | None:
+        """How the step ended: None where it is finished."""
+        step, self.step = self.step, None
+        line = self.answers.readline()
+        if not line:
+            self.end()
+            self.__init__(*self._place)
+            return read_failure(step.folder, "its process was killed")
+        answer = json.loads(line)
+        if answer["code"] == 0:
+            return None
+        if answer["failure"]:
+            return Failure(**answer["failure"])
+        return read_failure(step.folder, f"its process ended with exit code {answer['code']} before it could say why")
+
+    def end(self) -> None:
+        """End the worker, and the step that it is at, kernel included."""
+        with suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+        self.answers.close()
+
+
+def _work() -> None:
+    """What a worker does until its driver closes the pipe: fork, and let the fork execute the step that a line asks for."""
+    import papermill  # noqa: F401  (once, here: it takes longer to load than a small step takes to run)
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            code = _execute_in_fork(order, writing)
+            os._exit(code)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            failure = pipe.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps({"code": code, "failure": json.loads(failure) if failure else None}), flush=True)
+
+
+def _execute_in_fork(order: dict[str, Any], answer: int) -> int:
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        execute_step(order["step"])
+    except StepFailed as error:
+        os.write(answer, json.dumps(asdict(error.failure)).encode())
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+    return 0
+
+
+def _end_with_driver() -> None:
+    """Wait until the driver is gone, however it went: then its end of the pipe is closed. End the kernel, then this process."""
+    import psutil
+
+    os.read(0, 1)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(1)
+
+
+def read_failure(folder: Path, otherwise: str = "its process ended before it could say why") -> Failure:
     """What `failure.json` says, or what can be said of a step that was killed before it could write one."""
     try:
         return Failure(**json.loads((folder / "failure.json").read_text()))
     except (OSError, ValueError, TypeError):
-        log = folder.parent / ".logs" / f"{folder.name}.log"
-        code = f" with exit code {returncode}" if returncode is not None else ""
-        cause = f"its process ended{code} before it could say why; what it printed is in {log}."
-        return Failure(folder.name, None, cause)
+        return Failure(folder.name, None, f"{otherwise}{_last_words(folder)}.")
+
+
+def _last_words(folder: Path) -> str:
+    log = runs.log_path(folder)
+    with suppress(OSError):
+        lines = log.read_text(errors="replace").strip().splitlines()
+        if lines:
+            return f"; its last words, in {log}: {redact(lines[-1])[:300]!r}"
+    return ""
 
 
 def _gpus() -> list[str]:
@@ -224,10 +399,10 @@ def _gpus() -> list[str]:
 
 
 @contextmanager
-def _progress(total: int, done: int, visible: bool) -> Iterator[Callable[..., None]]:
+def progress_bar(total: int, done: int, visible: bool) -> Iterator[Callable[..., None]]:
+    """A bar of steps; yields `show(labels at work, advance=0)`."""
     if not visible:
-        with nullcontext():
-            yield lambda labels, advance=0: None
+        yield lambda labels, advance=0: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -242,7 +417,4 @@ def _progress(total: int, done: int, visible: bool) -> Iterator[Callable[..., No
 
 
 if __name__ == "__main__":
-    try:
-        execute_step(json.loads(sys.argv[1]))
-    except PftoolsError as error:
-        sys.exit(str(error))
+    _work()

@@ -4,7 +4,13 @@ A run is `runs/<step>-<key>/`. The key is a hash of what decides the result: the
 runs it starts from, and the recipe version of pftools. Two studies that share a step so share its run.
 
 While a step works, everything it writes is in `work/`. Sealing moves the outputs up and writes `run.json` last, in one
-atomic rename: a folder without `run.json` is not finished, whatever else it holds.
+atomic rename: a folder without `run.json` is not finished, whatever else it holds. Nothing here relies on the clock:
+dates are written for people to read.
+
+    runs/<step>-<key>/     run.json, outputs, notebook.ipynb; failure.json where the step failed; work/ while it works
+    runs/.locks/           who works on what (see "Locks" below)
+    runs/.drafts/          notebooks that are being executed
+    runs/.logs/            what the processes of steps printed
 """
 
 from __future__ import annotations
@@ -13,12 +19,13 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -91,6 +98,25 @@ def verify(folder: str | Path) -> dict[str, Any]:
     return record
 
 
+def damage(folder: str | Path) -> str | None:
+    """Why a finished run cannot be used, as a sentence; None when all its files are as they were sealed."""
+    try:
+        verify(folder)
+    except PftoolsError as error:
+        return str(error)
+    return None
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether the run is finished and undamaged."""
+    return is_finished(folder) and damage(folder) is None
+
+
+def reopen(folder: Path) -> None:
+    """Take the seal off a damaged run, so that its step counts as not finished. For who drives the run (`driving`)."""
+    (folder / "run.json").unlink(missing_ok=True)
+
+
 @dataclass
 class Run:
     """A run under way. Write outputs to `path(name)`, then `seal` it."""
@@ -99,7 +125,7 @@ class Run:
     folder: Path
     already_finished: bool
     lock: BaseFileLock
-    started: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def key(self) -> str:
@@ -122,6 +148,7 @@ class Run:
         """
         work = self.folder / "work"
         if not self.already_finished:
+            _refuse_orphans(self.folder)
             for name in outputs:
                 _replace(work / name, self.folder / name)
             record = {
@@ -129,13 +156,13 @@ class Run:
                 "key": self.key,
                 "parameters": self.parameters.model_dump(mode="json"),
                 "results": results,
-                "outputs": {name: _sha256(self.folder / name) for name in _files(self.folder, outputs)},
-                "seconds": round(time.time() - self.started, 2),
+                "outputs": {name: _kept(self.folder / name) for name in _files(self.folder, outputs)},
+                "seconds": round(time.monotonic() - self.started, 2),
                 **_circumstances(),
             }
             _write_record(self.folder, record)
         shutil.rmtree(work, ignore_errors=True)
-        self.lock.release()
+        self.lock.release(force=True)
         return self.folder
 
     def __str__(self) -> str:
@@ -144,27 +171,78 @@ class Run:
 
 
 def start(parameters: Step) -> Run:
-    """Open the run of a step: makes its folder, after checking that the runs it starts from are finished."""
+    """Open the run of a step: makes its folder, after every file of the runs it starts from was checked.
+
+    Raises:
+        PftoolsError: a run that it starts from is not finished or is damaged; or this run is finished and damaged; or
+            another attempt has taken it over from this kernel.
+    """
     for name in parameters.parents:
         reference = getattr(parameters, name)
-        if _key_of_reference(reference) != reference and not is_finished(reference):
-            raise PftoolsError(f"{name} is {reference!r}, and that run is not finished: run its step first.")
+        if _key_of_reference(reference) != reference:
+            if not is_finished(reference):
+                raise PftoolsError(f"{name} is {reference!r}, and that run is not finished: run its step first.")
+            verify(reference)
     folder = run_folder(parameters)
-    writer = _lock(folder, "writer")
+    # One lock object a process: a cell that is executed again by hand must not wait for itself.
+    writer = _lock(folder, "writer", is_singleton=True)
+    _acquire(writer, folder)
     try:
-        writer.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting: {owner(folder)} is working on {folder}")
-        writer.acquire()
-    (folder / "work").mkdir(parents=True, exist_ok=True)
-    return Run(parameters, folder, is_finished(folder), writer)
+        _refuse_orphans(folder)
+        finished = is_finished(folder)
+        if finished:
+            verify(folder)
+        else:
+            _clear(folder, keep_work=parameters.resumes)
+        (folder / "work").mkdir(parents=True, exist_ok=True)
+    except BaseException:
+        writer.release(force=True)
+        raise
+    return Run(parameters, folder, finished, writer)
+
+
+def _clear(folder: Path, *, keep_work: bool) -> None:
+    """Remove what an attempt that was cut short left: nothing of it may pass for an output of this one."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name == "work" and keep_work:
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def add_output(folder: Path, name: str) -> None:
     """Add a file to the record of a finished run: its executed notebook, which is complete only after the seal."""
     record = read_record(folder)
-    record["outputs"][name] = _sha256(folder / name)
+    record["outputs"][name] = _kept(folder / name)
     _write_record(folder, record)
+
+
+def draft_path(folder: Path) -> Path:
+    """Where the notebook of a run is while it is executed."""
+    path = folder.parent / ".drafts" / f"{folder.name}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def log_path(folder: Path) -> Path:
+    """Where the process of a step prints to."""
+    path = folder.parent / ".logs" / f"{folder.name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def tidy(folder: Path) -> None:
+    """Remove what processes that were killed left beside a finished run. For who drives the run (`driving`)."""
+    if is_finished(folder):
+        shutil.rmtree(folder / "work", ignore_errors=True)
+        (folder / "failure.json").unlink(missing_ok=True)
+    for temporary in folder.glob(".*.json.*"):
+        temporary.unlink(missing_ok=True)
+
+
+def needs_tidying(folder: Path) -> bool:
+    """Whether a finished run has leftovers, and nobody works on it."""
+    traces = (folder / "work", folder / "failure.json", draft_path(folder), _note_path(folder))
+    return (any(path.exists() for path in traces) or any(folder.glob(".*.json.*"))) and not is_locked(folder)
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -177,66 +255,152 @@ def _seal_of(record: dict[str, Any]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Locks. Two for a run: the process that drives the step holds one, so that no step is computed twice; the kernel that
-# writes holds the other, so that a new attempt waits for an orphaned kernel of a killed driver. The system lets go of
-# both when their owner dies, however it dies: there are no stale locks.
+# writes holds the other, so that a new attempt waits for the orphaned kernel of a killed driver. They are locks of the
+# operating system (flock; over NFS and Lustre where they are mounted with locks), which lets go when the owner dies,
+# however it dies, so there is no stale lock to break; the note beside it only says who holds it, or held it last.
+#
+# A lock file can be removed by hand, and a kernel can begin to write after its driver was killed and another has taken
+# over. So every attempt has a token, in the note and in the kernel's environment, and a kernel whose token is no longer
+# that of the note neither starts nor seals.
+
+_ATTEMPT = "PFTOOLS_ATTEMPT"
 
 
 @contextmanager
 def driving(folder: Path) -> Iterator[None]:
     """Hold a run while its step is executed; waits until nobody else drives it and no kernel writes to it."""
-    with _lock(folder, "driver"):
-        note = _lock_path(folder, "driver").with_suffix(".json")
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_json(note, {"host": socket.gethostname(), "process": os.getpid(), "since": since})
-        with _lock(folder, "writer"):
-            pass
+    lock, note = _lock(folder, "driver"), _note_path(folder)
+    _acquire(lock, folder)
+    before = os.environ.get(_ATTEMPT)
+    try:
+        attempt = f"{folder.name}:{secrets.token_hex(8)}"
+        write_json(note, {"host": socket.gethostname(), "process": os.getpid(), "since": time.time(), "attempt": attempt})
+        _acquire(writer := _lock(folder, "writer"), folder)  # only after the note: now every older kernel is refused
+        writer.release()
+        os.environ[_ATTEMPT] = attempt
         yield
+    finally:
+        os.environ.pop(_ATTEMPT, None) if before is None else os.environ.update({_ATTEMPT: before})
         note.unlink(missing_ok=True)
+        lock.release()
+
+
+def _refuse_orphans(folder: Path) -> None:
+    """Raise if this kernel was started by a driver that no longer has the run."""
+    attempt = os.environ.get(_ATTEMPT)
+    if attempt is None:
+        return  # stepping through a notebook by hand
+    name = attempt.partition(":")[0]
+    if name != folder.name:
+        raise PftoolsError(f"this notebook was started for the run {name}, and its parameters make {folder.name}: is the plan of an older pftools?")
+    if _note(folder).get("attempt") != attempt:
+        raise PftoolsError(f"another attempt at {folder} has taken over from this one, which stops and seals nothing.")
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a living process works on the run."""
-    for role in ("driver", "writer"):
-        if _lock_path(folder, role).exists():
-            lock = _lock(folder, role)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                return True
-            lock.release()
+    return any(_is_held(_lock_path(folder, role)) for role in ("driver", "writer"))
+
+
+def _is_held(path: Path) -> bool:
+    """Asks with a shared lock, so that any number of processes can ask at once."""
+    import fcntl
+
+    try:
+        file = path.open("rb+")
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False
 
 
 def owner(folder: Path) -> str:
-    """Who works on the run, and since when, in words."""
+    """Who works on the run, or did last, and for how long, in words."""
+    note = _note(folder)
     try:
-        note = json.loads(_lock_path(folder, "driver").with_suffix(".json").read_text())
-        return f"process {note['process']} on {note['host']} (since {note['since']})"
-    except (OSError, ValueError, KeyError):
-        return "another process"
+        age = max(0.0, time.time() - note["since"])  # a clock that was set back makes it 0, and nothing else
+        return f"process {note['process']} on {note['host']}, begun {_in_words(age)} ago"
+    except (KeyError, TypeError):
+        return "a notebook that is open by hand"
+
+
+def was_interrupted(folder: Path) -> bool:
+    """Whether an attempt was cut short: its note or its work is there, and no process is."""
+    left = _note_path(folder).exists() or (folder / "work").exists()
+    return left and not is_finished(folder) and not is_locked(folder)
+
+
+def _in_words(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(_note_path(folder).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _note_path(folder: Path) -> Path:
+    return folder.parent / ".locks" / f"{folder.name}.json"
 
 
 def _lock_path(folder: Path, role: str) -> Path:
     return folder.parent / ".locks" / f"{folder.name}.{role}"
 
 
-def _lock(folder: Path, role: str) -> BaseFileLock:
+def _lock(folder: Path, role: str, **options: Any) -> BaseFileLock:
     path = _lock_path(folder, role)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path)
+    # Without flock, a file that stays when its owner dies would be the lock: better to refuse such a place.
+    return FileLock(path, thread_local=False, fallback_to_soft=False, **options)
+
+
+def _acquire(lock: BaseFileLock, folder: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting: {owner(folder)}, works on {folder}", flush=True)
+        lock.acquire()
+    except OSError as error:
+        raise PftoolsError(
+            f"{lock.lock_file} cannot be locked ({error.strerror}): mount that file system with locks, or give a --runs folder elsewhere."
+        ) from None
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one atomic step: readers see the old file or the new one, never a part."""
+    """Write a JSON file in one atomic step: readers see the old file or the new one, never a part, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w") as file:
+            file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _replace(source: Path, target: Path) -> None:
     if target.is_dir():
         shutil.rmtree(target)
     os.replace(source, target)
+
+
+def _kept(path: Path) -> str:
+    """The sha256 of an output, which is on the disk and not only in memory when this returns."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _sha256(path)
 
 
 def _files(folder: Path, names: list[str]) -> list[str]:
@@ -296,3 +460,5 @@ def remove(folder: Path) -> None:
     """Remove a run; its record goes first, so that a removal cut short leaves an unfinished run, not a damaged one."""
     (folder / "run.json").unlink(missing_ok=True)
     shutil.rmtree(folder)
+    log_path(folder).unlink(missing_ok=True)
+    draft_path(folder).unlink(missing_ok=True)

@@ -33,6 +33,8 @@ class Step(BaseModel):
     step: ClassVar[str]
     # The parameters that may name the run of an earlier step.
     parents: ClassVar[tuple[str, ...]] = ("model",)
+    # Whether an attempt goes on from what a killed one left in `work/`; all others begin with an empty one.
+    resumes: ClassVar[bool] = False
 
     model: str = Field("smollm2-135m", min_length=1, description="embedded name, hub id, folder, or a run folder")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice of the step")
@@ -95,6 +97,7 @@ class Finetune(_Blocks):
     """03: train a low-rank adapter."""
 
     step = "finetune"
+    resumes = True
     preset: Literal["", "published"] = Field("", description="'published': the study's settings, others given win")
     tokens: int | None = Field(None, ge=1, description="budget in real tokens (give one of tokens, steps, epochs)")
     steps: int | None = Field(None, ge=1, description="budget in optimizer steps")
@@ -195,6 +198,7 @@ def _assigned(source: str) -> list[str]:
 
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|api_?key|credential)s?$", re.IGNORECASE)
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 def check(kind: type[BaseModel], given: dict[str, Any], *, place: str = "") -> Any:
@@ -203,8 +207,9 @@ def check(kind: type[BaseModel], given: dict[str, Any], *, place: str = "") -> A
     Args:
         place: where the values stand, such as "line 7 of quick.yaml", for the message.
     """
-    for name in given:
-        if name not in kind.model_fields and _SECRET.search(name):
+    for name, value in given.items():
+        secret_name = name not in kind.model_fields and _SECRET.search(name)
+        if secret_name or (isinstance(value, str) and HUB_TOKEN.search(value)):
             raise PftoolsError(
                 f"{name} looks like a secret, and parameters are written into notebooks and reports: set it as an "
                 f"environment variable instead (HF_TOKEN for the hub)."

@@ -1,0 +1,232 @@
+"""Run the steps of a plan on a SLURM cluster: every step a job, the whole graph submitted at once through submitit.
+
+A job waits for the jobs of its parents (`afterok`); where one fails, SLURM cancels what depends on it and nothing else. After
+submitting, the driver may go away: the truth is in the run folders and in SLURM's queue, and nowhere else. A job's name
+says which run it makes, so a study that is submitted again adds only what is neither finished nor queued.
+
+What a job executes is `executors.execute_step`, as everywhere. Shortly before its time limit a step that goes on from its own
+checkpoints (fine-tuning) is queued again, up to three times; any other says that its time was too short.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from pftools import executors, runs
+from pftools.errors import PftoolsError
+from pftools.executors import Failure
+
+if TYPE_CHECKING:
+    import submitit
+
+    from pftools.study import Plan, PlannedStep
+
+DEFAULT_MINUTES = 240  # sbatch's own default is the partition's, which may be endless or a minute
+_POLL_SECONDS = 2.0
+_PATIENCE = 300  # seconds for which a controller may be out of reach before that is an error
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job in the queue: its id, its state (PENDING, RUNNING, ...) and why it waits, in SLURM's words."""
+
+    id: str
+    state: str
+    reason: str
+
+
+def run_plan(
+    plan: Plan, *, progress: bool, notebooks: str | Path | None, wait: bool, options: dict[str, str]
+) -> list[Failure]:
+    """Submit the missing steps of a plan, and with ``wait`` stay until all their jobs have ended.
+
+    Args:
+        options: of sbatch, such as {"partition": "gpu", "gres": "gpu:1", "time": "2:00:00"}.
+
+    Returns:
+        The failures; without ``wait``, none.
+    """
+    executors.tidy_finished(plan)
+    submitted = submit(plan, notebooks=notebooks, options=options)
+    return _watch(plan, submitted, progress) if wait else []
+
+
+def submit(plan: Plan, *, notebooks: str | Path | None = None, options: dict[str, str] | None = None) -> list[str]:
+    """Submit every step that is neither finished nor queued; returns the names of all runs that jobs now work on."""
+    folder = _folder(Path(plan.runs))
+    damaged = executors.unusable(plan)
+    for why in damaged.values():
+        print(f"{why} A job does this now.")
+    jobs: dict[str, str] = {}
+    with FileLock(folder / "submit.lock"):  # two drivers that submit at once would both find the queue empty
+        queued = queue(Path(plan.runs))
+        _remove_files_of_ended_jobs(folder, {job.id for job in queued.values()})
+        for name, step in plan.steps.items():
+            if name in queued:
+                jobs[name] = queued[name].id
+            elif not runs.is_finished(step.folder) or name in damaged:
+                parents = [jobs[parent] for parent in step.parents if parent in jobs]
+                jobs[name] = _submit_step(folder, step, parents, notebooks, options or {})
+    return list(jobs)
+
+
+def _submit_step(
+    folder: Path, step: PlannedStep, parents: list[str], notebooks: str | Path | None, options: dict[str, str]
+) -> str:
+    import submitit
+    from submitit.core.utils import FailedJobError
+
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=3)
+    log = str(runs.log_path(step.folder).resolve())
+    known, other = _sort_options(options)
+    executor.update_parameters(
+        **{"time": DEFAULT_MINUTES, **known},
+        job_name=_job_name(step.folder),
+        dependency=f"afterok:{':'.join(parents)}" if parents else None,
+        stderr_to_stdout=True,
+        srun_args=["--output", log],  # the same place as the local executor's
+        # Values that are set by name, as in `--slurm account=...`, go on as they are.
+        additional_parameters={"output": log, "kill-on-invalid-dep": "yes", **other},
+    )
+    try:
+        return executor.submit(StepJob(), executors.request(step, notebooks)).job_id
+    except (FailedJobError, OSError, subprocess.SubprocessError) as error:
+        words = str(error).strip().splitlines()
+        raise PftoolsError(f"sbatch refused the job of {step.name}: {words[-1] if words else error}.") from None
+
+
+class StepJob:
+    """What submitit calls inside a job."""
+
+    def __call__(self, request: dict[str, Any]) -> None:
+        executors.execute_step(request)
+
+    def checkpoint(self, request: dict[str, Any]) -> submitit.helpers.DelayedSubmission | None:
+        """submitit asks this shortly before the time limit: what to queue again, or None to fail."""
+        from submitit.helpers import DelayedSubmission
+
+        if request["resumes"]:
+            return DelayedSubmission(self, request)
+        return None
+
+
+def queue(root: Path) -> dict[str, Job]:
+    """The jobs of this user that make runs in the folder ``root``: {run: job}.
+
+    Raises:
+        PftoolsError: there is no SLURM here, or its controller cannot be reached.
+    """
+    if shutil.which("squeue") is None:
+        raise PftoolsError("there is no squeue on this machine: run with --executor local, or from a login node of the cluster.")
+    command = ["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%j"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise PftoolsError("SLURM's controller did not answer within a minute: try again later.") from None
+    if asked.returncode != 0:
+        raise PftoolsError(f"SLURM's queue cannot be read: {asked.stderr.strip() or 'squeue failed'}.")
+    found = {}
+    mark = _mark(root)
+    for line in asked.stdout.splitlines():
+        number, state, reason, name = line.split("|", 3)
+        run, _, of = name.rpartition("@")
+        if of == mark and state in _ALIVE:
+            found[run] = Job(number, state, reason)
+    return found
+
+
+# States in which a job still works or will; COMPLETING is the end of one that has.
+_ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+
+
+def _job_name(folder: Path) -> str:
+    return f"{folder.name}@{_mark(folder.parent)}"
+
+
+def _mark(root: Path) -> str:
+    """Tells the same run in two folders of runs apart."""
+    return hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+
+
+def _folder(root: Path) -> Path:
+    folder = root / ".slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _remove_files_of_ended_jobs(folder: Path, alive: set[str]) -> None:
+    """submitit leaves a script and two pickles a job; they are of use to that job only."""
+    for path in folder.iterdir():
+        job = re.match(r"(\d+)_", path.name)
+        if job and job[1] not in alive:
+            path.unlink(missing_ok=True)
+
+
+def _sort_options(options: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """sbatch's options: those that submitit converts, and the rest as they are."""
+    known: dict[str, Any] = {}
+    other = {}
+    for name, value in options.items():
+        if name == "time":
+            known["time"] = minutes(value)
+        elif name == "setup":  # a line of shell before the step, such as `module load cuda`
+            known["setup"] = [value]
+        else:
+            other[name.replace("_", "-")] = value
+    return known, other
+
+
+def minutes(text: str) -> int:
+    """A time limit as sbatch takes it, in whole minutes: MIN, MIN:SEC, H:MIN:SEC, D-H, D-H:MIN, D-H:MIN:SEC.
+
+    >>> minutes("90"), minutes("2:00:00"), minutes("1-12")
+    (90, 120, 2160)
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if not found:
+        raise PftoolsError(f"the time {text!r} is not one of SLURM's: give minutes, or HOURS:MINUTES:SECONDS, or DAYS-HOURS.")
+    days, *parts = found.groups()
+    first, second, third = (int(part or 0) for part in parts)
+    if days is not None:
+        seconds = ((int(days) * 24 + first) * 60 + second) * 60 + third
+    elif parts[2] is not None:
+        seconds = (first * 60 + second) * 60 + third
+    else:
+        seconds = first * 60 + second
+    return max(1, -(-seconds // 60))
+
+
+def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
+    """Wait until no job of ``submitted`` is left; the failures, without the jobs that SLURM cancelled because of them."""
+    left = set(submitted)
+    done = len(plan.steps) - len(left)
+    reached = time.monotonic()
+    with executors.progress_bar(len(plan.steps), done, progress) as show:
+        while left:
+            try:
+                queued = queue(Path(plan.runs))
+                reached = time.monotonic()
+            except PftoolsError:
+                if time.monotonic() - reached > _PATIENCE:
+                    raise
+                time.sleep(10)
+                continue
+            ended = {name for name in left if name not in queued}
+            left -= ended
+            running = [plan.steps[name].label for name, job in queued.items() if job.state == "RUNNING" and name in plan.steps]
+            show(running, advance=len([name for name in ended if runs.is_finished(plan.steps[name].folder)]))
+            if left:
+                time.sleep(_POLL_SECONDS)
+    time.sleep(0.5 if submitted else 0)  # a shared file system may show the last seal a moment later
+    unfinished = [name for name in submitted if not runs.is_finished(plan.steps[name].folder)]
+    causes = [name for name in unfinished if not set(plan.steps[name].parents) & set(unfinished)]
+    return [executors.read_failure(plan.steps[name].folder, "its job ended before it could say why") for name in causes]

@@ -1,0 +1,61 @@
+"""Step notebooks that do next to nothing, quickly: what is tested with them is everything around a step.
+
+A trivial step writes one small file made of its parameters and its parents' results, and a line in `journal.txt` of the
+runs folder when it begins and when it has sealed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+
+from pftools import settings
+from pftools.executors import _NOTEBOOK_OF
+from pftools.study import Plan, Study, plan_study
+
+_BODY = """
+import hashlib, json, os, time
+from pathlib import Path
+from pftools import settings
+from pftools import runs as run_folders
+parameters = settings.read(settings.STEPS[{step!r}], globals())
+run = run_folders.start(parameters)
+def journal(word):
+    with open(Path(parameters.runs) / "journal.txt", "a") as file:
+        file.write(f"{{word}} {{run.folder.name}}\\n")
+journal("begins")
+{work}
+parents = [getattr(parameters, name) for name in parameters.parents]
+found = [(Path(parent) / "result.txt").read_text() for parent in parents if (Path(parent) / "result.txt").exists()]
+text = json.dumps([run.folder.name, found])
+run.path("result.txt").write_text(hashlib.sha256(text.encode()).hexdigest())
+run.path("half-done.tmp").write_text("goes away")
+run.seal(["result.txt"], perplexity=float(len(found)), measured=0.5, tasks={{}})
+journal("sealed")
+"""
+
+
+def write_notebooks(folder: Path, **work: str) -> Path:
+    """A folder with a trivial notebook for every step; ``work`` gives steps lines of code of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for step, kind in settings.STEPS.items():
+        defaults = [f"{name} = {field.default!r}" for name, field in kind.model_fields.items()]
+        cells = [
+            nbformat.v4.new_code_cell("# Parameters\n" + "\n".join(defaults), metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(_BODY.format(step=step, work=work.get(step, "")).strip()),
+        ]
+        language = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=language), folder / _NOTEBOOK_OF[step])
+    return folder
+
+
+def trivial_plan(root: Path, **words: object) -> Plan:
+    """The plan of a small study whose runs are in ``root``; six steps unless ``words`` say otherwise."""
+    study = {"name": "trivial", "model": "somebody/model", "orderings": ["P", "F P"], **words}
+    return plan_study(settings.check(Study, study), runs=root)
+
+
+def contents(plan: Plan) -> dict[str, str]:
+    """What the steps of a plan found: {run: its result}."""
+    return {name: (step.folder / "result.txt").read_text() for name, step in plan.steps.items()}
