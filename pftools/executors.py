@@ -94,13 +94,14 @@ def execute_step(step: dict[str, Any]) -> None:
                 return
             print(f"{damage} This is done now.", flush=True)
             runs.reopen(folder)
+        runs.clear(folder, keep_work=step.get("resumes", False))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "failure.json").unlink(missing_ok=True)
         failure = _execute_notebook(step, folder)
         with suppress(OSError):  # on a full disk the notebook is lost, and the cause is not
             _keep_notebook(folder)
         if runs.is_finished(folder):
             return
+        runs.clear(folder, keep_work=step.get("resumes", False), keep=("notebook.ipynb",))  # what it left may be what fills a disk
         failure = failure or Failure(folder.name, None, "the notebook ended without sealing its run: does it call run.seal?")
         with suppress(OSError):
             runs.write_json(folder / "failure.json", asdict(failure))
@@ -208,13 +209,13 @@ def run_plan(
 def unusable(plan: Plan) -> dict[str, str]:
     """Finished runs that this plan is about to use, and that are damaged: {run: why, in a sentence}.
 
-    Used are the evaluations, which the results are read from, and every run that a step which is still to do goes back to.
+    Used are evaluations and analyses, which the results are read from, and every run that a step which is still to do goes back to.
     """
     found: dict[str, str] = {}
     used: set[str] = set()
     to_do = {step.name for step in plan.missing()}
     for name, step in reversed(plan.steps.items()):  # children first: a damaged run needs its own parents again
-        if name not in to_do and (step.parameters.step == "evaluate" or name in used):
+        if name not in to_do and (step.parameters.step in ("evaluate", "analyse") or name in used):
             damage = runs.damage(step.folder)
             if damage is not None and not runs.is_locked(step.folder):
                 found[name] = damage
@@ -349,11 +350,10 @@ def _execute_in_fork(order: dict[str, Any], answer: int) -> int:
     os.dup2(log, 2)
     try:
         execute_step(order["step"])
-    except StepFailed as error:
-        os.write(answer, json.dumps(asdict(error.failure)).encode())
-        return 1
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        failure = getattr(error, "failure", None) or Failure(Path(order["step"]["folder"]).name, None, f"{type(error).__name__}: {error}")
+        os.write(answer, json.dumps(asdict(failure)).encode())  # also where the disk is too full for failure.json
         return 1
     finally:
         with suppress(OSError):

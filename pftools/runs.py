@@ -80,7 +80,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         whole = record.pop("seal") == _seal_of(record)
     except FileNotFoundError:
         raise PftoolsError(f"the run {folder} is not finished: it has no run.json; run its step first.") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
         raise PftoolsError(f"{path} is damaged: remove the folder {folder}, and its step is run again.")
@@ -193,7 +193,7 @@ def start(parameters: Step) -> Run:
         if finished:
             verify(folder)
         else:
-            _clear(folder, keep_work=parameters.resumes)
+            clear(folder, keep_work=parameters.resumes)
         (folder / "work").mkdir(parents=True, exist_ok=True)
     except BaseException:
         writer.release(force=True)
@@ -201,12 +201,17 @@ def start(parameters: Step) -> Run:
     return Run(parameters, folder, finished, writer)
 
 
-def _clear(folder: Path, *, keep_work: bool) -> None:
-    """Remove what an attempt that was cut short left: nothing of it may pass for an output of this one."""
+def clear(folder: Path, *, keep_work: bool, keep: tuple[str, ...] = ()) -> None:
+    """Remove what an attempt that did not finish left: nothing of it may pass for an output of the next. For who holds the run.
+
+    Args:
+        keep_work: leave `work/`, for a step that goes on from there.
+        keep: other names to leave.
+    """
+    kept = {*keep, "work"} if keep_work else set(keep)
     for path in folder.iterdir() if folder.exists() else ():
-        if path.name == "work" and keep_work:
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def add_output(folder: Path, name: str) -> None:

@@ -425,7 +425,7 @@ def as_bytes(number: float) -> str:
 
 
 def results(plan: Plan) -> pd.DataFrame:
-    """A row a finished result: ordering, asked, measured, perplexity, dense_perplexity, one column a task, training
+    """A row a finished result, after the files of its evaluation were checked: ordering, asked, measured, perplexity, dense_perplexity, one column a task, training
     tokens, seed, method, pattern, merge, and the run folders of the model and of its evaluation."""
     import pandas as pd
 
@@ -433,7 +433,7 @@ def results(plan: Plan) -> pd.DataFrame:
     for row in plan.rows:
         if not runs.is_finished(row.evaluation):
             continue
-        found = runs.read_record(row.evaluation)["results"]
+        found = runs.verify(row.evaluation)["results"]
         tasks = {task: score["value"] for task, score in found["tasks"].items()}
         rows.append(
             {

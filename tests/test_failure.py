@@ -1,0 +1,334 @@
+"""Whatever goes wrong, nothing wrong is taken for finished and nothing finished is done again.
+
+The studies here have steps that do next to nothing (tests/trivial.py), in real processes with real kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pftools import cli, executors, runs, settings, study
+from pftools.errors import PftoolsError
+from tests.trivial import contents, trivial_plan, write_notebooks
+
+ROOT = Path(__file__).parent.parent
+_DRIVER = """
+import sys
+from pathlib import Path
+from pftools.executors import run_plan
+from tests.trivial import trivial_plan
+failures = run_plan(trivial_plan(Path(sys.argv[1])), jobs=int(sys.argv[3]), notebooks=sys.argv[2], progress=False)
+print(*failures, sep="\\n")
+sys.exit(len(failures))
+"""
+
+
+def drive(root: Path, notebooks: Path, jobs: int = 1) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", _DRIVER, str(root), str(notebooks), str(jobs)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def kernels_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    try:
+        below = psutil.Process(driver.pid).children(recursive=True)
+        return [process for process in below if "ipykernel_launcher" in " ".join(process.cmdline())]
+    except psutil.Error:
+        return []
+
+
+def journal(root: Path) -> list[str]:
+    path = root / "journal.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def leftovers(root: Path) -> list[Path]:
+    """Files that belong to nothing: half-done work, drafts, notes of the dead, halves of JSON files."""
+    found = [*root.glob("*/work"), *root.glob(".drafts/*"), *root.glob(".locks/*.json"), *root.rglob(".*.json.*")]
+    return [*found, *(path for path in root.rglob("*.tmp"))]
+
+
+@pytest.mark.slow
+def test_a_study_survives_being_killed_twenty_times(tmp_path):
+    pause = "time.sleep(0.3)"
+    notebooks = write_notebooks(tmp_path / "notebooks", prune=pause, finetune=pause, evaluate=pause, calibrate=pause)
+    undisturbed = trivial_plan(tmp_path / "undisturbed")
+    assert executors.run_plan(undisturbed, notebooks=notebooks, progress=False, jobs=2) == []
+    chance = random.Random(0)
+    kills = dict.fromkeys(("driver", "kernel", "both"), 0)
+    number = 0
+    while sum(kills.values()) < 20:
+        number += 1
+        root = tmp_path / f"study{number}"
+        plan, finished, ended = trivial_plan(root), set(), False
+        while not ended:
+            before = len(journal(root))
+            driver = drive(root, notebooks, jobs=2)
+            time.sleep(chance.uniform(1.2, 4.0))
+            ended = driver.poll() is not None and driver.returncode == 0
+            whom = chance.choice(list(kills))
+            kernels = kernels_of(driver)
+            if not ended and (whom == "driver" or kernels):
+                kills[whom] += 1
+                victims = [*(kernels if whom != "driver" else []), *([psutil.Process(driver.pid)] if whom != "kernel" else [])]
+                for victim in victims:
+                    kill_if_there(victim)
+            if whom == "kernel" and not ended:
+                ended = driver.wait(60) == 0  # it goes on with what does not depend on the killed step
+            else:
+                driver.wait(60)
+            driver.stdout.close()
+            again = {line.partition(" ")[2] for line in journal(root)[before:] if line.startswith("begins")}
+            assert not again & finished, "a finished step was computed twice"
+            finished = {name for name, step in plan.steps.items() if runs.is_finished(step.folder)}
+            for name in finished:
+                runs.verify(plan.steps[name].folder)
+        executors.run_plan(plan, notebooks=notebooks, progress=False)
+        assert contents(plan) == {name: (tmp_path / "undisturbed" / name / "result.txt").read_text() for name in plan.steps}
+        assert leftovers(root) == []
+    assert all(kills.values()), kills
+
+
+def kill_if_there(process: psutil.Process) -> None:
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        pass
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished study with a run of every kind, and the notebooks that made it."""
+    folder = tmp_path_factory.mktemp("finished")
+    notebooks = write_notebooks(folder / "notebooks")
+    plan = trivial_plan(folder / "runs", orderings=["P F"], analyse=True)
+    assert executors.run_plan(plan, notebooks=notebooks, progress=False, jobs=2) == []
+    return plan, notebooks
+
+
+def damages(path: Path):
+    """Ways to damage a file; each is undone afterwards."""
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:20] + bytes([whole[20] ^ 1]) + whole[21:], b"", None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        yield
+        path.write_bytes(whole)
+
+
+def test_any_damaged_file_of_any_kind_of_run_is_named_and_never_used(finished):
+    plan, _ = finished
+    assert {step.parameters.step for step in plan.steps.values()} == set(settings.STEPS)
+    for name, step in plan.steps.items():
+        children = [child for child in plan.steps.values() if name in child.parents]
+        for path in sorted(step.folder.iterdir()):
+            for _ in damages(path):
+                gone = path.name == "run.json" and not path.exists()  # then it is simply not finished
+                says = "not finished" if gone else path.name
+                with pytest.raises(PftoolsError, match=says):
+                    runs.verify(step.folder)
+                for child in children:
+                    with pytest.raises(PftoolsError, match=says):
+                        runs.start(child.parameters)
+                if not gone:
+                    assert path.name in executors.unusable(plan).get(name, path.name)
+                    if step.parameters.step == "evaluate":
+                        with pytest.raises(PftoolsError, match=path.name):
+                            study.results(plan)
+    assert executors.unusable(plan) == {}
+
+
+def test_a_damaged_run_that_is_needed_is_made_again(finished, tmp_path, capsys):
+    plan, notebooks = finished
+    shutil.copytree(plan.runs, tmp_path / "runs")
+    plan = trivial_plan(tmp_path / "runs", orderings=["P F"], analyse=True)
+    pruned = next(step for step in plan.steps.values() if step.parameters.step == "prune")
+    evaluated = next(step for step in plan.steps.values() if step.parameters.step == "evaluate")
+    before = contents(plan)
+    (pruned.folder / "result.txt").write_text("not what was sealed")
+    (evaluated.folder / "run.json").unlink()  # its model goes back to the pruned one
+    assert executors.run_plan(plan, notebooks=notebooks, progress=False) == []
+    assert "result.txt differs from what was sealed" in capsys.readouterr().err
+    assert contents(plan) == before and not executors.unusable(plan)
+
+
+def test_ctrl_c_ends_every_process_and_the_next_run_goes_on(tmp_path):
+    notebooks = write_notebooks(tmp_path / "notebooks", prune="time.sleep(60)")
+    driver = drive(tmp_path / "runs", notebooks)
+    while "prune" not in "".join(journal(tmp_path / "runs")):
+        time.sleep(0.05)
+    below = psutil.Process(driver.pid).children(recursive=True)
+    plan = trivial_plan(tmp_path / "runs")
+    states = [study.run_state(step.folder) for step in plan.steps.values()]
+    assert states.count("running") == 1 and states.count("finished") == 1
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(20) != 0
+    assert not psutil.wait_procs(below, timeout=5)[1]
+    assert [study.run_state(step.folder) for step in plan.steps.values()].count("failed") == 0
+    (stopped,) = [step.folder for step in plan.steps.values() if runs.was_interrupted(step.folder)]
+    assert stopped.name.startswith("prune-") and "process" in runs.owner(stopped)
+    assert executors.run_plan(plan, notebooks=write_notebooks(tmp_path / "notebooks"), progress=False, jobs=2) == []
+    assert leftovers(tmp_path / "runs") == []
+
+
+def test_two_drivers_of_one_study_share_the_work(tmp_path):
+    notebooks = write_notebooks(tmp_path / "notebooks", prune="time.sleep(0.5)")
+    drivers = [drive(tmp_path / "runs", notebooks) for _ in range(2)]
+    assert [driver.wait(120) for driver in drivers] == [0, 0]
+    begun = [line for line in journal(tmp_path / "runs") if line.startswith("begins")]
+    assert len(begun) == len(set(begun)) == 6
+    assert leftovers(tmp_path / "runs") == []
+
+
+def test_a_failure_stops_what_depends_on_it_and_is_named_in_status(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "swordfish-swordfish")
+    bad = "print(os.environ['MY_SECRET']); raise OSError('no luck with swordfish-swordfish hf_" + "a" * 30 + "')"
+    notebooks = write_notebooks(tmp_path / "notebooks", finetune=bad)
+    (tmp_path / "trivial.yaml").write_text("model: somebody/model\norderings: [P, F P]\n")
+    plan = trivial_plan(tmp_path / "runs")
+    (failure,) = executors.run_plan(plan, notebooks=notebooks, progress=False, jobs=2)
+    assert failure.cell and "OSError: no luck with [redacted] [redacted]" in failure.cause
+    for path in (tmp_path / "runs").rglob("*"):
+        assert not path.is_file() or b"swordfish" not in path.read_bytes(), path
+    monkeypatch.setattr(cli.out, "width", 300)
+    cli.status(tmp_path / "trivial.yaml", tmp_path / "runs")
+    shown = capsys.readouterr().out
+    assert "3 finished, 1 failed, 2 to do" in shown and f"cell {failure.cell}: OSError" in shown
+    assert shown.count("needs finetune-") == 1 and shown.count("needs prune-") == 1
+
+
+@pytest.mark.parametrize("where", ["work", "everything"])
+def test_a_full_disk_is_a_cause_and_not_a_result(tmp_path, where):
+    """A file may grow no further than 2,000 bytes: in the kernel, or on a real small file system that is full."""
+    root = tmp_path / "runs"
+    fill = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\nrun.path('big').write_bytes(bytes(9999))"
+    if where == "everything":
+        root.mkdir()
+        if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", root]).returncode:
+            pytest.skip("mounting a small file system needs root")
+        fill = "run.path('big').write_bytes(bytes(10**6))"
+    try:
+        notebooks = write_notebooks(tmp_path / "notebooks", calibrate=fill)
+        plan = trivial_plan(root, orderings=["P"])
+        (failure,) = executors.run_plan(plan, notebooks=notebooks, progress=False)
+        assert "OSError" in failure.cause and ("No space left" in failure.cause or "File too large" in failure.cause)
+        assert not any(runs.is_finished(step.folder) for step in plan.steps.values())
+        assert executors.run_plan(plan, notebooks=write_notebooks(tmp_path / "notebooks"), progress=False) == []
+        assert leftovers(root) == []
+    finally:
+        if where == "everything":
+            subprocess.run(["umount", root], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run, without kernels
+
+
+@pytest.fixture
+def parameters(tmp_path):
+    return settings.Prune(model="somebody/model", runs=str(tmp_path / "runs"))
+
+
+def test_a_kernel_whose_driver_was_replaced_neither_starts_nor_seals(parameters):
+    folder = runs.run_folder(parameters)
+    with runs.driving(folder):
+        run = runs.start(parameters)
+        run.path("result.txt").write_text("mine")
+        older = os.environ["PFTOOLS_ATTEMPT"]
+        shutil.rmtree(folder.parent / ".locks")  # by hand, while a step is at work
+        with runs.driving(folder):  # so another driver finds no lock
+            os.environ["PFTOOLS_ATTEMPT"] = older
+            with pytest.raises(PftoolsError, match="has taken over"):
+                run.seal(["result.txt"])
+            run.lock.release(force=True)
+            with pytest.raises(PftoolsError, match="has taken over"):
+                runs.start(parameters)
+    assert not runs.is_finished(folder)
+
+
+def test_a_notebook_that_makes_another_run_than_planned_is_stopped(parameters):
+    with runs.driving(runs.run_folder(parameters).with_name("prune-0123456789ab")), pytest.raises(PftoolsError, match="its parameters make"):
+        runs.start(parameters)
+
+
+def test_a_crash_between_the_outputs_and_the_record_leaves_an_unfinished_run(parameters, monkeypatch):
+    run = runs.start(parameters)
+    run.path("result.txt").write_text("first")
+    run.path("folder/extra.txt").write_text("first")
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "_write_record", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run.seal(["result.txt", "folder"])
+    run.lock.release(force=True)
+    monkeypatch.undo()
+    assert (run.folder / "result.txt").exists() and not runs.is_finished(run.folder)
+    run = runs.start(parameters)
+    run.path("result.txt").write_text("second")
+    run.seal(["result.txt"])
+    assert (run.folder / "result.txt").read_text() == "second" and not (run.folder / "folder").exists()
+
+
+def test_a_cell_that_is_executed_again_does_not_wait_for_itself(parameters):
+    first = runs.start(parameters)
+    again = runs.start(parameters)
+    again.path("result.txt").write_text("one")
+    again.seal(["result.txt"])
+    assert not runs.is_locked(first.folder) and runs.is_whole(first.folder)
+
+
+def test_only_finetuning_goes_on_from_what_a_killed_attempt_left(parameters):
+    for given, kept in ((parameters, False), (settings.Finetune(model="somebody/model", runs=parameters.runs), True)):
+        left = runs.run_folder(given) / "work" / "trainer" / "state"
+        left.parent.mkdir(parents=True)
+        left.touch()
+        run = runs.start(given)
+        assert left.exists() == kept
+        run.lock.release(force=True)
+
+
+def test_a_clock_that_is_set_back_changes_nothing(parameters, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() - 86_400)
+    folder = runs.run_folder(parameters)
+    with runs.driving(folder):
+        monkeypatch.undo()
+        assert "begun 24 hours ago" in runs.owner(folder)
+        run = runs.start(parameters)
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        assert "begun 0 seconds ago" in runs.owner(folder)
+        run.path("result.txt").write_text("one")
+        run.seal(["result.txt"])
+    assert 0 <= runs.verify(folder)["seconds"] < 60
+
+
+def test_a_record_that_was_cut_short_is_damaged_not_finished(parameters):
+    run = runs.start(parameters)
+    run.path("result.txt").write_text("one")
+    run.seal(["result.txt"])
+    for text in ("", "{", "[]", "null", json.dumps({"step": "prune", "seal": "x"})):
+        (run.folder / "run.json").write_text(text)
+        assert not runs.is_whole(run.folder)
+        with pytest.raises(PftoolsError, match="run.json is damaged"):
+            runs.start(parameters)
+
+
+def test_a_file_system_without_locks_is_refused(parameters, monkeypatch):
+    import fcntl
+
+    def no_lock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    with pytest.raises(PftoolsError, match="cannot be locked"):
+        runs.start(parameters)
