@@ -8,7 +8,13 @@ class PftoolsError(ValueError):
     """A mistake that the person at the keyboard can mend; its message says how.
 
     In a notebook it is shown as that one sentence, without a traceback through the library.
+
+    where: the place in a file or in parameters, as the names and indices that lead to it; empty where there is none.
     """
+
+    def __init__(self, message: str = "", *, where: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.where = where
 
     def _render_traceback_(self) -> list[str]:  # the hook that IPython asks before it prints a traceback
         return [f"{type(self).__name__}: {self}"]

@@ -340,7 +340,10 @@ def _work() -> None:
         with os.fdopen(reading) as pipe:
             failure = pipe.read()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps({"code": code, "failure": json.loads(failure) if failure else None}), flush=True)
+        try:
+            print(json.dumps({"code": code, "failure": json.loads(failure) if failure else None}), flush=True)
+        except BrokenPipeError:  # the driver was killed, and so there is nobody to tell
+            os._exit(1)
 
 
 def _execute_in_fork(order: dict[str, Any], answer: int) -> int:

@@ -33,7 +33,7 @@ PUBLISHED = {
     "iter_pf": ("(P F)*7", "F"),
     "iter_fp": ("(F P)*7", "P"),
 }
-_MOST_STEPS = 1000  # a slip such as (P F)*10000 is refused, not planned
+MOST_STEPS = 1000  # a slip such as (P F)*10000 is refused, not planned
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class _Parser:
         letters = ""
         while self.tokens and self.tokens[0][0] in "PF(":
             letters += self._item()
-            if len(letters) > _MOST_STEPS:
-                raise PftoolsError(f"the ordering {self.word!r} has more than {_MOST_STEPS} steps.")
+            if len(letters) > MOST_STEPS:
+                raise PftoolsError(f"the ordering {self.word!r} has more than {MOST_STEPS} steps.")
         return letters
 
     def _item(self) -> str:
@@ -145,7 +145,7 @@ class _Parser:
             self.tokens.pop(0)
             if not self.tokens or not self.tokens[0][0].isdigit() or int(self.tokens[0][0]) == 0:
                 self._fail("a count of at least 1 is expected after *")
-            token *= min(int(self.tokens.pop(0)[0]), _MOST_STEPS + 1)
+            token *= min(int(self.tokens.pop(0)[0]), MOST_STEPS + 1)
         return token
 
     def _fail(self, what: str) -> None:

@@ -240,14 +240,15 @@ def tidy(folder: Path) -> None:
     if is_finished(folder):
         shutil.rmtree(folder / "work", ignore_errors=True)
         (folder / "failure.json").unlink(missing_ok=True)
-    for temporary in folder.glob(".*.json.*"):
-        temporary.unlink(missing_ok=True)
+    for path in (folder / "run.json", folder / "failure.json", _note_path(folder)):
+        _partial(path).unlink(missing_ok=True)
 
 
 def needs_tidying(folder: Path) -> bool:
     """Whether a finished run has leftovers, and nobody works on it."""
-    traces = (folder / "work", folder / "failure.json", draft_path(folder), _note_path(folder))
-    return (any(path.exists() for path in traces) or any(folder.glob(".*.json.*"))) and not is_locked(folder)
+    note = _note_path(folder)
+    traces = (folder / "work", folder / "failure.json", _partial(folder / "run.json"), draft_path(folder), note, _partial(note))
+    return any(path.exists() for path in traces) and not is_locked(folder)
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -382,7 +383,7 @@ def _acquire(lock: BaseFileLock, folder: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file in one atomic step: readers see the old file or the new one, never a part, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _partial(path)
     try:
         with temporary.open("w") as file:
             file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -393,6 +394,10 @@ def write_json(path: Path, content: Any) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def _replace(source: Path, target: Path) -> None:

@@ -19,6 +19,12 @@ from pftools.errors import PftoolsError, nearest
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
+# The names of `prune.METHODS`, here so that a study can be planned without torch (a test keeps the two in step).
+PRUNING_METHODS = (
+    "magnitude", "wanda", "wanda_variant", "ria", "sparsegpt", "ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter",
+    "ablate_wanda_iter",
+)  # fmt: skip
+
 
 def local(default: Any, description: str, **limits: Any) -> Any:
     """A field that does not change results, and so is left out of a run's key."""
@@ -217,7 +223,12 @@ def check(kind: type[BaseModel], given: dict[str, Any], *, place: str = "") -> A
     try:
         return kind(**given)
     except ValidationError as failure:
-        raise PftoolsError(_sentence(kind, failure, place)) from None
+        raise PftoolsError(_sentence(kind, failure, place), where=_where(failure)) from None
+
+
+def _where(failure: ValidationError) -> tuple[str | int, ...]:
+    first = failure.errors()[0]
+    return first["loc"] + getattr(first.get("ctx", {}).get("error"), "where", ())
 
 
 def _sentence(kind: type[BaseModel], failure: ValidationError, place: str) -> str:
@@ -226,7 +237,7 @@ def _sentence(kind: type[BaseModel], failure: ValidationError, place: str) -> st
     of = f" of {place}" if place else f" of the {getattr(kind, 'step', kind.__name__)} step"
     if first["type"] == "extra_forbidden":
         return f"unknown parameter {name!r}{of}: {nearest(name, kind.model_fields)}."
-    if not name:
+    if isinstance(first.get("ctx", {}).get("error"), PftoolsError) or not name:
         return first["msg"].removeprefix("Value error, ")
     says = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     says = says if first["type"] == "value_error" else f"it should be {says}"

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pftools import runs, settings
-from pftools.errors import PftoolsError
-from pftools.orderings import Ordering, OrderingStep, parse_ordering
+from pftools.errors import PftoolsError, nearest
+from pftools.orderings import MOST_STEPS, Ordering, OrderingStep, parse_ordering
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +33,16 @@ class _OrderingEntry(BaseModel):
     ordering: str
     sparsities: list[float] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_word(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"ordering": given}
+        for name in given if isinstance(given, dict) else ():
+            if name not in cls.model_fields:
+                raise PftoolsError(f"unknown word {name!r} of an ordering: {nearest(str(name), cls.model_fields)}.", where=(name,))
+        return given
+
 
 class Study(BaseModel):
     """A study file. Every list is crossed with every other."""
@@ -43,12 +54,12 @@ class Study(BaseModel):
     description: str = ""
     model: str = Field(settings.Step.model_fields["model"].default, description="as in every step")
     dtype: settings.DtypeName = "auto"
-    orderings: list[str | _OrderingEntry] = Field(min_length=1, description="published names or words over P and F")
-    sparsities: list[float] = Field([0.5], description="targets; each from 0 up to 1")
+    orderings: list[_OrderingEntry] = Field(min_length=1, description="published names or words over P and F")
+    sparsities: list[float] = Field([0.5], min_length=1, description="targets; each from 0 up to 1")
     methods: list[str] = Field(["wanda"], min_length=1)
     patterns: list[str] = Field(["unstructured"], min_length=1)
     merges: list[Literal["auto", "masked", "dense"]] = Field(["auto"], min_length=1)
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=4_000_000)]] = Field([0], min_length=1)
     schedule: Literal["linear", "cubic"] = Field("linear", description="how several P's share the way to the target")
     budget: Literal["total", "per_step"] = Field("total", description="total: the tokens are split over an ordering's F's")
     tokens: int = Field(49_152, ge=1, description="fine-tuning tokens of an ordering, or of each F with per_step")
@@ -61,16 +72,53 @@ class Study(BaseModel):
 
     @model_validator(mode="after")
     def _words_and_parameters_are_valid(self) -> Study:
-        for entry in self.entries():
-            ordering = parse_ordering(entry.ordering)
-            for sparsity in entry.sparsities or self.sparsities:
-                ordering.steps(sparsity)
-        for step in ("calibrate", "prune", "finetune", "evaluate"):
-            _step(step, self, getattr(self, step))
+        for number, method in enumerate(self.methods):
+            if method not in settings.PRUNING_METHODS:
+                says = nearest(method, settings.PRUNING_METHODS)
+                raise PftoolsError(f"unknown pruning method {method!r}: {says}.", where=("methods", number))
+        for number, pattern in enumerate(self.patterns):
+            with _at("patterns", number):
+                pattern_sparsity(pattern)
+        for number, entry in enumerate(self.orderings):
+            with _at("orderings", number):
+                self._check_ordering(entry)
+        for section in _PLANNED:
+            with _at(section):
+                _step(section, self, getattr(self, section))
         return self
 
-    def entries(self) -> list[_OrderingEntry]:
-        return [_OrderingEntry(ordering=entry) if isinstance(entry, str) else entry for entry in self.orderings]
+    def _check_ordering(self, entry: _OrderingEntry) -> None:
+        ordering = parse_ordering(entry.ordering)
+        for sparsity in entry.sparsities or self.sparsities:
+            ordering.steps(sparsity, schedule=self.schedule)
+        structured = [pattern for pattern in self.patterns if pattern_sparsity(pattern) is not None]
+        if ordering.n_prunes > 1 and structured:
+            raise PftoolsError(
+                f"the ordering {ordering.name!r} has several P's, which raise the sparsity step by step, and the pattern "
+                f"{structured[0]} fixes it: leave one of them out of the study {self.name!r}."
+            )
+        if self.budget == "total" and self.tokens < ordering.n_finetunes:
+            raise PftoolsError(f"{self.tokens} fine-tuning tokens cannot be split over the {ordering.n_finetunes} F's of {ordering.name!r}.")
+
+
+@contextmanager
+def _at(*place: str | int) -> Iterator[None]:
+    """Mistakes found inside are at this place of the study."""
+    try:
+        yield
+    except PftoolsError as error:
+        error.where = (*place, *error.where)
+        raise
+
+
+def pattern_sparsity(pattern: str) -> float | None:
+    """The sparsity that an N:M pattern fixes (N of every M weights are kept); None for `unstructured`."""
+    if pattern == "unstructured":
+        return None
+    kept, _, group = pattern.partition(":")
+    if not (kept.isdigit() and group.isdigit() and 0 < int(kept) < int(group)):
+        raise PftoolsError(f"the pattern {pattern!r} is not N:M with N < M, such as 2:4, and not 'unstructured'.")
+    return 1 - int(kept) / int(group)
 
 
 # What a plan sets itself, and a study's sections therefore cannot.
@@ -85,7 +133,8 @@ _PLANNED = {
 def _step(step: str, study: Study, given: dict[str, Any], **planned: Any) -> settings.Step:
     for name in given:
         if name in _PLANNED.get(step, ()):
-            raise PftoolsError(f"{name!r} under {step} is set by the plan: use the study's own words (model, sparsities, seeds, ...).")
+            says = f"{name!r} under {step} is set by the plan: use the study's own words (model, sparsities, seeds, ...)."
+            raise PftoolsError(says, where=(name,))
     given = {"model": study.model, "dtype": study.dtype, **given, **planned}
     return settings.check(settings.STEPS[step], given, place=f"{step} in the study {study.name!r}")
 
@@ -113,31 +162,24 @@ def load_study(path: str | Path) -> Study:
     try:
         return settings.check(Study, {"name": path.stem, **content})
     except PftoolsError as error:
-        line = _line_of(tree, str(error))
+        line = _line_of(tree, error.where)
         raise PftoolsError(f"{path}{f', line {line}' if line else ''}: {error}") from None
 
 
-def _line_of(tree: yaml.Node | None, message: str) -> int | None:
-    """The line of the deepest key or value that the message names in quotes or by its dotted path."""
-    best = None
-    for node, names in _scalars(tree):
-        if any(f"'{name}'" in message or f" {name} " in message or f"{name}." in message for name in names):
-            best = node.start_mark.line + 1
-            if f"'{names[-1]}'" in message:
-                return best
-    return best
-
-
-def _scalars(node: yaml.Node | None) -> Iterator[tuple[yaml.Node, list[str]]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield key, [key.value]
-            yield from _scalars(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _scalars(item)
-    elif isinstance(node, yaml.ScalarNode):
-        yield node, [node.value]
+def _line_of(tree: yaml.Node, where: tuple[str | int, ...]) -> int | None:
+    """The line of the place that these names and indices lead to, as far as the file follows them."""
+    node, line = tree, None
+    for part in where:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == part]
+            if not found:
+                break
+            key, node = found[0]
+            line = key.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,18 +277,15 @@ def run_state(folder: Path) -> str:
 
 
 def plan_study(study: Study, *, runs: str | Path = "runs") -> Plan:
-    """All steps that a study needs, shared by key.
-
-    Raises:
-        PftoolsError: a combination that has no meaning, such as an N:M pattern in an ordering with several P's.
-    """
+    """All steps that a study needs, shared by key."""
     plan = Plan(study, str(runs))
     for seed in study.seeds:
         for method in study.methods:
             for pattern in study.patterns:
                 for merge in study.merges:
-                    for entry in study.entries():
+                    for entry in study.orderings:
                         _plan_ordering(plan, entry, method, pattern, merge, seed)
+    plan.rows = list(dict.fromkeys(plan.rows))  # a value that the file repeats is one result
     return plan
 
 
@@ -265,22 +304,8 @@ def _plan_ordering(plan: Plan, entry: _OrderingEntry, method: str, pattern: str,
 def _targets(study: Study, entry: _OrderingEntry, ordering: Ordering, pattern: str) -> list[float]:
     if not ordering.n_prunes:
         return [0.0]
-    if pattern == "unstructured":
-        return entry.sparsities or study.sparsities
-    if ordering.n_prunes > 1:
-        raise PftoolsError(
-            f"the ordering {ordering.name!r} has several P's, which raise the sparsity step by step, and the pattern "
-            f"{pattern} fixes it: leave one of them out of the study {study.name!r}."
-        )
-    zeros = _pattern_sparsity(pattern)
-    return [zeros]
-
-
-def _pattern_sparsity(pattern: str) -> float:
-    kept, _, group = pattern.partition(":")
-    if not (kept.isdigit() and group.isdigit() and 0 < int(kept) < int(group)):
-        raise PftoolsError(f"the pattern {pattern!r} is not N:M with N < M, such as 2:4, and not 'unstructured'.")
-    return 1 - int(kept) / int(group)
+    fixed = pattern_sparsity(pattern)
+    return (entry.sparsities or study.sparsities) if fixed is None else [fixed]
 
 
 class _Chain:
@@ -304,12 +329,15 @@ class _Chain:
         )  # fmt: skip
 
     def finetune(self, step: OrderingStep) -> None:
-        share = self.study.tokens if self.study.budget == "per_step" else self.study.tokens // self.ordering.n_finetunes
+        share = self.study.tokens
+        if self.study.budget == "total":  # in whole tokens, that add up to the total
+            share, rest = divmod(share, self.ordering.n_finetunes)
+            share += step.number <= rest
         merge = "auto" if step.sparsity == 0 else self.merge  # no zeros to keep yet, so all merges share this step
         self.model = self._add(
             "finetune", f"F{step.number}, {share:,} tokens", self.study.finetune,
-            # The k-th F of a chain has seed k; seeds of a study lie far enough apart never to meet.
-            model=self.model, tokens=share, merge=merge, seed=100 * self.seed + step.number,
+            # The k-th F of a chain has seed k, and chains of different seeds never meet.
+            model=self.model, tokens=share, merge=merge, seed=MOST_STEPS * self.seed + step.number,
         )  # fmt: skip
         self.tokens += share
         self.finetunes += 1
@@ -322,8 +350,7 @@ class _Chain:
             self.ordering.name, sparsity, self.method, self.pattern, merge, self.seed, self.tokens, self.finetunes,
             self.model, evaluation,
         )  # fmt: skip
-        if row not in self.plan.rows:
-            self.plan.rows.append(row)
+        self.plan.rows.append(row)
 
     def _add(self, step: str, label: str, given: dict[str, Any], **planned: Any) -> str:
         parameters = _step(step, self.study, {}, **{**given, **planned}, runs=self.plan.runs)

@@ -54,7 +54,7 @@ def journal(root: Path) -> list[str]:
 
 def leftovers(root: Path) -> list[Path]:
     """Files that belong to nothing: half-done work, drafts, notes of the dead, halves of JSON files."""
-    found = [*root.glob("*/work"), *root.glob(".drafts/*"), *root.glob(".locks/*.json"), *root.rglob(".*.json.*")]
+    found = [*root.glob("*/work"), *root.glob(".drafts/*"), *root.glob(".locks/*.json"), *root.rglob(".*.partial")]
     return [*found, *(path for path in root.rglob("*.tmp"))]
 
 

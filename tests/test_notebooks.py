@@ -118,7 +118,7 @@ def test_a_whole_study_runs_resumes_reports_and_exports(tmp_path, monkeypatch):
     assert len(table) == 4 and table["measured"].tolist() == pytest.approx([0, 0.5, 0.5, 0.5])
     assert set(table["finetune_tokens"]) == {0, 256}
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/run.json")}
-    assert len(stamps) == 9 and not list((tmp_path / "runs").glob("*/work")) and not list((tmp_path / "runs").rglob(".*.json.*"))
+    assert len(stamps) == 9 and not list((tmp_path / "runs").glob("*/work")) and not list((tmp_path / "runs").rglob(".*.partial"))
     assert executors.run_plan(plan, progress=False) == []
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}  # nothing was done twice
 
@@ -132,20 +132,6 @@ def test_a_whole_study_runs_resumes_reports_and_exports(tmp_path, monkeypatch):
     again, _ = models.load_model(exported, dtype="float32")
     with torch.no_grad():
         assert torch.equal(model(tiny_blocks()).logits, again(tiny_blocks()).logits)
-
-
-@pytest.mark.slow
-def test_a_failing_step_stops_only_what_depends_on_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = {
-        "name": "half", "model": str(save_tiny(tmp_path / "tiny")), "dtype": "float32", "orderings": ["base", "prune"], "methods": ["nonsense"],
-        "calibrate": {"n_blocks": 2, "block_length": 32}, "evaluate": {"block_length": 32, "n_blocks": 6, "tasks": []},
-    }  # fmt: skip
-    plan = study.plan_study(settings.check(study.Study, words))
-    (failure,) = executors.run_plan(plan, progress=False)
-    assert failure.run.startswith("prune-") and "unknown pruning method 'nonsense'" in failure.cause and failure.cell
-    assert sorted(study.run_state(step.folder) for step in plan.steps.values()) == ["failed", "finished", "finished", "to do"]
-    assert len(study.results(plan)) == 1
 
 
 @pytest.mark.parametrize(

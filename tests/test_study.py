@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from pftools import runs, settings
@@ -60,10 +63,43 @@ def test_a_total_budget_is_split_and_a_step_budget_is_not():
     assert (total.rows[0].finetune_tokens, each.rows[0].finetune_tokens) == (1000, 4000)
 
 
+def test_a_split_budget_adds_up_to_the_token():
+    plan = plan_study(study(orderings=["(P F)*3"], tokens=1000))
+    assert sorted(step.parameters.tokens for step in plan.steps.values() if step.parameters.step == "finetune") == [333, 333, 334]
+    assert plan.rows[0].finetune_tokens == 1000
+
+
+def test_everything_is_crossed_with_everything():
+    crossed = {
+        "orderings": ["P", "P F", {"ordering": "F P", "sparsities": [0.4]}], "sparsities": [0.5, 0.6], "methods": ["wanda", "magnitude"],
+        "patterns": ["unstructured", "2:4"], "merges": ["masked", "dense"], "seeds": [0, 1],
+    }  # fmt: skip
+    plan = plan_study(study(**crossed))
+    per_method_and_seed = 2 * (2 + 2 + 1) + 2 * 3  # both merges: unstructured at their sparsities, and 2:4 at its own
+    assert len(plan.rows) == len(set(plan.rows)) == 2 * 2 * per_method_and_seed
+    # prunes: before any F they do not know the merge: 3 targets; after F (no zeros yet, so one F a seed): 2
+    assert steps_of(plan).count("prune") == 2 * 2 * (3 + 2)
+    assert steps_of(plan).count("finetune") == 2 * (1 + 2 * 3 * 2)
+
+
+def test_planning_loads_no_library_that_takes_seconds_to_load():
+    code = (
+        "import sys; from pftools.study import *; plan = plan_study(load_study('data/studies/published.yaml')); plan.summary(); plan.missing()\n"
+        "print([name for name in ('torch', 'transformers', 'pandas', 'papermill', 'numpy') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_names_of_pruning_methods_are_those_of_the_registry():
+    from pftools.prune import METHODS
+
+    assert set(METHODS) <= set(settings.PRUNING_METHODS)
+
+
 def test_the_kth_finetune_has_seed_k_and_seeds_never_meet():
     plan = plan_study(study(orderings=["F*3"], seeds=[0, 1]))
     seeds = [step.parameters.seed for step in plan.steps.values() if step.parameters.step == "finetune"]
-    assert seeds == [1, 2, 3, 101, 102, 103]
+    assert seeds == [1, 2, 3, 1001, 1002, 1003]
 
 
 def test_dense_inputs_calibrate_every_parent():
@@ -75,7 +111,7 @@ def test_a_pattern_fixes_the_sparsity():
     plan = plan_study(study(orderings=["prune"], patterns=["2:4", "unstructured"], sparsities=[0.3]))
     assert [(row.pattern, row.asked) for row in plan.rows] == [("2:4", 0.5), ("unstructured", 0.3)]
     with pytest.raises(PftoolsError, match="several P's"):
-        plan_study(study(orderings=["iter_pf"], patterns=["2:4"]))
+        study(orderings=["iter_pf"], patterns=["2:4"])
 
 
 @pytest.mark.parametrize(
@@ -83,12 +119,25 @@ def test_a_pattern_fixes_the_sparsity():
     [
         ("orderings: [prune]\nsparsites: [0.5]\n", "line 2.*did you mean 'sparsities'"),
         ("orderings:\n  - prune\n  - prune_finetnue\n", "line 3.*did you mean 'prune_finetune'"),
-        ("orderings: [prune]\nsparsities: [1.5]\n", "from 0 up to 1"),
+        ("sparsities: [0.5]\norderings:\n  - F\n  - {ordering: prune, sparsities: [1.5]}\n", "line 4.*from 0 up to 1"),
+        ("orderings:\n  - F\n  - {ordering: P, sparsites: [0.5]}\n", "line 3.*did you mean 'sparsities'"),
+        ("orderings:\n  - P\n  - (P F\n", "line 3.*closing bracket"),
+        ("orderings:\n  - P\n  - [P]\n", "line 3.*"),
+        ("orderings: [prune]\nmethods:\n  - wanda\n  - wnada\n", "line 4.*did you mean 'wanda'"),
+        ("orderings: [prune]\nmethods: [nonsense]\n", "line 2.*unknown pruning method 'nonsense'"),
+        ("orderings: [prune]\npatterns:\n  - '4:2'\n", "line 3.*not N:M"),
+        ("patterns: ['2:4']\norderings:\n  - P\n  - iter_pf\n", "line 4.*several P's"),
+        ("orderings: [iter_pf]\ntokens: 5\n", "line 1.*cannot be split over the 7 F's"),
+        ("orderings: [prune]\nseeds: [0, -1]\n", "line 2.*seeds"),
+        ("orderings: [prune]\nmerges: [masked, dens]\n", "line 2.*merges"),
+        ("orderings: [prune]\nsparsities: []\n", "line 2.*sparsities"),
+        ("orderings: [prune]\nevaluate:\n  limit: 0\n", "line 3.*limit"),
+        ("orderings: [prune]\nhf_token: x\n", "looks like a secret"),
         ("orderings: [prune]\nfinetune:\n  rnak: 8\n", "line 3.*did you mean 'rank'"),
         ("orderings: [prune]\nprune:\n  sparsity: 0.5\n", "line 3.*set by the plan"),
         ("orderings: [prune\n", "not valid YAML"),
         ("- prune\n", "is not a study"),
-        ("orderings: [prune]\nbudget: totl\n", "budget"),
+        ("orderings: [prune]\nbudget: totl\n", "line 2.*budget"),
     ],
 )
 def test_mistakes_in_a_study_file_are_named_with_their_line(tmp_path, text, says):
@@ -115,4 +164,4 @@ def test_only_what_changes_results_changes_the_key(kind):
         value = getattr(plain, name)
         changed = plain.model_copy(update={name: other[type(value)](value)})
         same_key = runs.run_key(changed) == runs.run_key(plain)
-        assert same_key == (name in {"device", "runs", "batch_size", "micro_batch_size", "gradient_checkpointing", "save_every"}), name
+        assert same_key == (name in {"device", "runs", "batch_size", "gradient_checkpointing", "save_every"}), name
