@@ -218,3 +218,7 @@ def _write_report(study: Path, runs: Path, output: Path | None, figures: Path | 
 
     path = reports.render(study, runs=runs, output=output, figures=figures)
     out.print(f"Report: {path.resolve()}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -255,15 +255,16 @@ class Plan:
         """What the plan costs, in sentences: steps with and without sharing, disk, and time where past runs tell it."""
         finished = len(self.steps) - len(self.missing())
         lines = [
-            f"{len(self.rows)} results from {len(self.steps)} steps; without sharing it would be {self.unshared}.",
+            f"{len(self.rows)} results from {len(self.steps)} steps; a plan without sharing would take {self.unshared}.",
             f"{finished} of the steps are finished, {len(self.steps) - finished} are to do.",
         ]
         disk = estimate_disk(self)
         if disk:
             lines.append(f"Disk: about {as_bytes(disk['deltas'])} as deltas; full copies would be {as_bytes(disk['copies'])}.")
-        seconds = estimate_seconds(self)
-        if seconds is not None:
-            lines.append(f"Time: about {seconds / 60:.1f} minutes on this machine, from runs of the same kind.")
+        seconds, unknown = estimate_seconds(self)
+        if seconds:
+            untold = f", without {', '.join(sorted(unknown))}, of which there is none yet" if unknown else ""
+            lines.append(f"Time: about {seconds / 60:.1f} minutes, one step after the other, as past runs took{untold}.")
         return lines
 
 
@@ -422,20 +423,48 @@ def _local_shape(model: str) -> dict[str, int]:
     return config if all(name in config for name in needed) else {}
 
 
-def estimate_seconds(plan: Plan) -> float | None:
-    """Seconds of the missing steps, each taken as the mean of finished runs of its kind on the same model's study; None
-    where a kind has not run yet."""
-    past: dict[str, list[float]] = {}
-    for path in Path(plan.runs).glob("*/run.json"):
-        try:
-            record = runs.read_record(path.parent)
-            past.setdefault(record["step"], []).append(record["seconds"])
-        except (PftoolsError, KeyError):
-            continue  # a damaged record is named when it is used; an estimate does without it
-    missing = [step.parameters.step for step in plan.missing()]
-    if not missing or any(step not in past for step in missing):
-        return None
-    return sum(sum(past[step]) / len(past[step]) for step in missing)
+def estimate_seconds(plan: Plan) -> tuple[float, set[str]]:
+    """Seconds that the missing steps take one after the other, and the kinds of step that no earlier run tells anything of.
+
+    A step is taken to last as long as finished ones of its kind on the same base model did on average: those with the same
+    parameters but for what hardly changes its time, where there are such. Fine-tuning is counted by the token.
+    """
+    past = _past_seconds(Path(plan.runs))
+    total, unknown = 0.0, set()
+    for step in plan.missing():
+        parameters = step.parameters.model_dump(mode="json")
+        kind, alike, work = _likeness(step.parameters.step, parameters, plan.study.model)
+        seconds = past.get(alike) or past.get(kind)
+        if seconds:
+            total += work * sum(seconds) / len(seconds)
+        else:
+            unknown.add(kind[0])
+    return total, unknown
+
+
+def _past_seconds(root: Path) -> dict[tuple[str, ...], list[float]]:
+    """Seconds of the finished runs in a folder, by how much they are alike."""
+    records = {}
+    for path in root.glob("*/run.json"):
+        with suppress(PftoolsError):  # a damaged record is named when it is used; an estimate does without it
+            records[path.parent.name] = runs.read_record(path.parent)
+    past: dict[tuple[str, ...], list[float]] = {}
+    for record in records.values():
+        base = record["parameters"]["model"]
+        while (parent := records.get(Path(base).name)) is not None:
+            base = parent["parameters"]["model"]
+        kind, alike, work = _likeness(record["step"], record["parameters"], base)
+        for likeness in (kind, alike):
+            past.setdefault(likeness, []).append(record["seconds"] / work)
+    return past
+
+
+def _likeness(step: str, parameters: dict[str, Any], base: str) -> tuple[tuple[str, ...], tuple[str, ...], float]:
+    """(kind and base model; that and all parameters that decide how long it takes; how much work it is)."""
+    ignored = {*settings.STEPS[step].parents, "seed", "sparsity", "tokens"}
+    telling = {name: parameters.get(name) for name in settings.STEPS[step].key_fields() if name not in ignored}
+    kind = (step, base)
+    return kind, (*kind, json.dumps(telling, sort_keys=True)), parameters.get("tokens") or 1
 
 
 def as_bytes(number: float) -> str:

@@ -5,7 +5,7 @@ import pytest
 
 from pftools import runs, settings
 from pftools.errors import PftoolsError
-from pftools.study import Study, estimate_disk, load_study, plan_study
+from pftools.study import Study, estimate_disk, estimate_seconds, load_study, plan_study
 
 
 def study(**changes) -> Study:
@@ -88,6 +88,21 @@ def test_planning_loads_no_library_that_takes_seconds_to_load():
         "print([name for name in ('torch', 'transformers', 'pandas', 'papermill', 'numpy') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_time_is_estimated_from_past_runs_of_the_same_kind_and_model(tmp_path):
+    plan = plan_study(study(orderings=["P", "P F"], tokens=1000), runs=tmp_path)
+    assert estimate_seconds(plan) == (0, {"calibrate", "prune", "finetune", "evaluate"})
+    for step, seconds in zip(plan.steps.values(), (1, 10, 100, 1000)):  # calibrate, prune, evaluate the pruned model, finetune
+        run = runs.start(step.parameters)
+        run.started -= seconds
+        run.seal([])
+    assert [step.parameters.step for step in plan.missing()] == ["evaluate"]
+    assert estimate_seconds(plan)[0] == pytest.approx(100, rel=0.01)
+    longer = plan_study(study(orderings=["P", "P F"], tokens=3000, sparsities=[0.6]), runs=tmp_path)
+    assert estimate_seconds(longer)[0] == pytest.approx(10 + 2 * 100 + 3 * 1000, rel=0.01)
+    elsewhere = plan_study(study(orderings=["P"], model="another/model"), runs=tmp_path)
+    assert estimate_seconds(elsewhere) == (0, {"calibrate", "prune", "evaluate"})
 
 
 def test_the_names_of_pruning_methods_are_those_of_the_registry():

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # A SLURM cluster of one node, this one, for the tests: real slurmctld and slurmd, everything that they write in one folder.
 #
+#   one_node.sh install         fetch Debian's packages slurm-wlm and munge, unless they are there
 #   one_node.sh start FOLDER    start it; then `export SLURM_CONF=FOLDER/slurm.conf` and use sbatch, squeue, ...
 #   one_node.sh stop FOLDER     end its jobs and its daemons
 #
-# Needs root, and Debian's packages slurm-wlm and munge (with --install before "start" it fetches them). Neither /etc nor a
-# SLURM that this machine may be part of is touched: own sockets, own ports, own key.
+# Needs root. A SLURM that this machine may be part of is not touched: own configuration, own sockets, own ports, own key.
 set -euo pipefail
 
-install_packages() {
+install() {
   command -v slurmctld slurmd munged >/dev/null && return
   export DEBIAN_FRONTEND=noninteractive
   apt-get -qq update
@@ -84,9 +84,9 @@ stop() {
   done
 }
 
-[ "${1:-}" = --install ] && shift && install_packages
-action=${1:?start or stop} folder=$(realpath -m "${2:?a folder}")
+action=${1:?install, start or stop}
+[ "$action" = install ] || folder=$(realpath -m "${2:?a folder}")
 case $action in
-  start | stop) "$action" ;;
-  *) echo "$action is neither start nor stop" >&2 && exit 2 ;;
+  install | start | stop) "$action" ;;
+  *) echo "$action is none of install, start and stop" >&2 && exit 2 ;;
 esac
