@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pftools.study import Plan, PlannedStep
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-_NOTEBOOK_OF = {
+NOTEBOOK_OF = {
     "calibrate": "01_calibrate.ipynb",
     "prune": "02_prune.ipynb",
     "finetune": "03_finetune.ipynb",
@@ -68,7 +68,7 @@ class StepFailed(PftoolsError):
 
 def request(step: PlannedStep, notebooks: str | Path | None = None) -> dict[str, Any]:
     """Everything that another process needs to execute a step, as JSON."""
-    notebook = Path(notebooks or NOTEBOOKS) / _NOTEBOOK_OF[step.parameters.step]
+    notebook = Path(notebooks or NOTEBOOKS) / NOTEBOOK_OF[step.parameters.step]
     return {
         "notebook": str(notebook), "folder": str(step.folder), "parameters": step.parameters.model_dump(mode="json"),
         "resumes": step.parameters.resumes,

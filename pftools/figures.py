@@ -291,28 +291,32 @@ def ordering_chart(steps: Sequence[OrderingStep]) -> alt.LayerChart:
 
 
 def plan_chart(table: pd.DataFrame) -> alt.LayerChart:
-    """The steps of a plan from left to right, each linked to the one it starts from.
+    """The models of a plan as a tree from left to right: what two branches have in common is made once.
 
     Args:
-        table: columns key, parent (a key or empty), depth, lane (both counts), step, label and state
-            ("finished", "to do", "failed").
+        table: columns key, parent (a key or empty), depth, lane (both counts), kind ("base", "P" or "F"), label,
+            state ("finished", "to do", "failed") and evaluated (whether a result is reported of it).
     """
-    states = alt.Scale(domain=["finished", "to do", "failed"], range=[GREEN, GREY, ORANGE])
+    shapes = alt.Scale(domain=["base", "P", "F"], range=["diamond", "square", "circle"])
+    states = alt.Scale(domain=["finished", "to do", "failed"], range=[GREEN, "#cfd5da", ORANGE])
     places = table.set_index("key")[["depth", "lane"]]
     links = table[table["parent"].isin(places.index)]
-    links = links.assign(
-        from_depth=links["parent"].map(places["depth"]), from_lane=links["parent"].map(places["lane"])
-    )
-    x = alt.X("depth:Q", axis=None, scale=alt.Scale(padding=50))
-    y = alt.Y("lane:Q", axis=None, scale=alt.Scale(reverse=True, padding=22))
-    lines = alt.Chart(links).mark_rule(color="#cfd5da", strokeWidth=1.4)
-    lines = lines.encode(x=alt.X("from_depth:Q", axis=None), y=alt.Y("from_lane:Q", axis=None), x2="depth:Q", y2="lane:Q")
+    links = links.assign(from_depth=links["parent"].map(places["depth"]), from_lane=links["parent"].map(places["lane"]))
+    # A branch leaves its parent's line at once and then runs level, so that no line crosses another's labels.
+    x, y = alt.X("depth:Q", axis=None, scale=alt.Scale(padding=30)), alt.Y("lane:Q", axis=None, scale=alt.Scale(reverse=True, padding=18))
+    start = {"x": alt.X("from_depth:Q", axis=None), "y": alt.Y("from_lane:Q", axis=None)}
+    rules = alt.Chart(links).mark_rule(color="#cfd5da", strokeWidth=1.4)
+    lines = rules.encode(**start, y2="lane:Q") + rules.encode(x=start["x"], x2="depth:Q", y=y)
     base = alt.Chart(table).encode(x=x, y=y)
-    dots = base.mark_circle(size=180, opacity=1).encode(color=alt.Color("state:N", title=None, scale=states))
-    words = base.mark_text(dy=-15, fontSize=11, color=INK).encode(text="label:N")
-    height = 52 * (int(table["lane"].max()) + 1)
-    width = max(_WIDTH, 130 * (int(table["depth"].max()) + 1))
-    return (lines + dots + words).properties(width=width, height=max(height, 120), title=_title("The plan"))
+    marks = base.mark_point(size=110, filled=True, opacity=1, strokeWidth=1.6).encode(
+        shape=alt.Shape("kind:N", title=None, scale=shapes),
+        fill=alt.Fill("state:N", title=None, scale=states),
+        stroke=alt.condition("datum.evaluated", alt.value(INK), alt.value("transparent")),
+    )
+    words = base.mark_text(dy=-12, fontSize=10, color=INK).encode(text="label:N")
+    width = max(_WIDTH, 62 * (int(table["depth"].max()) + 1))
+    title = _title("The plan", "Squares prune (to the level written there), circles fine-tune; what has an outline is evaluated.")
+    return (lines + marks + words).properties(width=width, height=max(120, 32 * (int(table["lane"].max()) + 1)), title=title)
 
 
 def colours_of(orderings: list[str]) -> alt.Scale:

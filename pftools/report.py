@@ -162,21 +162,33 @@ def circumstances(table: pd.DataFrame) -> str:
 
 
 def plan_layout(plan: Plan) -> pd.DataFrame:
-    """Where `figures.plan_chart` draws every step: depth is the longest way to it, lane counts the steps of a depth."""
-    depth: dict[str, int] = {}
-    lanes: dict[int, int] = {}
-    rows = []
+    """Where `figures.plan_chart` draws every model of a plan: a step to the right of the model it starts from, and on its
+    line or, where that has gone on already, on the next free one."""
+    models = {"base": ("", "base", "base", "finished")}
     for name, step in plan.steps.items():
-        depth[name] = 1 + max((depth[parent] for parent in step.parents), default=-1)
-        lanes[depth[name]] = lanes.get(depth[name], -1) + 1
-        state = run_state(step.folder)
+        if step.parameters.step in ("prune", "finetune"):
+            parent = Path(step.parameters.model).name
+            kind = step.parameters.step[0].upper()
+            state = run_state(step.folder)
+            label = step.label.partition(",")[0]
+            models[name] = (parent if parent in plan.steps else "base", kind, label, state if state in ("finished", "failed") else "to do")
+    evaluated = {Path(row.model).name for row in plan.rows}
+    children: dict[str, list[str]] = {}
+    for name, (parent, *_) in models.items():
+        children.setdefault(parent, []).append(name)
+    rows, branches, lane = [], [("base", 0, 0)], 0
+    while branches:  # depth first, the first child on its parent's line
+        name, depth, level = branches.pop()
+        parent, kind, label, state = models[name]
+        if parent and name != children[parent][0]:
+            lane = level = lane + 1
         rows.append(
             {
-                "key": name, "parent": step.parents[0] if step.parents else "", "depth": depth[name], "lane": lanes[depth[name]],
-                "step": step.parameters.step, "label": step.label if step.parameters.step != "evaluate" else "evaluate",
-                "state": state if state in ("finished", "failed") else "to do",
+                "key": name, "parent": parent, "depth": depth, "lane": level, "kind": kind, "label": label, "state": state,
+                "evaluated": name in evaluated or (name == "base" and plan.study.model in {row.model for row in plan.rows}),
             }
         )  # fmt: skip
+        branches += [(child, depth + 1, level) for child in reversed(children.get(name, []))]
     return pd.DataFrame(rows)
 
 

@@ -11,16 +11,18 @@ from pathlib import Path
 import nbformat
 
 from pftools import settings
-from pftools.executors import _NOTEBOOK_OF
+from pftools.executors import NOTEBOOK_OF
 from pftools.study import Plan, Study, plan_study
 
 _BODY = """
 import hashlib, json, os, time
 from pathlib import Path
 from pftools import settings
-from pftools import runs as run_folders
 parameters = settings.read(settings.STEPS[{step!r}], globals())
+started = time.perf_counter()
+from pftools import runs as run_folders
 run = run_folders.start(parameters)
+in_start = time.perf_counter() - started
 def journal(word):
     with open(Path(parameters.runs) / "journal.txt", "a") as file:
         file.write(f"{{word}} {{run.folder.name}}\\n")
@@ -31,22 +33,39 @@ found = [(Path(parent) / "result.txt").read_text() for parent in parents if (Pat
 text = json.dumps([run.folder.name, found])
 run.path("result.txt").write_text(hashlib.sha256(text.encode()).hexdigest())
 run.path("half-done.tmp").write_text("goes away")
+started = time.perf_counter()
 run.seal(["result.txt"], perplexity=float(len(found)), measured=0.5, tasks={{}})
+in_seal = time.perf_counter() - started
 journal("sealed")
+"""
+_TIMED = '(run.folder / "seconds.json").write_text(json.dumps(in_start + in_seal))'
+_PLAIN = """
+import hashlib, json
+from pathlib import Path
+from pftools import settings
+parameters = settings.read(settings.STEPS[{step!r}], globals())
+Path(parameters.runs).with_suffix(".txt").write_text(hashlib.sha256(json.dumps(str(parameters)).encode()).hexdigest())
 """
 
 
-def write_notebooks(folder: Path, **work: str) -> Path:
-    """A folder with a trivial notebook for every step; ``work`` gives steps lines of code of their own."""
+def write_notebooks(folder: Path, *, timed: bool = False, plain: bool = False, **work: str) -> Path:
+    """A folder with a trivial notebook for every step.
+
+    Args:
+        timed: leave beside each run how many seconds `start` and `seal` took, in `seconds.json`.
+        plain: nothing of runs is in them; the file goes to where `runs` says.
+        work: {step: lines of code} to execute between start and seal.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for step, kind in settings.STEPS.items():
         defaults = [f"{name} = {field.default!r}" for name, field in kind.model_fields.items()]
+        body = (_PLAIN if plain else _BODY).format(step=step, work=work.get(step, "")).strip()
         cells = [
             nbformat.v4.new_code_cell("# Parameters\n" + "\n".join(defaults), metadata={"tags": ["parameters"]}),
-            nbformat.v4.new_code_cell(_BODY.format(step=step, work=work.get(step, "")).strip()),
+            nbformat.v4.new_code_cell(body + ("\n" + _TIMED if timed else "")),
         ]
         language = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=language), folder / _NOTEBOOK_OF[step])
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=language), folder / NOTEBOOK_OF[step])
     return folder
 
 
