@@ -131,11 +131,12 @@ def load(
 
 def _replay(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     manifest = json.loads((folder / MANIFEST).read_text())
+    outputs = runs.read_record(folder)["outputs"]  # and nothing else that may lie there
     if manifest["kind"] == "adapter":
         from pftools import finetune
 
         return finetune.merge_adapter(model, folder / ADAPTER, merge=manifest["merge"])
-    if (folder / WEIGHTS).exists():
+    if WEIGHTS in outputs:
         from safetensors.torch import load_file
 
         _overwrite(model, load_file(folder / WEIGHTS), folder)

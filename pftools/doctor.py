@@ -22,6 +22,7 @@ def findings() -> Iterator[tuple[bool, str, str]]:
     yield _memory()
     yield _model()
     yield _data()
+    yield _locks()
     yield _slurm()
 
 
@@ -68,8 +69,28 @@ def _data() -> tuple[bool, str, str]:
     return bool(found), "data sets", f"{root}: {', '.join(found) or 'empty'}"
 
 
+def _locks() -> tuple[bool, str, str]:
+    """Whether processes can lock files here: without that, two drivers of one folder of runs could not see each other."""
+    import tempfile
+
+    from filelock import FileLock
+
+    try:
+        with tempfile.TemporaryDirectory(dir=".") as folder, FileLock(Path(folder) / "lock", fallback_to_soft=False):
+            return True, "file locks", "work in this folder"
+    except OSError as error:
+        return False, "file locks", f"{error.strerror} in this folder: give --runs a folder on another file system"
+
+
 def _slurm() -> tuple[bool, str, str]:
     if not shutil.which("sbatch"):
         return False, "SLURM", "no sbatch here; only needed for --executor slurm"
-    asked = subprocess.run(["sinfo", "--noheader", "--format", "%P %a %D nodes"], capture_output=True, text=True, timeout=20)
+    try:
+        version("submitit")
+    except PackageNotFoundError:
+        return False, "SLURM", "submitit is not installed: `pip install submitit`"
+    try:
+        asked = subprocess.run(["sinfo", "--noheader", "--format", "%P %a %D nodes"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return False, "SLURM", "sbatch is here, and the cluster's controller does not answer"
     return asked.returncode == 0, "SLURM", (asked.stdout or asked.stderr).strip().replace("\n", "; ")

@@ -326,6 +326,8 @@ class _Worker:
 
 def _work() -> None:
     """What a worker does until its driver closes the pipe: fork, and let the fork execute the step that a line asks for."""
+    # jsonschema can check a format of web addresses that nothing here has, with a grammar that takes most of a second to load.
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill  # noqa: F401  (once, here: it takes longer to load than a small step takes to run)
 
     for line in sys.stdin:

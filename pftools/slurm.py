@@ -82,9 +82,11 @@ def submit(plan: Plan, *, notebooks: str | Path | None = None, options: dict[str
 def _submit_step(
     folder: Path, step: PlannedStep, parents: list[str], notebooks: str | Path | None, options: dict[str, str]
 ) -> str:
-    import submitit
-    from submitit.core.utils import FailedJobError
-
+    try:
+        import submitit
+        from submitit.core.utils import FailedJobError
+    except ImportError:
+        raise PftoolsError("--executor slurm needs submitit, which is not installed: `pip install submitit`.") from None
     executor = submitit.SlurmExecutor(folder, max_num_timeout=3)
     log = str(runs.log_path(step.folder).resolve())
     known, other = _sort_options(options)

@@ -126,6 +126,33 @@ def test_garbage_collection_spares_what_is_kept(sealed):
         checkpoints.load(last)
 
 
+@pytest.mark.smollm2
+def test_half_of_smollm2_takes_less_than_a_twelfth_of_it_and_exports_to_plain_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parameters = settings.Prune(method="magnitude", dtype="bfloat16", runs=str(tmp_path / "runs"))
+    run = runs.start(parameters)
+    model, _ = models.load_for(parameters)
+    masks = prune_model(model, torch.zeros(1, 8, dtype=torch.long), method="magnitude", progress=False).masks
+    folder = run.seal(checkpoints.save_prune(run, masks))
+    whole = 2 * sum(weight.numel() for weight in model.parameters())
+    assert runs.size_of(folder) < whole / 12
+    exported = checkpoints.export(folder, tmp_path / "exported", dtype="bfloat16")
+    plain = AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
+    text = AutoTokenizer.from_pretrained(exported)("The order of pruning and fine-tuning", return_tensors="pt")
+    with torch.no_grad():
+        assert plain.dtype == torch.bfloat16 and torch.equal(plain(**text).logits, model(**text).logits)
+
+
+def test_a_file_that_was_not_sealed_is_not_read(sealed):
+    from safetensors.torch import save_file
+
+    folder, pruned = sealed
+    save_file({name: torch.zeros_like(weight) for name, weight in pruned.named_parameters()}, folder / "weights.safetensors")
+    replayed, _ = checkpoints.load(folder, dtype="float32")
+    assert all(torch.equal(one, other) for one, other in zip(pruned.state_dict().values(), replayed.state_dict().values()))
+
+
 def test_export_refuses_a_full_folder(sealed, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
