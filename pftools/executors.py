@@ -71,7 +71,7 @@ def request(step: PlannedStep, notebooks: str | Path | None = None) -> dict[str,
     notebook = Path(notebooks or NOTEBOOKS) / NOTEBOOK_OF[step.parameters.step]
     return {
         "notebook": str(notebook), "folder": str(step.folder), "parameters": step.parameters.model_dump(mode="json"),
-        "resumes": step.parameters.resumes,
+        "resumes": step.parameters.resumes, "parents": [str(step.folder.parent / name) for name in step.parents],
     }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def execute_step(step: dict[str, Any]) -> None:
             damage = runs.damage(folder)
             if damage is None:
                 return
-            print(f"{damage} This is done now.", flush=True)
+            print(f"Again: {damage}", flush=True)
             runs.reopen(folder)
         runs.clear(folder, keep_work=step.get("resumes", False))
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,14 +226,14 @@ def unusable(plan: Plan) -> dict[str, str]:
 
 def _run_local(plan: Plan, jobs: int, progress: bool, notebooks: str | Path | None) -> list[Failure]:
     tidy_finished(plan)
-    waiting = {step.name: step for step in plan.steps.values() if not runs.is_finished(step.folder)}
-    for name, why in unusable(plan).items():
-        print(f"{why} This is done now.", file=sys.stderr)
-        waiting[name] = plan.steps[name]
-    waiting = {name: step for name, step in plan.steps.items() if name in waiting}
+    damaged = unusable(plan)
+    for why in damaged.values():
+        print(f"Again: {why}", file=sys.stderr)
+    waiting = {name: step for name, step in plan.steps.items() if name in damaged or not runs.is_finished(step.folder)}
     unfinished = set(waiting)
     failures: list[Failure] = []
     workers: list[_Worker] = []
+    told: set[str] = set()
     with progress_bar(len(plan.steps), len(plan.steps) - len(waiting), progress) as show:
         try:
             while waiting or any(worker.step for worker in workers):
@@ -245,9 +245,11 @@ def _run_local(plan: Plan, jobs: int, progress: bool, notebooks: str | Path | No
                     idle.pop().start(waiting.pop(step.name), notebooks)
                 busy = [worker for worker in workers if worker.step]
                 show([worker.step.label for worker in busy])
-                if not busy and all(unfinished & set(step.parents) for step in waiting.values()):
-                    break  # what is left depends on a failure
-                # Without a worker at work, what is ready is being done by another driver.
+                if not busy:
+                    open_steps = [step for step in waiting.values() if not unfinished & set(step.parents)]
+                    if not open_steps:
+                        break  # what is left depends on a failure
+                    _tell_who_works(open_steps, told)
                 ended = select.select([worker.answers for worker in busy], [], [], 1.0)[0]
                 for worker in [worker for worker in busy if worker.answers in ended]:
                     name, failure = worker.step.name, worker.collect()
@@ -261,6 +263,14 @@ def _run_local(plan: Plan, jobs: int, progress: bool, notebooks: str | Path | No
             for worker in workers:  # Ctrl-C, or an error here: leave no step behind
                 worker.end()
     return failures
+
+
+def _tell_who_works(steps: list[PlannedStep], told: set[str]) -> None:
+    """Nothing can be done here until another driver, or a notebook that is open by hand, is done: say so, once."""
+    for step in steps:
+        if step.name not in told and runs.is_locked(step.folder):
+            print(f"Waiting: {runs.owner(step.folder)}, works on {step.folder}.", file=sys.stderr)
+            told.add(step.name)
 
 
 def _ready(waiting: dict[str, PlannedStep], unfinished: set[str], limit: int) -> list[PlannedStep]:

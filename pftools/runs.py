@@ -38,6 +38,7 @@ from pftools.errors import PftoolsError
 from pftools.settings import Step
 
 KEY_LENGTH = 12
+_REMEDY = "its step has to run again, which `pftools run` sees to; by hand, remove the run's folder first"
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "accelerate", "pftools")
 
 
@@ -83,7 +84,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
-        raise PftoolsError(f"{path} is damaged: remove the folder {folder}, and its step is run again.")
+        raise PftoolsError(f"{path} is damaged: {_REMEDY}.")
     return record
 
 
@@ -94,7 +95,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
         path = Path(folder) / name
         if not path.exists() or _sha256(path) != expected:
             found = "is missing" if not path.exists() else "differs from what was sealed"
-            raise PftoolsError(f"{path} {found}: remove the folder {folder}, and its step is run again.")
+            raise PftoolsError(f"{path} {found}: {_REMEDY}.")
     return record
 
 

@@ -11,6 +11,7 @@ checkpoints (fine-tuning) is queued again, up to three times; any other says tha
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -65,7 +66,7 @@ def submit(plan: Plan, *, notebooks: str | Path | None = None, options: dict[str
     folder = _folder(Path(plan.runs))
     damaged = executors.unusable(plan)
     for why in damaged.values():
-        print(f"{why} A job does this now.")
+        print(f"Again: {why}")
     jobs: dict[str, str] = {}
     with FileLock(folder / "submit.lock"):  # two drivers that submit at once would both find the queue empty
         queued = queue(Path(plan.runs))
@@ -103,13 +104,19 @@ def _submit_step(
         return executor.submit(StepJob(), executors.request(step, notebooks)).job_id
     except (FailedJobError, OSError, subprocess.SubprocessError) as error:
         words = str(error).strip().splitlines()
-        raise PftoolsError(f"sbatch refused the job of {step.name}: {words[-1] if words else error}.") from None
+        reason = (words[-1] if words else str(error)).removeprefix("sbatch: error: ").rstrip(".")
+        raise PftoolsError(f"sbatch refused the job of {step.name}: {reason}.") from None
 
 
 class StepJob:
     """What submitit calls inside a job."""
 
     def __call__(self, request: dict[str, Any]) -> None:
+        # A shared file system may take a minute to show what another node has just written.
+        patience = time.monotonic() + 60
+        while not all(runs.is_finished(parent) for parent in request["parents"]) and time.monotonic() < patience:
+            os.listdir(Path(request["folder"]).parent)  # asks the server anew
+            time.sleep(1)
         executors.execute_step(request)
 
     def checkpoint(self, request: dict[str, Any]) -> submitit.helpers.DelayedSubmission | None:

@@ -105,6 +105,21 @@ def test_time_is_estimated_from_past_runs_of_the_same_kind_and_model(tmp_path):
     assert estimate_seconds(elsewhere) == (0, {"calibrate", "prune", "evaluate"})
 
 
+def test_the_chart_of_a_plan_draws_every_model_once_and_no_line_through_another():
+    from pftools import figures, report
+
+    plan = plan_study(load_study("data/studies/published.yaml"))
+    table = report.plan_layout(plan).set_index("key")
+    assert len(table) == 1 + steps_of(plan).count("prune") + steps_of(plan).count("finetune")
+    assert not table.duplicated(["depth", "lane"]).any() and table["evaluated"].sum() == steps_of(plan).count("evaluate")
+    for row in table[table["parent"] != ""].itertuples():
+        parent = table.loc[row.parent]
+        assert row.depth == parent["depth"] + 1 and row.lane >= parent["lane"]
+        between = table[(table["depth"] == parent["depth"]) & (table["lane"] > parent["lane"]) & (table["lane"] <= row.lane)]
+        assert not len(between)  # the way down from the parent is free
+    assert figures.plan_chart(table.reset_index()).to_dict()["layer"]
+
+
 def test_the_names_of_pruning_methods_are_those_of_the_registry():
     from pftools.prune import METHODS
 
