@@ -235,6 +235,8 @@ def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
             show(running, advance=len([name for name in ended if runs.is_finished(plan.steps[name].folder)]))
             if left:
                 time.sleep(_POLL_SECONDS)
+    if submitted:
+        _remove_files_of_ended_jobs(_folder(Path(plan.runs)), {job.id for job in queued.values()})
     time.sleep(0.5 if submitted else 0)  # a shared file system may show the last seal a moment later
     unfinished = [name for name in submitted if not runs.is_finished(plan.steps[name].folder)]
     causes = [name for name in unfinished if not set(plan.steps[name].parents) & set(unfinished)]
