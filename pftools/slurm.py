@@ -153,8 +153,11 @@ def queue(root: Path) -> dict[str, Job]:
     return found
 
 
-# States in which a job still works or will; COMPLETING is the end of one that has.
-_ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+# States of a job that works or will. A job that is queued again passes through COMPLETING, so that is not the end of it.
+_ALIVE = {
+    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
+    "SIGNALING", "STAGE_OUT", "RESIZING", "STOPPED",
+}  # fmt: skip
 
 
 def _job_name(folder: Path) -> str:
