@@ -10,7 +10,7 @@ import pandas as pd
 
 from pftools import compare, runs
 from pftools.errors import PftoolsError
-from pftools.executors import NOTEBOOKS
+from pftools.executors import NOTEBOOKS, redact
 from pftools.study import Plan, load_study, plan_study, results, run_state
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def render(study: str | Path, *, runs: str | Path = "runs", output: str | Path |
             )
         except papermill.PapermillExecutionError as error:
             raise PftoolsError(f"the report of {study} could not be made: {error.evalue}") from None
-        html = _html(nbformat.read(executed, as_version=4), name)
+        html = redact(_html(nbformat.read(executed, as_version=4), name))
     partial = path.with_suffix(".partial")
     partial.write_text(html, encoding="utf-8")
     partial.replace(path)
