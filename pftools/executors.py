@@ -86,14 +86,13 @@ def execute_step(step: dict[str, Any]) -> None:
     """
     folder = Path(step["folder"])
     with runs.driving(folder):
+        if runs.is_finished(folder) and (damage := runs.damage(folder)) is not None:
+            print(f"Again: {damage}", flush=True)
+            runs.reopen(folder)
         _keep_notebook(folder)  # of an attempt whose driver was killed after its kernel had sealed
         runs.tidy(folder)
         if runs.is_finished(folder):
-            damage = runs.damage(folder)
-            if damage is None:
-                return
-            print(f"Again: {damage}", flush=True)
-            runs.reopen(folder)
+            return
         runs.clear(folder, keep_work=step.get("resumes", False))
         folder.mkdir(parents=True, exist_ok=True)
         failure = _execute_notebook(step, folder)
@@ -149,7 +148,12 @@ def _keep_notebook(folder: Path) -> None:
     if not draft.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    text = draft.read_text(encoding="utf-8")
+    try:
+        text = draft.read_text(encoding="utf-8")
+        json.loads(text)
+    except ValueError:  # cut short while papermill wrote it
+        draft.unlink()
+        return
     if (clean := redact(text)) != text:
         draft.write_text(clean, encoding="utf-8")
     os.replace(draft, notebook)

@@ -300,6 +300,20 @@ def test_only_finetuning_goes_on_from_what_a_killed_attempt_left(parameters):
         run.lock.release(force=True)
 
 
+def test_the_notebook_of_a_driver_killed_after_the_seal_is_kept_if_it_is_whole(parameters):
+    plan = trivial_plan(Path(parameters.runs), orderings=["F"])
+    folder = next(step.folder for step in plan.steps.values())
+    for text, kept in (('{"cells": [], "hf_' + "x" * 30 + '": 1}', True), ('{"cells": [', False)):
+        shutil.rmtree(folder, ignore_errors=True)
+        runs.start(next(iter(plan.steps.values())).parameters).seal([])
+        runs.draft_path(folder).write_text(text)
+        (folder / "work").mkdir()
+        executors.tidy_finished(plan)
+        assert ("notebook.ipynb" in runs.verify(folder)["outputs"]) == kept
+        assert not kept or "hf_" not in (folder / "notebook.ipynb").read_text()
+        assert leftovers(folder.parent) == []
+
+
 def test_a_clock_that_is_set_back_changes_nothing(parameters, monkeypatch):
     monkeypatch.setattr(time, "time", lambda now=time.time: now() - 86_400)
     folder = runs.run_folder(parameters)
