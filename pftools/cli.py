@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pftools import runs as run_folders
@@ -33,7 +34,7 @@ def main() -> None:
     try:
         app()
     except PftoolsError as error:
-        err.print(f"[bold red]pftools:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]pftools:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -74,7 +75,7 @@ def run(
         err.print(f"Stopped; {rest}: `pftools run {study}` goes on from there.", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     for failure in failures:
-        err.print(f"[bold red]failed:[/] {failure}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]failed:[/] {escape(str(failure))}", highlight=False, soft_wrap=True)
     if detach and executor == "slurm":
         out.print(f"Submitted. `pftools status {study}` tells how far it is.", highlight=False)
         return
@@ -114,7 +115,7 @@ def status(study: StudyFile, runs: Runs = Path("runs")) -> None:
         elif state == "to do" and run_folders.was_interrupted(step.folder):
             remark = f"was cut short ({run_folders.owner(step.folder)}); the next run goes on from there"
         counts[state] = counts.get(state, 0) + 1
-        table.add_row(step.parameters.step, step.label, name, _coloured(state), remark)
+        table.add_row(step.parameters.step, step.label, name, _coloured(state), escape(remark))
     out.print(table)
     out.print(", ".join(f"{number} {state}" for state, number in counts.items()), highlight=False)
 
@@ -193,7 +194,7 @@ def _queue(planned: studies.Plan) -> dict[str, Any]:
     try:
         return slurm.queue(Path(planned.runs))
     except PftoolsError as error:  # what the run folders say is still worth showing
-        err.print(f"[yellow]The queue is not known:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[yellow]The queue is not known:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return {}
 
 

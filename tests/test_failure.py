@@ -204,7 +204,7 @@ def test_a_failure_stops_what_depends_on_it_and_is_named_in_status(tmp_path, cap
     monkeypatch.setattr(cli.out, "width", 300)
     cli.status(tmp_path / "trivial.yaml", tmp_path / "runs")
     shown = capsys.readouterr().out
-    assert "3 finished, 1 failed, 2 to do" in shown and f"cell {failure.cell}: OSError" in shown
+    assert "3 finished, 1 failed, 2 to do" in shown and f"cell {failure.cell}: OSError: no luck with [redacted]" in shown
     assert shown.count("needs finetune-") == 1 and shown.count("needs prune-") == 1
 
 
