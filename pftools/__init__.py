@@ -3,7 +3,8 @@
 The helper package behind the notebooks. A module is one idea; a module imports only from floors below it:
 
     cli                                    the command line
-    study, report, widgets                 plan a study, execute it, render it, steer it by hand
+    study, report, widgets                 plan a study, render it, steer it by hand
+    executors, slurm                       execute its steps, here or on a cluster
     figures, compare, weights              altair charts; paired statistics; weight analysis
     prune, finetune, evaluate              the three steps
     checkpoints, corpora, models           what steps read and write
