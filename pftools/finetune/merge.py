@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pftools.errors import PftoolsError
-from pftools.finetune.masked import add_masked
+from pftools.finetune.update import updated_weight
 from pftools.models import measured_sparsity
 
 MASKED_TYPE = "MASKED_LORA: load it with pftools.finetune.merge_adapter, a plain LoRA merge would fill the zeros"
@@ -75,10 +75,8 @@ def merge_adapter(model: nn.Module, adapter: Adapter | str | Path, *, merge: str
 
 
 def _merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, adapter: Adapter, merge: str) -> torch.Tensor:
-    if adapter.kind == "hira":  # W + W * (B A) (Huang et al., 2025, "HiRA")
-        return weight.float().mul(1 + b @ a).to(weight.dtype)
-    if merge == "masked":
-        return add_masked(weight, a, b, adapter.scaling)
+    if adapter.kind == "hira" or merge == "masked":
+        return updated_weight(weight, a, b, adapter.scaling, kind="hira" if adapter.kind == "hira" else "masked")
     return torch.addmm(weight.float(), b, a, alpha=adapter.scaling).to(weight.dtype)
 
 
