@@ -123,6 +123,37 @@ def lines_by_layer(
     )  # fmt: skip
 
 
+def adapter_matrices(table: pd.DataFrame, *, title: str, subtitle: str = "") -> alt.VConcatChart:
+    """The study's figure of an adapter: mean, standard deviation, range and share outside of its matrices A and B, by layer.
+
+    Args:
+        table: columns layer, module, matrix ("A" or "B"), mean, std, minimum, maximum, outside_share, outside_share_normal.
+    """
+    modules = list(dict.fromkeys(table["module"]))
+    colour = alt.Color("module:N", title=None, sort=modules, scale=alt.Scale(domain=modules))
+    rows = []
+    for name, words in {"mean": "mean", "std": "standard deviation", "range": "smallest and largest", "outside_share": "share outside"}.items():
+        pair = []
+        for matrix in ("A", "B"):
+            base = alt.Chart(table[table["matrix"] == matrix], width=_WIDTH // 2 - 45, height=105).encode(
+                x=alt.X("layer:Q", title="decoder layer" if name == "outside_share" else None, axis=alt.Axis(tickMinStep=1, grid=False)),
+                color=colour,
+            )
+            if name == "range":
+                axis = alt.Axis(format="~g", tickCount=4)
+                chart = base.mark_line(strokeWidth=1.6).encode(y=alt.Y("minimum:Q", title=words, axis=axis)) + base.mark_line(
+                    strokeWidth=1.6
+                ).encode(y=alt.Y("maximum:Q", title=words, axis=axis))
+            else:
+                axis = alt.Axis(format="%" if name == "outside_share" else "~g", tickCount=4)
+                chart = base.mark_line(strokeWidth=1.6).encode(y=alt.Y(f"{name}:Q", title=words, scale=alt.Scale(zero=False), axis=axis))
+            if name == "outside_share":
+                chart = chart + base.mark_line(strokeWidth=1, strokeDash=[2, 3]).encode(y="outside_share_normal:Q")
+            pair.append(chart.properties(title=alt.TitleParams(f"Matrix {matrix}", fontSize=12, offset=6)) if name == "mean" else chart)
+        rows.append(alt.hconcat(*pair, spacing=24))
+    return alt.vconcat(*rows, spacing=10, title=_title(title, subtitle))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pruning
 

@@ -12,5 +12,15 @@
 from pftools.finetune.merge import Adapter, merge_adapter, resolve_merge
 from pftools.finetune.rows import Rows, padded_rows
 from pftools.finetune.train import FinetuneResult, finetune_model
+from pftools.finetune.update import updated_weight
 
-__all__ = ["Adapter", "FinetuneResult", "Rows", "finetune_model", "merge_adapter", "padded_rows", "resolve_merge"]
+__all__ = [
+    "Adapter",
+    "FinetuneResult",
+    "Rows",
+    "finetune_model",
+    "merge_adapter",
+    "padded_rows",
+    "resolve_merge",
+    "updated_weight",
+]

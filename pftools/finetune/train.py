@@ -8,6 +8,7 @@ import math
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -110,8 +111,8 @@ def finetune_model(
             gradient_accumulation_steps=blocks_per_step // micro, learning_rate=learning_rate, warmup_steps=warmup_steps,
             lr_scheduler_type=schedule, seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False,
             save_strategy="steps", save_steps=save_every, save_total_limit=1, report_to=[], disable_tqdm=True,
-            use_cpu=model.device.type == "cpu", gradient_checkpointing=gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False}, dataloader_pin_memory=model.device.type == "cuda",
+            use_cpu=model.device.type == "cpu", activation_checkpointing=gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False}, dataloader_pin_memory=model.device.type == "cuda",
             remove_unused_columns=False, optim="adamw_torch", train_sampling_strategy="sequential",
             # float16 gradients underflow without a loss scaler, which only GPUs have
             fp16=model.dtype == torch.float16 and model.device.type == "cuda",
@@ -209,14 +210,16 @@ def _adapted(
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
         if masked:
             config._register_custom_module(masked_modules())
-    peft_model = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks by a name that transformers has changed
+        peft_model = get_peft_model(model, config)
     fuse_hira(peft_model)
     try:
         yield peft_model
     finally:
         peft_model.unload()
-        if getattr(model, "is_gradient_checkpointing", False):
-            model.gradient_checkpointing_disable()
+        if getattr(model, "is_activation_checkpointing", False):
+            model.activation_checkpointing_disable()
         if hasattr(model, "disable_input_require_grads") and getattr(model, "_require_grads_hook", None) is not None:
             model.disable_input_require_grads()
         for name, parameter in model.named_parameters():
