@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _FACTOR = re.compile(r"(.+)\.(?:lora|hira)_([AB])(?:\.weight)?$")
+# A safetensors file is sorted by name; a reader knows the modules in this order.
+_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Two-sided 95% of a normal distribution; the study counts the weights outside mean +- 1.96 standard errors.
 _Z95 = 1.96
 
@@ -56,7 +58,9 @@ def adapter_statistics(folder: str | Path) -> pd.DataFrame:
             if found := _FACTOR.match(name):
                 module, matrix = found.groups()
                 rows.append({**_place(module), "matrix": matrix, **_moments(file.get_tensor(name).float())})
-    return pd.DataFrame(rows).sort_values(["layer", "module", "matrix"], ignore_index=True)
+    table = pd.DataFrame(rows)
+    by_model = table["module"].map({name: place for place, name in enumerate(_ORDER)}).fillna(len(_ORDER))
+    return table.assign(place=by_model).sort_values(["layer", "place", "module", "matrix"], ignore_index=True).drop(columns="place")
 
 
 def weight_differences(

@@ -226,6 +226,8 @@ def test_an_adapter_is_refused_by_a_model_with_other_zeros(tmp_path):
     result = finetune_model(pruned_llama(), tiny_blocks(), **QUICK)
     with pytest.raises(PftoolsError, match="other zeros"):
         merge_adapter(pruned_llama(sparsity=0.6), result.adapter)
+    with pytest.raises(PftoolsError, match="unknown merge 'mask'"):
+        merge_adapter(pruned_llama(), result.adapter, merge="mask")
     with pytest.raises(PftoolsError, match="does not fit"):
         merge_adapter(tiny_llama(intermediate_size=48), result.adapter)
 

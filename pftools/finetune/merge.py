@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pftools.errors import PftoolsError
+from pftools.errors import PftoolsError, nearest
 from pftools.finetune.update import updated_weight
 from pftools.models import measured_sparsity
 
@@ -41,7 +41,13 @@ class Adapter:
 
 
 def resolve_merge(merge: str, model: nn.Module) -> Literal["masked", "dense"]:
-    """`auto` is masked where the model is pruned, else dense."""
+    """`auto` is masked where the model is pruned, else dense.
+
+    Raises:
+        PftoolsError: another word than auto, masked and dense.
+    """
+    if merge not in (words := ("auto", "masked", "dense")):
+        raise PftoolsError(f"unknown merge {merge!r}: {nearest(merge, words)}.")
     if merge == "auto":
         return "masked" if measured_sparsity(model) >= _PRUNED_FROM else "dense"
     return merge
@@ -66,7 +72,7 @@ def merge_adapter(model: nn.Module, adapter: Adapter | str | Path, *, merge: str
         if name not in modules or modules[name].weight.shape != (b.shape[0], a.shape[1]):
             raise PftoolsError(f"the adapter does not fit the model at {name}: it was trained on another model.")
     if adapter.masked and merge == "masked" and adapter.mask != mask_digest(model, adapter.factors):
-        raise PftoolsError("the adapter was trained on other zeros than this model has: merge it into the model that it was trained on.")
+        raise PftoolsError("the adapter was trained on other zeros than this model has: merge it into the model that it was trained on, in the same dtype.")
     with torch.no_grad():
         for name, (a, b) in adapter.factors.items():
             weight = modules[name].weight

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from pftools.errors import PftoolsError
+from pftools.errors import PftoolsError, nearest
 from pftools.finetune.masked import fuse_hira, masked_modules
 from pftools.finetune.merge import Adapter, factors_of, mark_masked, mask_digest, resolve_merge
 from pftools.finetune.quantize import BASES, check_bitsandbytes, quantized
@@ -145,9 +145,9 @@ def finetune_model(
 
 def _check(model: nn.Module, rows: Rows, adapter: str, base: str) -> None:
     if adapter not in ("lora", "hira"):
-        raise PftoolsError(f"unknown adapter {adapter!r}: give 'lora' or 'hira'.")
+        raise PftoolsError(f"unknown adapter {adapter!r}: {nearest(adapter, ('lora', 'hira'))}.")
     if base not in BASES:
-        raise PftoolsError(f"unknown base {base!r}: give {', '.join(map(repr, BASES))}.")
+        raise PftoolsError(f"unknown base {base!r}: {nearest(base, BASES)}.")
     if base != "plain":
         check_bitsandbytes(base)
     context = getattr(model.config, "max_position_embeddings", None)
