@@ -76,6 +76,25 @@ def test_an_updated_weight_keeps_the_number_of_zeros_even_where_a_weight_cancels
     assert updated_weight(weight, a, b, kind=kind)[0, 2] == weight[0, 2]  # what is not touched stays, subnormals too
 
 
+@pytest.mark.parametrize(("dtype", "fraction_bits"), [(torch.bfloat16, 7), (torch.float16, 10)])
+def test_the_cast_is_dithered_so_that_small_updates_are_not_lost(dtype, fraction_bits):
+    """Against the pattern written out: the fraction that is left over is rounded up where the pattern's number is large enough. The
+    matrix is larger than what is worked on at once."""
+    torch.manual_seed(0)
+    weight, a, b = torch.randn(1000, 300).to(dtype), torch.randn(2, 300) * 0.01, torch.randn(1000, 2) * 0.01
+    assert torch.equal(updated_weight(weight, a, 0 * b), weight)
+    result = updated_weight(weight, a, b).double()
+    exact = torch.addmm(weight.float(), b, a).double()
+    unit = (2.0 ** (exact.abs().log2().floor() - fraction_bits)).clamp_min(torch.finfo(dtype).tiny * torch.finfo(dtype).eps)
+    rows, columns = torch.arange(1000)[:, None], torch.arange(300)
+    pattern = ((rows * 49471 + columns * 37345) % 2**16 / 2**16).double()
+    expected = exact.sign() * (exact.abs() / unit + pattern).floor() * unit
+    assert ((result - expected).abs() > unit / 100).double().mean() < 1e-3  # all but those on an edge
+    assert ((result - exact).abs() <= unit).all()
+    lost = weight.double() - exact  # what rounding to the nearest leaves out here, nearly always
+    assert (result - exact).mean().abs() < 0.02 * lost.abs().mean()
+
+
 def test_an_updated_weight_is_formed_in_float32_under_autocast():
     weight, a, b = torch.randn(50, 40), torch.randn(4, 40), torch.randn(50, 4)
     expected = updated_weight(weight, a, b)
