@@ -25,7 +25,7 @@ options.add_argument("--tokens", type=int, default=49_152)
 options.add_argument("--learning-rate", type=float, default=5e-4, help="of dense and masked LoRA")
 options.add_argument("--hira-learning-rate", type=float, default=1e-2)
 options.add_argument("--methods", nargs="*", default=["dense", "masked", "HiRA"])
-options.add_argument("--test-blocks", type=int, default=None, help="blocks of the test split; all by default")
+options.add_argument("--test-blocks", type=int, default=40, help="blocks of 512 tokens of the test split")
 options = options.parse_args()
 
 

@@ -141,6 +141,16 @@ def test_a_dense_merge_fills_the_zeros():
     assert measured_sparsity(model) < 0.01
 
 
+def test_a_dense_merge_is_that_of_peft(tmp_path):
+    from peft import PeftModel
+
+    model = pruned_llama()
+    result = finetune_model(model, tiny_blocks(), keep_sparsity=False, output=tmp_path, **QUICK)
+    expected = PeftModel.from_pretrained(copy.deepcopy(model), result.folder).merge_and_unload()
+    merge_adapter(model, result.adapter, merge="dense")
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-5, atol=1e-5)
+
+
 def test_only_the_published_targets_lose_zeros_in_the_published_merge():
     model = pruned_llama()
     result = finetune_model(model, tiny_blocks(), keep_sparsity=False, targets="published", **QUICK)

@@ -1,4 +1,4 @@
-"""From adapter back to plain weights. The product is formed in float32, added, and cast once.
+"""From adapter back to plain weights. The product is formed in float32, added, and cast once (see `update`).
 
 An adapter that was trained masked is stored as an ordinary PEFT adapter folder with one difference: its `peft_type` is a
 sentence. PEFT without pftools stops there and shows it, where it would otherwise merge densely and fill the zeros without a word.
@@ -73,17 +73,12 @@ def merge_adapter(model: nn.Module, adapter: Adapter | str | Path, *, merge: str
             raise PftoolsError(f"the adapter does not fit the model at {name}: it was trained on another model.")
     if adapter.masked and merge == "masked" and adapter.mask != mask_digest(model, adapter.factors):
         raise PftoolsError("the adapter was trained on other zeros than this model has: merge it into the model that it was trained on, in the same dtype.")
+    kind = "hira" if adapter.kind == "hira" else merge
     with torch.no_grad():
         for name, (a, b) in adapter.factors.items():
             weight = modules[name].weight
-            weight.copy_(_merged(weight, a.to(weight.device), b.to(weight.device), adapter, merge))
+            weight.copy_(updated_weight(weight, a.to(weight.device), b.to(weight.device), adapter.scaling, kind=kind))
     return model
-
-
-def _merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, adapter: Adapter, merge: str) -> torch.Tensor:
-    if adapter.kind == "hira" or merge == "masked":
-        return updated_weight(weight, a, b, adapter.scaling, kind="hira" if adapter.kind == "hira" else "masked")
-    return torch.addmm(weight.float(), b, a, alpha=adapter.scaling).to(weight.dtype)
 
 
 def mask_digest(model: nn.Module, names: Any) -> str:

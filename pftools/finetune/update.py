@@ -2,8 +2,9 @@
 
     y = x (W + s K * (B A))^T        K = M = (W != 0)    masked LoRA (MaskLoRA in "PERP", Zimmer et al. 2023, arXiv 2312.15230)
                                      K = W               HiRA (Huang et al., ICLR 2025)
+                                     K = 1               plain LoRA, whose dense merge fills zeros: here only to be merged
 
-Both leave a zero where it is. The sum is formed in float32 and cast once to the dtype that the model computes in, here as in the
+The first two leave a zero where it is. The sum is formed in float32 and cast once to the dtype that the model computes in, here as in the
 merge: so training sees exactly the weights that are merged.
 
 The cast is dithered. Rounding to the nearest would lose most of an update: a bf16 weight moves only if it is changed by more than 1/512 of
@@ -27,7 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-Kind = Literal["masked", "hira"]
+Kind = Literal["masked", "hira", "dense"]
 
 
 def updated_weight(
@@ -36,8 +37,8 @@ def updated_weight(
 ) -> torch.Tensor:  # fmt: skip
     """W + s K * (B A), computed in float32 and cast once.
 
-    A kept weight that would become zero becomes the smallest number of its dtype instead, so that the number of zeros is the
-    same before and after, always.
+    But for `dense`, a kept weight that would become zero becomes the smallest number of its dtype instead, so that the number of zeros is
+    the same before and after, always.
 
     Args:
         weight: (rows, columns), any float dtype. a: (rank, columns). b: (rows, rank).
@@ -57,8 +58,10 @@ def updated_weight(
                 new.mul_(part)
             if not alone:
                 new.add_(part)
-                new.add_(new.abs().lt_(least), alpha=2 * least)
-            new.mul_(part != 0 if kept is None else kept[rows])
+            if kind != "dense":
+                if not alone:
+                    new.add_(new.abs().lt_(least), alpha=2 * least)
+                new.mul_(part != 0 if kept is None else kept[rows])
             result[rows] = _dithered(new, rows.start, result.dtype)
     return result
 
