@@ -195,6 +195,15 @@ def test_the_merged_model_is_the_one_that_was_trained(options, base):
     assert not torch.allclose(logits(model), end.logits, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("adapter", ["lora", "hira"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_merged_model_is_the_trained_one_bit_for_bit(dtype, adapter):
+    model, end = pruned_llama(dtype), AtTheEnd()
+    options = {**QUICK, "learning_rate": 0.1 if adapter == "hira" else 1e-2}
+    merge_adapter(model, finetune_model(model, tiny_blocks(), adapter=adapter, callbacks=[end], **options).adapter)
+    assert torch.equal(logits(model), end.logits)
+
+
 def test_training_lowers_the_loss_and_leaves_the_model_as_it_was():
     model = pruned_llama()
     state = copy.deepcopy(model.state_dict())

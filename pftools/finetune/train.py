@@ -73,6 +73,7 @@ def finetune_model(
         model: a causal language model in its own dtype; the adapter is trained in float32.
         blocks: LongTensor (n_blocks, block_length), or `padded_rows(...)`.
         keep_sparsity: mask the update wherever the weight is zero, where the model is pruned at all.
+        rank, alpha, dropout, targets: of the adapter; HiRA has no alpha.
         tokens, steps, epochs: the budget; one of them (default: one epoch).
         blocks_per_step: rows an optimizer step. micro_batch_size: rows a forward; None: chosen by size.
         adapter: `lora` or `hira`. base: `plain`, `8bit` or `nf4`: how the frozen weights are held while training. The merge goes into
