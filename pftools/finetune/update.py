@@ -29,6 +29,8 @@ from torch import nn
 from torch.nn import functional as F
 
 Kind = Literal["masked", "hira", "dense"]
+# Bits of a float32's fraction that the smaller formats do not have.
+_SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 
 def updated_weight(
@@ -85,10 +87,6 @@ def _dithered(values: torch.Tensor, first_row: int, dtype: torch.dtype) -> torch
             pattern.bitwise_right_shift_(16 - spare)
         values.view(torch.int32).add_(pattern).bitwise_and_(-(2**spare))
     return values
-
-
-# Bits of a float32's fraction that the smaller formats do not have.
-_SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 
 class _UpdatedLinear(torch.autograd.Function):
