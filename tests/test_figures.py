@@ -36,7 +36,7 @@ CHARTS = {
     "lines": (lambda: figures.lines_by_layer(LAYERS, "value", title="Lines", log=True), ["Lines", "up_proj"]),
     "histogram": (lambda: figures.score_histogram(HISTOGRAM, title="Scores"), ["Scores", "pruned", "kept"]),
     "adapter": (
-        lambda: figures.adapter_matrices(MATRICES, title="Adapter"), ["Matrix A", "Matrix B", "q_proj", "share outside", "smallest and largest"],
+        lambda: figures.adapter_matrices(MATRICES, title="Adapter"), ["Matrix A", "Matrix B", "q_proj", "share outside", "smallest, largest"],
     ),
     "loss": (lambda: figures.loss_curve(LOSSES), ["Training loss", "training tokens"]),
     "learning rate": (lambda: figures.learning_rate_curve(LOSSES), ["Learning rate"]),
