@@ -60,6 +60,13 @@ def report(claim: str, measured: dict[str, Any], *, script: str, device: str, st
     path.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
 
 
+def stored(claim: str, *, script: str, device: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call of `report` kept of a claim with the same settings; empty otherwise."""
+    path = RESULTS / f"{Path(script).stem}-{device}.json"
+    entry = json.loads(path.read_text()).get(claim, {}) if path.exists() else {}
+    return entry["measured"] if entry.get("settings") == settings else {}
+
+
 def circumstances(device: str) -> dict[str, Any]:
     """The device, the versions and the day."""
     import torch

@@ -13,8 +13,13 @@ The helper package behind the notebooks. A module is one idea; a module imports 
 Importing pftools imports nothing heavy: torch and its friends come with the module that needs them.
 """
 
+import logging
+
 __version__ = "0.1.0"
+
+# PEFT imports bitsandbytes, which reports on every start that a fast path of its own is missing.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Part of every run's key. Raise it when a change to the code changes the numbers that a step computes, so that
 # runs of the older code are never mistaken for runs of this one.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2

@@ -115,12 +115,57 @@ def lines_by_layer(
         alt.Chart(table, title=_title(title, subtitle))
         .mark_line(point=alt.OverlayMarkDef(size=22), strokeWidth=1.8)
         .encode(
-            x=alt.X("layer:Q", title="decoder layer", axis=alt.Axis(tickMinStep=1, grid=False)),
+            x=alt.X("layer:Q", title="decoder layer", axis=alt.Axis(tickMinStep=1, grid=False), scale=alt.Scale(nice=False)),
             y=alt.Y(f"mean({value}):Q", title=label or value, scale=scale,
-                    axis=alt.Axis(format="%" if percent else "~g")),
+                    axis=alt.Axis(format="%" if percent else _number_format(table[value]), labelExpr=_ZERO)),
             color=alt.Color(f"{colour}:N", title=None, sort=list(dict.fromkeys(table[colour]))),
         )
     )  # fmt: skip
+
+
+def adapter_matrices(table: pd.DataFrame, *, title: str, subtitle: str = "") -> alt.VConcatChart:
+    """The study's figure of an adapter: mean, standard deviation, range and share outside of its matrices A and B, by layer.
+
+    Args:
+        table: columns layer, module, matrix ("A" or "B"), mean, std, minimum, maximum, outside_share, outside_share_normal.
+    """
+    rows = [
+        _of_both_matrices(table, ["mean"], "mean", heading=True),
+        _of_both_matrices(table, ["std"], "standard deviation"),
+        _of_both_matrices(table, ["minimum", "maximum"], "smallest, largest"),
+        _of_both_matrices(table, ["outside_share"], "share outside", dashed="outside_share_normal", last=True),
+    ]
+    return alt.vconcat(*rows, spacing=12, title=_title(title, subtitle))
+
+
+def _of_both_matrices(
+    table: pd.DataFrame, values: list[str], words: str, *, dashed: str = "", heading: bool = False, last: bool = False
+) -> alt.HConcatChart:
+    modules = list(dict.fromkeys(table["module"]))
+    pair = []
+    for matrix in ("A", "B"):
+        part = table[table["matrix"] == matrix]
+        axis = alt.Axis(format=".1%" if dashed else _number_format(part[values[-1]]), labelExpr=_ZERO, tickCount=4)
+        base = alt.Chart(part, width=_WIDTH // 2 - 50, height=105).encode(
+            x=alt.X("layer:Q", title="decoder layer" if last else None, scale=alt.Scale(nice=False),
+                    axis=alt.Axis(tickMinStep=1, grid=False, labels=last)),
+            color=alt.Color("module:N", title=None, sort=modules, scale=alt.Scale(domain=modules)),
+        )  # fmt: skip
+        lines = [base.mark_line(strokeWidth=1.6).encode(y=alt.Y(f"{value}:Q", title=words if matrix == "A" else None, axis=axis,
+                                                                scale=alt.Scale(zero=False))) for value in values]  # fmt: skip
+        if dashed:
+            lines.append(base.mark_line(strokeWidth=1.2, strokeDash=[3, 3]).encode(y=f"{dashed}:Q"))
+        title = alt.TitleParams(f"Matrix {matrix}", fontSize=12, offset=6) if heading else alt.TitleParams("")
+        pair.append(alt.layer(*lines, title=title))
+    return alt.hconcat(*pair, spacing=20)
+
+
+_ZERO = "datum.value == 0 ? '0' : datum.label"  # not 0e+0
+
+
+def _number_format(values: pd.Series) -> str:
+    """Small numbers with an exponent: 9e-5, not 0.00009."""
+    return "~e" if values.abs().max() < 5e-3 else "~g"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -90,13 +90,17 @@ class Prune(_Blocks):
     reconstruct_steps: int = Field(0, ge=0, description="Adam steps of block reconstruction a layer; 0: none")
 
 
-# The study's settings (Prune-Finetune-LLM): PEFT's LoRA on q and v of an 8-bit base, padded lines, the dense merge.
+# The study's settings (Prune-Finetune-LLM): PEFT's LoRA on q and v of an 8-bit fp16 base, padded lines, batches of 4, four of them
+# a step, the dense merge; and a tenth of an epoch, where no other budget is given.
 _PRESETS = {
     "published": {
         "packing": False, "rank": 8, "alpha": 16, "dropout": 0.05, "targets": "published", "learning_rate": 2e-4,
-        "warmup_steps": 100, "blocks_per_step": 16, "base": "8bit", "gradient_checkpointing": True, "merge": "dense",
+        "warmup_steps": 100, "blocks_per_step": 16, "batch_size": 4, "base": "8bit", "dtype": "float16",
+        "gradient_checkpointing": True, "merge": "dense",
     }
 }  # fmt: skip
+_PRESET_EPOCHS = {"published": 0.1}
+_BUDGETS = ("tokens", "steps", "epochs")
 
 
 class Finetune(_Blocks):
@@ -130,6 +134,9 @@ class Finetune(_Blocks):
         for name, value in _PRESETS.get(given.get("preset", ""), {}).items():
             if given.get(name, cls.model_fields[name].default) == cls.model_fields[name].default:
                 given = {**given, name: value}
+        epochs = _PRESET_EPOCHS.get(given.get("preset", ""))
+        if epochs and all(given.get(name) is None for name in _BUDGETS):
+            given = {**given, "epochs": epochs}
         return given
 
 

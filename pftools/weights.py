@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LAYER = re.compile(r"\.(\d+)\.")
+_FACTOR = re.compile(r"(.+)\.(?:lora|hira)_([AB])(?:\.weight)?$")
+# A safetensors file is sorted by name; a reader knows the modules in this order.
+_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Two-sided 95% of a normal distribution; the study counts the weights outside mean +- 1.96 standard errors.
 _Z95 = 1.96
 
 
 def weight_statistics(model: PreTrainedModel) -> pd.DataFrame:
-    """A row for every linear weight: layer, module, group, size, sparsity, mean, std, minimum, maximum, norm and
-    outside_share (the share outside mean +- 1.96 standard errors, as the study counts it)."""
+    """A row for every linear weight: layer, module, group, size, sparsity, mean, std, minimum, maximum, norm, outside_share (the share outside
+    mean +- 1.96 standard errors, as the study counts it) and outside_share_normal (what that share is of normal numbers)."""
     rows = []
     for name, module in linear_modules(model).items():
         weight = module.weight.detach().float()
@@ -36,8 +39,7 @@ def weight_statistics(model: PreTrainedModel) -> pd.DataFrame:
 
 
 def adapter_statistics(folder: str | Path) -> pd.DataFrame:
-    """A row for each of an adapter's matrices: layer, module, matrix (A or B), mean, std, minimum, maximum, norm,
-    outside_share.
+    """A row for each of an adapter's matrices: layer, module, matrix (A or B), and the columns of `weight_statistics` from mean on.
 
     Args:
         folder: a PEFT adapter folder, such as `adapter/` in the run of a finetune step.
@@ -53,21 +55,24 @@ def adapter_statistics(folder: str | Path) -> pd.DataFrame:
     rows = []
     with safe_open(path, framework="pt") as file:
         for name in file.keys():
-            module, found, matrix = re.sub(r"(lora|hira)_([AB])", r"\2", name).rpartition(".A")
-            if not found:
-                module, found, matrix = re.sub(r"(lora|hira)_([AB])", r"\2", name).rpartition(".B")
-            if found:
-                rows.append({**_place(module), "matrix": found[-1], **_moments(file.get_tensor(name).float())})
-    return pd.DataFrame(rows).sort_values(["layer", "module", "matrix"], ignore_index=True)
+            if found := _FACTOR.match(name):
+                module, matrix = found.groups()
+                rows.append({**_place(module), "matrix": matrix, **_moments(file.get_tensor(name).float())})
+    table = pd.DataFrame(rows)
+    by_model = table["module"].map({name: place for place, name in enumerate(_ORDER)}).fillna(len(_ORDER))
+    return table.assign(place=by_model).sort_values(["layer", "place", "module", "matrix"], ignore_index=True).drop(columns="place")
 
 
-def weight_differences(model: PreTrainedModel, parent: PreTrainedModel, *, top_percent: float = 1.0) -> pd.DataFrame:
-    """A row for every linear weight: how far ``model`` is from ``parent``.
+def weight_differences(
+    model: PreTrainedModel, parent: PreTrainedModel, *, top_percent: float = 1.0, by: Literal["module", "group"] = "module"
+) -> pd.DataFrame:
+    """How far ``model`` is from ``parent``: a row for every linear weight, or, by group, one for all attention weights of a layer together and
+    one for its MLP weights.
 
     Returns:
-        Columns layer, module, group, mean_difference (mean absolute difference over all weights), top_difference
-        (over the ``top_percent`` per cent largest), relative (norm of the difference / norm of the parent), zeroed
-        (share of weights that became zero) and filled (share of weights that were zero and no longer are).
+        Columns layer, group and (by module) module, mean_difference (mean absolute difference over all weights of the row),
+        top_difference (over the ``top_percent`` per cent largest of them), relative (norm of the difference / norm of the parent),
+        zeroed (share of weights that became zero), filled (share of weights that were zero and no longer are) and size.
 
     Raises:
         PftoolsError: the two models do not have the same linear weights.
@@ -77,22 +82,26 @@ def weight_differences(model: PreTrainedModel, parent: PreTrainedModel, *, top_p
         name: module.weight.shape for name, module in theirs.items()
     }:
         raise PftoolsError("the two models cannot be compared: their linear weights differ in name or shape.")
-    rows = []
+    members: dict[tuple[Any, ...], list[str]] = {}
     for name in ours:
-        new, old = ours[name].weight.detach().float(), theirs[name].weight.detach().float()
-        difference = (new - old).abs()
-        largest = difference.flatten().topk(max(1, math.ceil(difference.numel() * top_percent / 100))).values
-        rows.append(
-            {
-                **_place(name),
-                "mean_difference": float(difference.mean()),
-                "top_difference": float(largest.mean()),
-                "relative": float(difference.norm() / old.norm().clamp_min(1e-30)),
-                "zeroed": float(((new == 0) & (old != 0)).float().mean()),
-                "filled": float(((new != 0) & (old == 0)).float().mean()),
-            }
-        )
-    return pd.DataFrame(rows)
+        place = _place(name)
+        members.setdefault(tuple(place.items()) if by == "module" else (("layer", place["layer"]), ("group", place["group"])), []).append(name)
+    return pd.DataFrame([{**dict(place), **_difference(ours, theirs, names, top_percent)} for place, names in members.items()])
+
+
+def _difference(ours: dict[str, Any], theirs: dict[str, Any], names: list[str], top_percent: float) -> dict[str, float]:
+    new = torch.cat([ours[name].weight.detach().float().flatten() for name in names])
+    old = torch.cat([theirs[name].weight.detach().float().flatten() for name in names]).to(new.device)
+    difference = (new - old).abs()
+    largest = difference.topk(max(1, math.ceil(difference.numel() * top_percent / 100))).values
+    return {
+        "mean_difference": float(difference.mean()),
+        "top_difference": float(largest.mean()),
+        "relative": float(difference.norm() / old.norm().clamp_min(1e-30)),
+        "zeroed": float(((new == 0) & (old != 0)).float().mean()),
+        "filled": float(((new != 0) & (old == 0)).float().mean()),
+        "size": new.numel(),
+    }
 
 
 def _place(name: str) -> dict[str, Any]:
@@ -105,6 +114,8 @@ def _place(name: str) -> dict[str, Any]:
 def _moments(weight: torch.Tensor) -> dict[str, float]:
     mean, std = float(weight.mean()), float(weight.std())
     margin = _Z95 * std / math.sqrt(weight.numel())
+    # The margin shrinks with the size, so most of any large matrix is outside: this share of one whose numbers are normal.
+    normal = math.erfc(_Z95 / math.sqrt(2 * weight.numel()))
     return {
         "mean": mean,
         "std": std,
@@ -112,5 +123,6 @@ def _moments(weight: torch.Tensor) -> dict[str, float]:
         "maximum": float(weight.max()),
         "norm": float(weight.norm()),
         "outside_share": float(((weight - mean).abs() > margin).float().mean()),
+        "outside_share_normal": normal,
         "size": weight.numel(),
     }

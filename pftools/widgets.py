@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from html import escape
 from typing import Any
 
@@ -14,7 +15,7 @@ from pftools.orderings import PUBLISHED, parse_ordering
 
 
 class LiveLoss(TrainerCallback):
-    """Draws the loss curve anew at every logged step, in one place under the cell.
+    """Draws the loss curve anew while a training runs, at most once a second, in one place under the cell.
 
     Give it to `finetune.finetune_model(callbacks=[LiveLoss()])`. Outside a notebook it does nothing.
     """
@@ -22,6 +23,7 @@ class LiveLoss(TrainerCallback):
     def __init__(self) -> None:
         self._rows: list[dict[str, float]] = []
         self._shown: Any = None
+        self._drawn = 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         from IPython import get_ipython
@@ -29,11 +31,12 @@ class LiveLoss(TrainerCallback):
 
         if get_ipython() is None or not logs or "loss" not in logs:
             return
-        self._rows.append({"tokens": state.global_step, "loss": float(logs["loss"])})
-        if len(self._rows) < 2:
+        self._rows.append({"tokens": state.num_input_tokens_seen, "loss": float(logs["loss"])})
+        if len(self._rows) < 2 or time.monotonic() - self._drawn < 1:
             return
         from pftools import figures
 
+        self._drawn = time.monotonic()
         chart = figures.loss_curve(pd.DataFrame(self._rows), title=f"Training loss, step {state.global_step} of {state.max_steps}")
         chart = chart.properties(height=180)
         if self._shown is None:

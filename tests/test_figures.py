@@ -21,6 +21,13 @@ PAIRS = pd.DataFrame({"pair": ["a / b", "a / c"], "ratio": [1.05, 0.99], "low": 
 PLAN = pd.DataFrame({"key": ["prune-1", "evaluate-2"], "parent": ["", "prune-1"], "depth": [0, 1], "lane": [0, 0],
                      "step": ["prune", "evaluate"], "label": ["wanda 50%", "evaluate"], "state": ["finished", "to do"]})  # fmt: skip
 HISTOGRAM = pd.DataFrame({"low": [0.0, 0.5], "high": [0.5, 1.0], "kept": [0, 5], "pruned": [4, 1]})
+MATRICES = pd.DataFrame(
+    [
+        {"layer": layer, "module": module, "matrix": matrix, "mean": 0.001, "std": 0.02 + layer, "minimum": -0.1, "maximum": 0.1,
+         "outside_share": 0.97, "outside_share_normal": 0.98}
+        for layer in (0, 1) for module in ("q_proj", "v_proj") for matrix in ("A", "B")
+    ]
+)  # fmt: skip
 SCORES = pd.DataFrame({"task": ["facts"], "value": [0.6], "low": [0.5], "high": [0.7], "chance": [0.25]})
 
 CHARTS = {
@@ -28,6 +35,9 @@ CHARTS = {
     "share": (lambda: figures.heat_map(LAYERS, "value", title="Share", percent=True), ["100%"]),
     "lines": (lambda: figures.lines_by_layer(LAYERS, "value", title="Lines", log=True), ["Lines", "up_proj"]),
     "histogram": (lambda: figures.score_histogram(HISTOGRAM, title="Scores"), ["Scores", "pruned", "kept"]),
+    "adapter": (
+        lambda: figures.adapter_matrices(MATRICES, title="Adapter"), ["Matrix A", "Matrix B", "q_proj", "share outside", "smallest, largest"],
+    ),
     "loss": (lambda: figures.loss_curve(LOSSES), ["Training loss", "training tokens"]),
     "learning rate": (lambda: figures.learning_rate_curve(LOSSES), ["Learning rate"]),
     "blocks": (lambda: figures.block_losses(pd.DataFrame({"block": [0, 1], "nll": [2.0, 3.0]}), title="Blocks"), ["Blocks"]),

@@ -40,6 +40,24 @@ def test_the_top_difference_is_the_mean_of_the_largest():
     assert weights.weight_differences(child, parent, top_percent=5).loc[0, "top_difference"] == pytest.approx(exact, rel=1e-4)
 
 
+def test_differences_by_group_are_over_all_weights_of_a_layer_together():
+    parent, child = tiny_llama(), tiny_llama(seed=1)
+    table = weights.weight_differences(child, parent, top_percent=10, by="group")
+    assert table[["layer", "group"]].to_numpy().tolist() == [[0, "attention"], [0, "MLP"], [1, "attention"], [1, "MLP"]]
+    names = [name for name in linear_modules(child) if ".1.self_attn." in name]
+    exact = np.sort(np.concatenate([(child.get_submodule(name).weight - parent.get_submodule(name).weight).detach().double().abs().flatten()
+                                    for name in names]))  # fmt: skip
+    row = table.iloc[2]
+    assert row["size"] == exact.size and row["mean_difference"] == pytest.approx(exact.mean(), rel=1e-5)
+    assert row["top_difference"] == pytest.approx(exact[-int(np.ceil(exact.size / 10)) :].mean(), rel=1e-5)
+
+
+def test_normal_numbers_lie_outside_the_margin_as_often_as_is_said():
+    moments = weights._moments(torch.randn(4096, generator=torch.Generator().manual_seed(0)))
+    assert moments["outside_share"] == pytest.approx(moments["outside_share_normal"], abs=0.005)
+    assert moments["outside_share_normal"] == pytest.approx(1 - 1.96 / 64 * np.sqrt(2 / np.pi), abs=1e-3)
+
+
 def test_models_of_other_shapes_are_not_compared():
     with pytest.raises(PftoolsError, match="cannot be compared"):
         weights.weight_differences(tiny_llama(), tiny_llama(intermediate_size=48))

@@ -1,77 +1,34 @@
-"""Masked LoRA: the update of a weight is zero wherever the weight is zero (MaskLoRA in "PERP", Zimmer et al. 2023, arXiv
-2312.15230).
-
-    y = x (W + s M * (B A))^T,    M = (W != 0)
-
-The mask is applied in the forward pass, so training sees exactly the weights that a masked merge gives, cast to the model's dtype and
-all. It needs no storage on a plain base: it is where the weight is not zero. A quantized base keeps it as bits, taken before
-quantization.
-
-Cost. Plain LoRA never forms B A; here it has to be formed to be masked. So on a plain base the update is added to the weight and one product is
-done with the sum, instead of one with the weight and one with the update: forward, gradient of the input and gradient of
-the update are one product each, where plain LoRA has two. Nothing of the weight's size is kept for the backward pass.
-"""
+"""Masked LoRA and HiRA as PEFT layers: what PEFT asks of them, and one fused product instead of its two (see `update`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from peft.tuners import lora
+from peft.tuners import hira, lora
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 from torch.nn import functional as F
 
-
-def add_masked(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """W + s M * (B A) with M = (W != 0): computed in float32, cast once to W's dtype.
-
-    A kept weight that the cast would round to zero becomes the smallest normal number of its dtype instead, so that the number of
-    zeros is the same before and after, always.
-
-    Args:
-        weight: (rows, columns), any float dtype. a: (rank, columns). b: (rows, rank).
-    """
-    kept = weight != 0
-    update = torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling)
-    result = torch.where(kept, update, 0.0).to(weight.dtype)
-    lost = kept & (result == 0)
-    return result.masked_fill(lost, torch.finfo(weight.dtype).tiny) if lost.any() else result
-
-
-class _MaskedLinear(torch.autograd.Function):
-    """x -> x (W + s M * (B A))^T + bias. Gradients for x, A and B; W is frozen. The sum is formed anew in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.scaling = scaling
-        return F.linear(x, add_masked(weight, a, b, scaling), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
-        grad_x = grad @ add_masked(weight, a, b, ctx.scaling) if ctx.needs_input_grad[0] else None
-        # Through the cast as if it were exact, as mixed-precision training does.
-        grad_update = (grad.flatten(0, -2).T @ x.flatten(0, -2)).float().mul_(weight != 0).mul_(ctx.scaling)
-        return grad_x, None, None, b.float().T @ grad_update, grad_update @ a.float().T, None
+from pftools.finetune.update import kept_of, updated_linear, updated_weight
 
 
 class MaskedLoraVariant(LoraVariant):
-    """What PEFT asks of a variant. `module.kept` is the mask of a quantized base; None: where the base is not zero."""
+    """The update is zero wherever the weight is, in PEFT's own forward pass and merge."""
 
     def supports_lora_conversion(self) -> bool:
         return False  # a plain LoRA would fill the zeros
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        module.kept = None
+        pass  # nothing to learn or to store but A and B
 
     @staticmethod
     def masked_update(module: LoraLayer, adapter_name: str) -> torch.Tensor:
         """s M * (B A), (rows, columns), in the adapter's dtype."""
         a, b = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
-        kept = module.get_base_layer().weight != 0 if module.kept is None else module.kept.to(a.device)
+        kept = kept_of(module.get_base_layer())
+        kept = module.get_base_layer().weight != 0 if kept is None else kept
         return (b @ a) * module.scaling[adapter_name] * kept
 
     @staticmethod
@@ -81,10 +38,8 @@ class MaskedLoraVariant(LoraVariant):
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        if module.kept is None:
-            a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-            return add_masked(orig_weight, a, b, module.scaling[active_adapter])
-        return (orig_weight.float() + MaskedLoraVariant.masked_update(module, active_adapter).float()).to(orig_weight.dtype)
+        a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        return updated_weight(orig_weight, a, b, module.scaling[active_adapter], kept=kept_of(module.get_base_layer()))
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
@@ -95,20 +50,44 @@ class MaskedLoraVariant(LoraVariant):
         return (orig_weight.float() - MaskedLoraVariant.masked_update(module, active_adapter).float()).to(orig_weight.dtype)
 
 
-class MaskedLinear(lora.Linear):
-    """A masked LoRA layer on a plain `nn.Linear`."""
+class _Masked:
+    """The fused forward pass of a masked LoRA layer, for every kind of base."""
 
     def resolve_lora_variant(self, **kwargs: Any) -> LoraVariant:
         return MaskedLoraVariant()
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
-        dropout = self.lora_dropout[name] if name in self.lora_A else None
-        no_dropout = not self.training or isinstance(dropout, nn.Identity)
-        if dropout is None or self.disable_adapters or self.merged or not no_dropout:
+        name = _only_adapter(self, self.lora_A)
+        if name is None:
             return super().forward(x, *args, **kwargs)
-        base, a, b = self.get_base_layer(), self.lora_A[name].weight, self.lora_B[name].weight
-        return _MaskedLinear.apply(x.to(base.weight.dtype), base.weight, base.bias, a, b, self.scaling[name])
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return updated_linear(x, self.get_base_layer(), a, b, self.scaling[name], "masked", dropout=_active(self.lora_dropout[name]))
+
+
+class MaskedLinear(_Masked, lora.Linear):
+    """A masked LoRA layer on a plain `nn.Linear`."""
+
+
+class HiraLinear(hira.Linear):
+    """PEFT's HiRA layer with the fused forward pass. PEFT's own computes in float32 (three times slower where bf16 is fast) and multiplies
+    the raw codes of a quantized weight."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        name = _only_adapter(self, self.hira_A)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        a, b = self.hira_A[name], self.hira_B[name]
+        return updated_linear(x, self.get_base_layer(), a, b, 1.0, "hira", dropout=_active(self.hira_dropout[name]))
+
+
+def _only_adapter(layer: Any, factors: nn.Module) -> str | None:
+    """The one active adapter of a layer; None: PEFT's own forward pass has to decide."""
+    names = [name for name in layer.active_adapters if name in factors]
+    return names[0] if len(names) == 1 and not layer.disable_adapters and not layer.merged else None
+
+
+def _active(dropout: nn.Module) -> nn.Module | None:
+    return dropout if isinstance(dropout, nn.Dropout) and dropout.training else None
 
 
 def masked_modules() -> dict[type[nn.Module], type[nn.Module]]:
@@ -124,13 +103,18 @@ def masked_modules() -> dict[type[nn.Module], type[nn.Module]]:
         pass
     else:
 
-        class MaskedLinear8bit(Linear8bitLt):
-            def resolve_lora_variant(self, **kwargs: Any) -> LoraVariant:
-                return MaskedLoraVariant()
+        class MaskedLinear8bit(_Masked, Linear8bitLt):
+            """A masked LoRA layer on an 8-bit base."""
 
-        class MaskedLinear4bit(Linear4bit):
-            def resolve_lora_variant(self, **kwargs: Any) -> LoraVariant:
-                return MaskedLoraVariant()
+        class MaskedLinear4bit(_Masked, Linear4bit):
+            """A masked LoRA layer on an NF4 base."""
 
         mapping |= {bnb.nn.Linear8bitLt: MaskedLinear8bit, bnb.nn.Linear4bit: MaskedLinear4bit}
     return mapping | {nn.Linear: MaskedLinear}
+
+
+def fuse_hira(model: nn.Module) -> None:
+    """Give PEFT's HiRA layers the fused forward pass; PEFT has no other way in."""
+    for module in model.modules():
+        if type(module) is hira.Linear:
+            module.__class__ = HiraLinear

@@ -1,4 +1,4 @@
-"""From adapter back to plain weights. The product is formed in float32, added, and cast once.
+"""From adapter back to plain weights. The product is formed in float32, added, and cast once (see `update`).
 
 An adapter that was trained masked is stored as an ordinary PEFT adapter folder with one difference: its `peft_type` is a
 sentence. PEFT without pftools stops there and shows it, where it would otherwise merge densely and fill the zeros without a word.
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from pftools.errors import PftoolsError
-from pftools.finetune.masked import add_masked
+from pftools.errors import PftoolsError, nearest
+from pftools.finetune.update import updated_weight
 from pftools.models import measured_sparsity
 
 MASKED_TYPE = "MASKED_LORA: load it with pftools.finetune.merge_adapter, a plain LoRA merge would fill the zeros"
@@ -41,7 +41,13 @@ class Adapter:
 
 
 def resolve_merge(merge: str, model: nn.Module) -> Literal["masked", "dense"]:
-    """`auto` is masked where the model is pruned, else dense."""
+    """`auto` is masked where the model is pruned, else dense.
+
+    Raises:
+        PftoolsError: another word than auto, masked and dense.
+    """
+    if merge not in (words := ("auto", "masked", "dense")):
+        raise PftoolsError(f"unknown merge {merge!r}: {nearest(merge, words)}.")
     if merge == "auto":
         return "masked" if measured_sparsity(model) >= _PRUNED_FROM else "dense"
     return merge
@@ -66,20 +72,13 @@ def merge_adapter(model: nn.Module, adapter: Adapter | str | Path, *, merge: str
         if name not in modules or modules[name].weight.shape != (b.shape[0], a.shape[1]):
             raise PftoolsError(f"the adapter does not fit the model at {name}: it was trained on another model.")
     if adapter.masked and merge == "masked" and adapter.mask != mask_digest(model, adapter.factors):
-        raise PftoolsError("the adapter was trained on other zeros than this model has: merge it into the model that it was trained on.")
+        raise PftoolsError("the adapter was trained on other zeros than this model has: merge it into the model that it was trained on, in the same dtype.")
+    kind = "hira" if adapter.kind == "hira" else merge
     with torch.no_grad():
         for name, (a, b) in adapter.factors.items():
             weight = modules[name].weight
-            weight.copy_(_merged(weight, a.to(weight.device), b.to(weight.device), adapter, merge))
+            weight.copy_(updated_weight(weight, a.to(weight.device), b.to(weight.device), adapter.scaling, kind=kind))
     return model
-
-
-def _merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, adapter: Adapter, merge: str) -> torch.Tensor:
-    if adapter.kind == "hira":  # W + W * (B A) (Huang et al., 2025, "HiRA")
-        return weight.float().mul(1 + b @ a).to(weight.dtype)
-    if merge == "masked":
-        return add_masked(weight, a, b, adapter.scaling)
-    return torch.addmm(weight.float(), b, a, alpha=adapter.scaling).to(weight.dtype)
 
 
 def mask_digest(model: nn.Module, names: Any) -> str:

@@ -36,6 +36,14 @@ class Rows(torch.utils.data.Dataset):
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
 
+def training_order(n_rows: int, length: int, seed: int) -> list[int]:
+    """``length`` row numbers: the rows shuffled, then shuffled anew, for as long as it takes. Steps are full across the ends of passes,
+    so that a budget in tokens is met exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    passes = [torch.randperm(n_rows, generator=generator) for _ in range(-(-length // n_rows))]
+    return torch.cat(passes)[:length].tolist()
+
+
 def padded_rows(tokenizer: PreTrainedTokenizerBase, lines: list[str], block_length: int) -> Rows:
     """One line a row, cut or padded to ``block_length`` tokens; lines without a token are left out.
 

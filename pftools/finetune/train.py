@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,13 +21,13 @@ from peft import HiraConfig, LoraConfig, get_peft_model, get_peft_model_state_di
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from pftools.errors import PftoolsError
-from pftools.finetune.masked import masked_modules
+from pftools.errors import PftoolsError, nearest
+from pftools.finetune.masked import fuse_hira, masked_modules
 from pftools.finetune.merge import Adapter, factors_of, mark_masked, mask_digest, resolve_merge
+from pftools.finetune.quantize import BASES, check_bitsandbytes, quantized
 from pftools.finetune.recipe import find_targets, steps_of_budget
-from pftools.finetune.rows import Rows
+from pftools.finetune.rows import Rows, training_order
 
 
 @dataclass
@@ -70,9 +73,11 @@ def finetune_model(
         model: a causal language model in its own dtype; the adapter is trained in float32.
         blocks: LongTensor (n_blocks, block_length), or `padded_rows(...)`.
         keep_sparsity: mask the update wherever the weight is zero, where the model is pruned at all.
+        rank, alpha, dropout, targets: of the adapter; HiRA has no alpha.
         tokens, steps, epochs: the budget; one of them (default: one epoch).
         blocks_per_step: rows an optimizer step. micro_batch_size: rows a forward; None: chosen by size.
-        adapter: `lora` or `hira`. base: `plain`, `8bit` or `nf4`: how the frozen weights are held while training.
+        adapter: `lora` or `hira`. base: `plain`, `8bit` or `nf4`: how the frozen weights are held while training. The merge goes into
+            the plain weights: then the update is what was trained, and the base is free of rounding again.
         output: a folder. The adapter is saved in `output/adapter`; Trainer's checkpoints in `output/trainer` let a killed
             training go on, and are removed at the end.
         save_every: optimizer steps between those checkpoints.
@@ -86,33 +91,44 @@ def finetune_model(
     if tokens is None and steps is None and epochs is None:
         epochs = 1.0
     tokens_per_row = rows.real_tokens / len(rows)
-    blocks_per_step = min(blocks_per_step, max(1, round((tokens or math.inf) / tokens_per_row))) if tokens else blocks_per_step
+    if tokens is not None:  # a budget below one step makes a smaller step
+        blocks_per_step = min(blocks_per_step, max(1, round(tokens / tokens_per_row)))
     max_steps = steps_of_budget(len(rows), tokens_per_row, blocks_per_step, tokens=tokens, steps=steps, epochs=epochs)
     masked = keep_sparsity and adapter == "lora" and resolve_merge("auto", model) == "masked"
     micro = _micro_batch(blocks_per_step, micro_batch_size, rows.input_ids.shape[1])
     digest = mask_digest(model, names) if masked else ""
+    recipe = {
+        "rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets, "learning_rate": learning_rate, "warmup_steps": warmup_steps,
+        "schedule": schedule, "blocks_per_step": blocks_per_step, "steps": max_steps, "adapter": adapter, "base": base, "seed": seed,
+        "masked": masked, "zeros": digest, "rows": hashlib.sha256(rows.input_ids.numpy().tobytes()).hexdigest(),
+    }  # fmt: skip
 
-    with _scratch(output) as folder, _quantized(model, names, base) as kept, _adapted(
-        model, names, adapter, rank, alpha, dropout, masked, kept, seed
+    with _scratch(output) as folder, quantized(model, base, keep_masks_of=names if masked else ()), _adapted(
+        model, names, adapter, rank, alpha, dropout, masked, seed
     ) as peft_model:
+        checkpoint = _checkpoint_to_go_on_from(folder / "trainer", recipe)
         arguments = TrainingArguments(
             output_dir=str(folder / "trainer"), max_steps=max_steps, per_device_train_batch_size=micro,
             gradient_accumulation_steps=blocks_per_step // micro, learning_rate=learning_rate, warmup_steps=warmup_steps,
             lr_scheduler_type=schedule, seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False,
             save_strategy="steps", save_steps=save_every, save_total_limit=1, report_to=[], disable_tqdm=True,
-            use_cpu=model.device.type == "cpu", gradient_checkpointing=gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False}, dataloader_pin_memory=model.device.type == "cuda",
-            remove_unused_columns=False, optim="adamw_torch",
+            use_cpu=model.device.type == "cpu", activation_checkpointing=gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False}, dataloader_pin_memory=model.device.type == "cuda",
+            remove_unused_columns=False, optim="adamw_torch", train_sampling_strategy="sequential",
+            # float16 gradients underflow without a loss scaler, which only GPUs have
+            fp16=model.dtype == torch.float16 and model.device.type == "cuda",
+            include_num_input_tokens_seen="all" if rows.attention_mask is None else "non_padding",
         )  # fmt: skip
-        watch = _Watch(max_steps, progress)
-        trainer = Trainer(peft_model, arguments, train_dataset=rows, callbacks=[watch, *callbacks])
+        ordered = torch.utils.data.Subset(rows, training_order(len(rows), max_steps * blocks_per_step, seed))
+        trainer = Trainer(peft_model, arguments, train_dataset=ordered, callbacks=[_Watch(max_steps, progress), *callbacks])
         trainer.remove_callback(PrinterCallback)
         if gradient_checkpointing:
             peft_model.enable_input_require_grads()
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder / "trainer") if (folder / "trainer").is_dir() else None)
+        trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
-        losses = _losses(trainer.state.log_history, tokens_per_row * blocks_per_step)
+        losses = _losses(trainer.state.log_history)
+        seen = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
         trained = _read_adapter(peft_model, adapter, alpha / rank, masked, digest)
         trainable = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
         if output is not None:
@@ -120,10 +136,9 @@ def finetune_model(
             if masked:
                 mark_masked(folder / "adapter", digest)
     total = sum(parameter.numel() for parameter in model.parameters())
-    done = watch.steps_done * blocks_per_step * tokens_per_row
     summary = {
-        "tokens": round(max_steps * blocks_per_step * tokens_per_row), "steps": max_steps, "seconds": round(seconds, 2),
-        "tokens_per_second": round(done / seconds, 1), "trainable": trainable,
+        "tokens": int(losses["tokens"].iloc[-1]), "steps": max_steps, "seconds": round(seconds, 2),
+        "tokens_per_second": round(seen / seconds, 1), "trainable": trainable,
         "trainable_share": trainable / (total + trainable), "loss": float(losses["loss"].iloc[-5:].mean()), "masked": masked,
     }  # fmt: skip
     return FinetuneResult(trained, losses, Path(output) / "adapter" if output is not None else None, summary)
@@ -131,14 +146,11 @@ def finetune_model(
 
 def _check(model: nn.Module, rows: Rows, adapter: str, base: str) -> None:
     if adapter not in ("lora", "hira"):
-        raise PftoolsError(f"unknown adapter {adapter!r}: give 'lora' or 'hira'.")
-    if base not in ("plain", "8bit", "nf4"):
-        raise PftoolsError(f"unknown base {base!r}: give 'plain', '8bit' or 'nf4'.")
+        raise PftoolsError(f"unknown adapter {adapter!r}: {nearest(adapter, ('lora', 'hira'))}.")
+    if base not in BASES:
+        raise PftoolsError(f"unknown base {base!r}: {nearest(base, BASES)}.")
     if base != "plain":
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError:
-            raise PftoolsError(f"base {base!r} needs bitsandbytes, which is not installed: pip install bitsandbytes, or use 'plain'.") from None
+        check_bitsandbytes(base)
     context = getattr(model.config, "max_position_embeddings", None)
     if context and rows.input_ids.shape[1] > context:
         raise PftoolsError(f"the blocks have {rows.input_ids.shape[1]} tokens and the model's context is {context}: use a shorter block_length.")
@@ -163,11 +175,32 @@ def _scratch(output: str | Path | None) -> Iterator[Path]:
         shutil.rmtree(folder / "trainer", ignore_errors=True)
 
 
+def _checkpoint_to_go_on_from(folder: Path, recipe: dict[str, Any]) -> str | None:
+    """Trainer's last complete checkpoint in ``folder``, which also gets the recipe; None: the training begins.
+
+    Raises:
+        PftoolsError: the checkpoints are of a training with another recipe.
+    """
+    note = folder / "recipe.json"
+    if note.exists():
+        earlier = json.loads(note.read_text())
+        changed = [name for name in recipe if earlier.get(name) != recipe[name]]
+        if changed:
+            raise PftoolsError(
+                f"{folder.parent} holds an unfinished training with other {', '.join(changed)}: give another output folder, or remove "
+                f"{folder} to begin anew."
+            )
+    folder.mkdir(exist_ok=True)
+    note.write_text(json.dumps(recipe))
+    # trainer_state.json is written last: a checkpoint without it was cut short.
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
 @contextmanager
 def _adapted(
-    model: nn.Module, names: list[str], adapter: str, rank: int, alpha: float, dropout: float, masked: bool,
-    kept: dict[str, torch.Tensor], seed: int,
-) -> Iterator[nn.Module]:  # fmt: skip
+    model: nn.Module, names: list[str], adapter: str, rank: int, alpha: float, dropout: float, masked: bool, seed: int
+) -> Iterator[nn.Module]:
     """The model wrapped by PEFT; unwrapped again, with its gradient flags and its mode as they were."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     training, use_cache = model.training, model.config.use_cache
@@ -178,15 +211,16 @@ def _adapted(
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
         if masked:
             config._register_custom_module(masked_modules())
-    peft_model = get_peft_model(model, config)
-    for name, mask in kept.items():
-        peft_model.get_submodule(f"base_model.model.{name}").kept = mask
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks by a name that transformers has changed
+        peft_model = get_peft_model(model, config)
+    fuse_hira(peft_model)
     try:
         yield peft_model
     finally:
         peft_model.unload()
-        if getattr(model, "is_gradient_checkpointing", False):
-            model.gradient_checkpointing_disable()
+        if getattr(model, "is_activation_checkpointing", False):
+            model.activation_checkpointing_disable()
         if hasattr(model, "disable_input_require_grads") and getattr(model, "_require_grads_hook", None) is not None:
             model.disable_input_require_grads()
         for name, parameter in model.named_parameters():
@@ -198,51 +232,17 @@ def _adapted(
                 delattr(model, marker)
 
 
-@contextmanager
-def _quantized(model: nn.Module, names: list[str], base: str) -> Iterator[dict[str, torch.Tensor]]:
-    """The named linear modules replaced by bitsandbytes' while training; gives {name: kept mask} of the weights before."""
-    if base == "plain":
-        yield {}
-        return
-    originals = {name: model.get_submodule(name) for name in names}
-    kept = {name: module.weight.detach() != 0 for name, module in originals.items()}
-    pruned = resolve_merge("auto", model) == "masked"
-    for name, module in originals.items():
-        model.set_submodule(name, _bnb_linear(module, base))
-    try:
-        yield kept if pruned else {}
-    finally:
-        for name, module in originals.items():
-            model.set_submodule(name, module)
-
-
-def _bnb_linear(module: nn.Linear, base: str) -> nn.Module:
-    import bitsandbytes as bnb
-
-    shape, bias, device = (module.in_features, module.out_features), module.bias is not None, module.weight.device
-    weight = module.weight.detach().clone()
-    if base == "8bit":
-        new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=6.0)
-        new.weight = bnb.nn.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
-    else:
-        new = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=module.weight.dtype, quant_type="nf4")
-        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=new)
-    if bias:
-        new.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
-    return new.to(device)
-
-
 def _read_adapter(peft_model: nn.Module, kind: str, scaling: float, masked: bool, digest: str) -> Adapter:
     factors = factors_of(get_peft_model_state_dict(peft_model, save_embedding_layers=False), kind)
     return Adapter(factors, 1.0 if kind == "hira" else scaling, kind, masked, digest)
 
 
-def _losses(history: list[dict[str, float]], tokens_per_step: float) -> pd.DataFrame:
+def _losses(history: list[dict[str, float]]) -> pd.DataFrame:
     rows = [entry for entry in history if "loss" in entry]
     return pd.DataFrame(
         {
             "step": [entry["step"] for entry in rows],
-            "tokens": [round(entry["step"] * tokens_per_step) for entry in rows],
+            "tokens": [int(entry["num_input_tokens_seen"]) for entry in rows],
             "loss": [entry["loss"] for entry in rows],
             "learning_rate": [entry["learning_rate"] for entry in rows],
         }
@@ -254,13 +254,11 @@ class _Watch(TrainerCallback):
 
     def __init__(self, max_steps: int, progress: bool) -> None:
         self.bar = tqdm(total=max_steps, desc="fine-tuning", unit="step", disable=not progress)
-        self.steps_done = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.steps_done += 1
         self.bar.update(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
