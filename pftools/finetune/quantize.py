@@ -4,7 +4,7 @@ All linear weights of the decoder layers are quantized, adapted or not, as `load
 weights wait on the CPU meanwhile, since the merge goes into them.
 
 What a merged model has of a training on a quantized base: the update, entry by entry as it was trained. What it does not have is the
-rounding of the base, so its perplexity is not the one in training, but (as a rule) a little better.
+rounding of the base, so its perplexity is not the one in training: `benchmarks/merge.py` measures both.
 """
 
 from __future__ import annotations
