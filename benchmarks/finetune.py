@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from pftools import corpora, finetune, models, prune
 
-CALLS, STEPS_A_CALL = 1, 2  # the first step of a call warms up and is not counted
+CALLS, STEPS_A_CALL = 2, 2  # the first step of a call warms up and is not counted
 
 
 class Clock(TrainerCallback):
