@@ -260,8 +260,26 @@ def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     }
 
 
+def fused_experts(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The modules that hold a mixture's experts in 3-D parameters (experts, outputs, inputs), by name: those of transformers 5."""
+    return {
+        name: inner
+        for name, inner in module.named_modules()
+        if getattr(getattr(inner, "down_proj", None), "ndim", 0) == 3 and hasattr(inner, "num_experts")
+    }
+
+
+def linear_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The weights that are pruned and counted, by full name: of linear modules, and of fused experts, in the decoder layers."""
+    prefix, layers = decoder_layers(model)
+    weights = {f"{name}.weight": module.weight for name, module in linear_modules(model).items()}
+    for name, module in fused_experts(layers).items():
+        weights |= {f"{prefix}.{name}.{part}": weight for part, weight in module.named_parameters(recurse=False)}
+    return weights
+
+
 def measured_sparsity(model: torch.nn.Module) -> float:
     """Zeros / size over the linear weights of the decoder layers, between 0 and 1: what is there, not what was asked."""
-    weights = [module.weight for module in linear_modules(model).values()]
+    weights = linear_weights(model).values()
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     return zeros / sum(weight.numel() for weight in weights)

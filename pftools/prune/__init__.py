@@ -1,22 +1,30 @@
 """Post-training pruning: which weights go, decided layer by layer from a few calibration blocks.
 
-    criteria     how much a weight matters: magnitude, Wanda, RIA, ...; one small function each
-    patterns     from scores to masks: unstructured, N:M
-    inputs       what a layer is called with, and how large its inputs are
-    walk         the walk through the layers: `prune_model`
-    result       masks and the table of what was done
+    criteria      how much a weight matters: magnitude, Wanda, RIA, SparseGPT, ...; one small function each
+    patterns      from scores to masks: unstructured, N:M, Wanda's variant
+    sparsegpt     the weight update: kept weights make up for those that go
+    allocation    how sparse each layer becomes: uniform, OWL
+    inputs        what a layer is called with, and how large its inputs are
+    experts       fused mixtures of experts as linear modules
+    walk          the walk through the layers: `prune_model`
+    reconstruct   local recovery of a pruned layer
+    checkpoint    the same walk over a model on disk, a layer at a time: `prune_checkpoint`
+    memory        what to lower when memory runs out
+    result        masks and the table of what was done
 """
 
+from pftools.prune.checkpoint import prune_checkpoint
 from pftools.prune.criteria import METHODS
-from pftools.prune.inputs import ActivationStatistics, measure_activations
+from pftools.prune.inputs import ActivationStatistics
 from pftools.prune.result import PruneResult, score_histogram
-from pftools.prune.walk import prune_model
+from pftools.prune.walk import measure_activations, prune_model
 
 __all__ = [
     "METHODS",
     "ActivationStatistics",
     "PruneResult",
     "measure_activations",
+    "prune_checkpoint",
     "prune_model",
     "score_histogram",
 ]

@@ -1,9 +1,8 @@
 """What decoder layers are called with, and how large the inputs of their linear weights are.
 
 Layers of different families take different arguments (masks, position embeddings, cache positions), and layers of one model may
-take different ones (Gemma alternates sliding and full attention). So nothing is assumed: one block goes through the real model
-once, and every layer's own arguments are kept and replayed. In the same pass we learn which linear modules share an
-input (q, k and v; gate and up), so that each input is measured once, and which module is called last.
+take different ones (Gemma alternates sliding and full attention). So nothing is assumed: the real model runs once on one block, with
+layers that only note how they are called and pass the hidden states on, and every layer's own arguments are kept and replayed.
 """
 
 from __future__ import annotations
@@ -17,13 +16,17 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from torch.utils._pytree import tree_map
 
 from pftools.errors import PftoolsError
 from pftools.models import decoder_layers
 
 # Activations that one forward may hold at a time, in numbers; batches are chosen to stay below it.
 _BATCH_BUDGET = 4_000_000
+# Tokens squared at a time: few enough to stay in a core's cache.
+_CHUNK = 256
+# Columns of a block of X^T X: of the symmetric product, only blocks on and above the diagonal are computed.
+_GRAM_BLOCK = 256
 
 
 class _Enough(Exception):
@@ -32,25 +35,32 @@ class _Enough(Exception):
 
 @dataclass
 class LayerCall:
-    """How one decoder layer is called, and which of its linear modules share an input.
-
-    args, kwargs: everything but the hidden states. groups: names of linear modules (within the layer) that read the same
-    tensor, in the order in which they are called.
-    """
+    """How one decoder layer is called. args, kwargs: everything but the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    groups: list[list[str]]
+
+    def to(self, device: torch.device) -> LayerCall:
+        """The same call with its tensors on ``device``."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        return LayerCall(tree_map(move, self.args), tree_map(move, self.kwargs))
 
     def __call__(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         output = layer(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
+def widest_output(layer: nn.Module) -> int:
+    """Numbers that the widest linear module of a layer gives for a token."""
+    return max(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
+
+
 def batch_size_for(model: nn.Module, block_length: int, n_blocks: int) -> int:
     """Blocks a forward: as many as keep the widest activation of a layer within a fixed budget, at least 1."""
-    widest = max(module.out_features for module in decoder_layers(model)[1][0].modules() if isinstance(module, nn.Linear))
-    return max(1, min(n_blocks, _BATCH_BUDGET // (block_length * widest)))
+    return max(1, min(n_blocks, _BATCH_BUDGET // (block_length * widest_output(decoder_layers(model)[1][0]))))
 
 
 def linears_of(layer: nn.Module) -> dict[str, nn.Linear]:
@@ -74,41 +84,43 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def record_calls(model: nn.Module, block: torch.Tensor) -> list[LayerCall]:
-    """One block through the real model: how every layer was called.
+    """How every decoder layer is called for one block. No layer is computed, and their weights need not be there.
 
     Args:
         block: LongTensor (1, block_length).
     """
+    calls = _run_without_layers(model, block, as_tuple=False)
+    # A model that takes the first of what a layer returns has cut the batch off hidden states that came alone.
+    return calls or _run_without_layers(model, block, as_tuple=True)
+
+
+def _run_without_layers(model: nn.Module, block: torch.Tensor, *, as_tuple: bool) -> list[LayerCall]:
     layers = decoder_layers(model)[1]
     calls: list[LayerCall] = []
-    seen: list[tuple[str, torch.Tensor]] = []
-    hooks = []
+    shapes: set[torch.Size] = set()
 
-    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.clear()
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls.append(LayerCall(args[1:], rest, []))
+    def note(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        shapes.add(hidden.shape)
+        calls.append(LayerCall(args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+        if len(shapes) > 1 or len(calls) == len(layers):
+            raise _Enough
+        return (hidden,) if as_tuple else hidden
 
-    def leave(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        by_input: dict[int, list[str]] = {}
-        for name, tensor in seen:  # the tensors are held in `seen`, so their ids are their own
-            by_input.setdefault(id(tensor), []).append(name)
-        calls[-1].groups = list(by_input.values())
-        seen.clear()
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda module, args: seen.append((name, args[0]))
-
+    replaced = {layer: layer.__dict__.get("forward") for layer in layers}
     try:
         for layer in layers:
-            hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-            hooks.append(layer.register_forward_hook(leave))
-            hooks += [module.register_forward_pre_hook(note(name)) for name, module in linears_of(layer).items()]
-        _body(model)(block)
+            layer.forward = note
+        try:
+            _body(model)(block)
+        except _Enough:
+            pass
     finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
+        for layer, forward in replaced.items():
+            del layer.forward
+            if forward is not None:  # a hook of accelerate's, which is kept on the module itself
+                layer.forward = forward
+    return calls if len(shapes) == 1 else []
 
 
 def first_hidden_states(model: nn.Module, blocks: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -117,7 +129,7 @@ def first_hidden_states(model: nn.Module, blocks: torch.Tensor, batch_size: int)
     The forward ends there: embeddings, and whatever a family does to them, are computed, and nothing else.
     """
     layer = decoder_layers(model)[1][0]
-    device = next(layer.parameters()).device
+    device = model.get_input_embeddings().weight.device
     caught: list[torch.Tensor] = []
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -141,79 +153,178 @@ def _body(model: nn.Module) -> nn.Module:
     return getattr(model, getattr(model, "base_model_prefix", ""), model)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
 def squared_column_sums(x: torch.Tensor) -> torch.Tensor:
     """Sum of squares of every column over all leading dimensions, accumulated in float32: (..., columns) -> (columns,)."""
-    return x.reshape(-1, x.shape[-1]).float().square().sum(dim=0)
+    total = torch.zeros(x.shape[-1], device=x.device)
+    for part in x.reshape(-1, x.shape[-1]).split(_CHUNK if x.device.type == "cpu" else x.numel()):
+        total += part.float().square().sum(dim=0)
+    return total
 
 
-def measure_layer(
-    layer: nn.Module, call: LayerCall, hidden: torch.Tensor, batch_size: int, *, replace: bool, place: str
-) -> dict[str, torch.Tensor]:
-    """Run all hidden states through a layer and measure the inputs of its linear modules.
+def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
+    """Add X^T X to ``total`` (columns, columns), float32, on and above the diagonal blocks only.
 
-    Args:
-        hidden: (n_blocks, block_length, width); with ``replace`` it is overwritten by the layer's outputs.
-        replace: False: the forward stops before the product of the module called last, whose output nobody needs.
-        place: the layer's name, for messages.
-
-    Returns:
-        {linear module name: column norms (columns,), float32}; modules that share an input share the tensor.
-
-    Raises:
-        PftoolsError: an input holds NaN or infinity.
+    Products and sums are float32. On a CPU that multiplies bf16 they are made of bf16 inputs by its faster unit: these products are
+    exact and summed in float32, so nothing is lost.
     """
-    linears = linears_of(layer)
-    sums: dict[str, torch.Tensor] = {}
-    hooks = []
+    flat = x.reshape(-1, x.shape[-1])
+    with _bf16_unit(flat):
+        flat = flat.float()
+        for start in range(0, flat.shape[1], _GRAM_BLOCK):
+            stop = start + _GRAM_BLOCK
+            total[start:stop, start:].addmm_(flat[:, start:stop].t(), flat[:, start:])
 
-    def measure(name: str, stop: bool) -> Callable[..., None]:
+
+@contextmanager
+def _bf16_unit(x: torch.Tensor) -> Iterator[None]:
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+class InputMeter:
+    """Measures the inputs of a layer's linear modules while the layer runs: column norms, or X^T X.
+
+    Modules that are given the same tensor (q, k and v; gate and up) are measured once, under the name of the first. Once every module
+    has been reached, and the layer's output is not wanted, the forward ends: before the product of the last one.
+    """
+
+    def __init__(self, linears: dict[str, nn.Linear], *, gram: bool = False) -> None:
+        self.linears, self.gram = linears, gram
+        self.totals: dict[str, torch.Tensor] = {}
+        self.leader: dict[str, str] = {}
+        self.tokens: dict[str, int] = dict.fromkeys(linears, 0)
+        self._now: dict[str, torch.Tensor] = {}
+        self._reached: set[str] = set()
+
+    @contextmanager
+    def attached(self, *, stop_early: bool) -> Iterator[None]:
+        """The linear modules are hooked within."""
+        hooks = [module.register_forward_pre_hook(self._hook(name, stop_early)) for name, module in self.linears.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._now = {}
+
+    def begin(self) -> None:
+        """A new forward begins."""
+        self._now, self._reached = {}, set()
+
+    def _hook(self, name: str, stop_early: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums[name] = sums.get(name, 0) + squared_column_sums(args[0])
-            if stop:
+            x = args[0]
+            leader = next((other for other, tensor in self._now.items() if tensor is x), name)
+            if self.leader.setdefault(name, leader) != leader:
+                raise PftoolsError(f"{name} shares its input with {leader} in some batches and not in others: give batch_size=1.")
+            if leader == name:
+                self._now[name] = x
+                self._measure(name, x)
+            self.tokens[name] += x.numel() // x.shape[-1]
+            self._reached.add(name)
+            if stop_early and len(self._reached) == len(self.linears):
                 raise _Enough
 
         return hook
 
-    try:
-        for group in call.groups:
-            last = group is call.groups[-1] and not replace
-            hooks.append(linears[group[0]].register_forward_pre_hook(measure(group[0], last)))
+    def _measure(self, name: str, x: torch.Tensor) -> None:
+        if not self.gram:
+            self.totals[name] = self.totals.get(name, 0) + squared_column_sums(x)
+            return
+        if name not in self.totals:
+            self.totals[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+        add_gram(self.totals[name], x)
+
+    def finish(self, place: str) -> Measured:
+        """What was measured.
+
+        Raises:
+            PftoolsError: an input held NaN or infinity.
+        """
+        norms, grams = {}, {}
+        for name, total in self.totals.items():
+            if self.gram:
+                total = total.triu_()
+                grams[name] = total + total.triu(1).t()
+                total = total.diagonal()
+            if not torch.isfinite(total).all():
+                raise PftoolsError(
+                    f"the input of {place}.{name} holds NaN or infinity on the calibration blocks: use dtype float32 or "
+                    "bfloat16 (float16 overflows above 65,504), or check the model."
+                )
+            norms[name] = total.sqrt()
+        shared = {name: norms[leader] for name, leader in self.leader.items()}
+        return Measured(shared, grams, self.leader, self.tokens)
+
+
+@dataclass
+class Measured:
+    """A layer's inputs. norms: {module: (columns,)}; grams: {first module of those with this input: X^T X}; leader: {module:
+    that first module}; tokens: {module: how many tokens it saw}. Modules that saw none are in tokens only."""
+
+    norms: dict[str, torch.Tensor]
+    grams: dict[str, torch.Tensor]
+    leader: dict[str, str]
+    tokens: dict[str, int]
+
+
+def run_layer(
+    layer: nn.Module, call: LayerCall, hidden: torch.Tensor, batch_size: int, *, replace: bool, meter: InputMeter | None = None
+) -> None:
+    """Run all hidden states through a layer.
+
+    Args:
+        hidden: (n_blocks, block_length, width); with ``replace`` it is overwritten by the layer's outputs.
+        replace: False: the outputs are not wanted, and each forward ends as soon as ``meter`` has all inputs.
+        meter: measures the linear modules' inputs meanwhile.
+    """
+    meter = meter or InputMeter({})
+    with meter.attached(stop_early=not replace):
         for start in range(0, len(hidden), batch_size):
             batch = hidden[start : start + batch_size]
+            meter.begin()
             try:
                 output = call(layer, batch)
                 if replace:
                     batch.copy_(output)
             except _Enough:
                 pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    norms = {name: total.sqrt() for name, total in sums.items()}
-    for name, norm in norms.items():
-        if not torch.isfinite(norm).all():
-            raise PftoolsError(
-                f"the input of {place}.{name} holds NaN or infinity on the calibration blocks: use dtype float32 or "
-                "bfloat16 (float16 overflows above 65,504), or check the model."
-            )
-    return {name: norms[group[0]] for group in call.groups for name in group}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics that are kept
 
 
 @dataclass
 class ActivationStatistics:
     """Column norms of every linear input of an unpruned model, over the same calibration tokens.
 
-    norms: {linear module's full name: (columns,), float32 on the CPU}. n_tokens: how many tokens they were taken over.
+    norms: {linear module's full name: (columns,), float32 on the CPU}; n_tokens: how many tokens they were taken over; routed:
+    {name: tokens} of the modules that saw fewer, which are experts.
     """
 
     norms: dict[str, torch.Tensor]
     n_tokens: int
+    routed: dict[str, int]
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; a few MB even for large models."""
         from safetensors.torch import save_file
 
-        save_file({name: norm.clone() for name, norm in self.norms.items()}, path, metadata={"n_tokens": str(self.n_tokens)})
+        counts = {f"tokens {name}": str(count) for name, count in self.routed.items()}
+        save_file({name: norm.clone() for name, norm in self.norms.items()}, path, metadata={"n_tokens": str(self.n_tokens), **counts})
 
     @classmethod
     def load(cls, path: str | Path) -> ActivationStatistics:
@@ -221,7 +332,9 @@ class ActivationStatistics:
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            return cls({name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["n_tokens"]))
+            notes = file.metadata()
+            routed = {key.removeprefix("tokens "): int(count) for key, count in notes.items() if key.startswith("tokens ")}
+            return cls({name: file.get_tensor(name) for name in file.keys()}, int(notes["n_tokens"]), routed)
 
     def table(self) -> pd.DataFrame:
         """A row a linear module: layer, module, mean_norm and max_norm of its input columns (root mean square a token), and
@@ -229,33 +342,9 @@ class ActivationStatistics:
         rows = []
         for name, norm in self.norms.items():
             layer = next(int(part) for part in name.split(".") if part.isdigit())
-            size = norm / self.n_tokens**0.5
+            size = norm / max(self.routed.get(name, self.n_tokens), 1) ** 0.5
             mean = float(size.mean())
             share = float((size > 5 * mean).float().mean())
             module = name.rpartition(".")[2]
             rows.append({"layer": layer, "module": module, "mean_norm": mean, "max_norm": float(size.max()), "outlier_share": share})
         return pd.DataFrame(rows)
-
-
-def measure_activations(
-    model: nn.Module, blocks: torch.Tensor, *, batch_size: int | None = None, progress: bool = True
-) -> ActivationStatistics:
-    """One forward of the unpruned model over the calibration blocks: the norms of all linear inputs.
-
-    With these, any sparsity, pattern and per-column criterion is pruned without another forward (`inputs="dense"`).
-
-    Args:
-        blocks: LongTensor (n_blocks, block_length).
-    """
-    prefix, layers = decoder_layers(model)
-    batch_size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
-    norms: dict[str, torch.Tensor] = {}
-    with inference(model):
-        calls = record_calls(model, blocks[:1].to(model.device))
-        hidden = first_hidden_states(model, blocks, batch_size)
-        for index, layer in enumerate(tqdm(layers, desc="measuring", unit="layer", disable=not progress)):
-            place = f"{prefix}.{index}"
-            last = index == len(layers) - 1
-            measured = measure_layer(layer, calls[index], hidden, batch_size, replace=not last, place=place)
-            norms |= {f"{place}.{name}": norm.cpu() for name, norm in measured.items()}
-    return ActivationStatistics(norms, blocks.numel())

@@ -4,11 +4,17 @@ Each layer is measured behind the already pruned ones, so that it is judged on t
 passes of every layer over the calibration tokens, which is where all the time goes; so the first pass stops before the product of the
 module called last (down_proj), the last layer is not run a second time, inputs that several modules share are measured once,
 and one buffer of hidden states is updated in place.
+
+The walk does not care where layers come from: `open_layer(index)` puts one at its disposal, and takes it back when it is done.
+`prune_model` walks a model in memory, `checkpoint.prune_checkpoint` one on disk.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -17,12 +23,67 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from pftools.errors import PftoolsError, nearest
-from pftools.models import decoder_layers, linear_modules
-from pftools.prune import inputs as layer_inputs
-from pftools.prune.criteria import Method, find_method
-from pftools.prune.inputs import ActivationStatistics
-from pftools.prune.patterns import Pattern, check_width, parse_pattern
-from pftools.prune.result import PruneResult, choose, table_row
+from pftools.models import decoder_layers, linear_weights
+from pftools.prune import allocation, experts, sparsegpt
+from pftools.prune.criteria import Method, find_method, magnitude
+from pftools.prune.inputs import (
+    ActivationStatistics,
+    InputMeter,
+    LayerCall,
+    Measured,
+    batch_size_for,
+    first_hidden_states,
+    inference,
+    linears_of,
+    record_calls,
+    run_layer,
+)
+from pftools.prune.memory import naming_the_levers
+from pftools.prune.patterns import Pattern, check_width, choose, parse_pattern
+from pftools.prune.reconstruct import reconstruct
+from pftools.prune.result import PruneResult, table_row
+
+OpenLayer = Callable[[int], AbstractContextManager[nn.Module]]
+
+# An expert that saw fewer tokens is pruned by magnitude: norms over so few say more about chance than about the expert.
+FEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a pruning, checked. sparsities: one a layer, filled in by `allocate`."""
+
+    method: Method
+    sparsity: float
+    pattern: Pattern
+    inputs: str = "pruned"
+    allocation: str = "uniform"
+    owl_lambda: float = 0.08
+    owl_m: float = 5.0
+    reconstruct_steps: int = 0
+    batch_size: int = 1
+    progress: bool = True
+    sparsities: tuple[float, ...] = ()
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether kept weights differ afterwards, so that masks alone do not say what was done."""
+        return self.method.update or self.reconstruct_steps > 0
+
+    @property
+    def walks(self) -> bool:
+        """Whether tokens have to go through the layers while they are pruned, whatever was measured before."""
+        return self.changes_weights or (self.method.needs_inputs and self.inputs == "pruned")
+
+
+@dataclass
+class PrunedLayer:
+    """A layer that is done. masks: {full parameter name: bool, True = kept}, on the CPU; weights: the same for changed weights."""
+
+    index: int
+    masks: dict[str, torch.Tensor]
+    rows: list[dict[str, Any]]
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def prune_model(
@@ -35,6 +96,11 @@ def prune_model(
     batch_size: int | None = None,
     inputs: str = "pruned",
     statistics: ActivationStatistics | None = None,
+    allocation: str = "uniform",
+    owl_lambda: float = 0.08,
+    owl_m: float = 5.0,
+    reconstruct_steps: int = 0,
+    device: str | None = None,
     progress: bool = True,
 ) -> PruneResult:
     """Set the least important linear weights of the decoder layers to zero, in place.
@@ -47,108 +113,318 @@ def prune_model(
         pattern: `unstructured` or N:M.
         batch_size: blocks a forward; None: chosen by size.
         inputs: `pruned`: measure each layer behind pruned ones (published); `dense`: measure the unpruned model once.
-        statistics: for `dense`, what `measure_activations` found earlier; None: measured here.
+        statistics: what `measure_activations` found on this model earlier, for `dense` and for OWL; None: measured here.
+        allocation: `uniform`, or `owl`: less sparsity where outliers are many. owl_lambda, owl_m: see `allocation.owl`.
+        reconstruct_steps: Adam steps a layer that mend the kept weights after pruning; 0: none.
+        device: where layers are computed, one at a time; None: where each of them is (one or several devices).
 
     Raises:
-        PftoolsError: a request that cannot be met, found before any weight is changed; or NaN in the activations.
+        PftoolsError: a request that cannot be met, found before any weight is changed; NaN in a weight or in the activations;
+            or too little memory, with the sizes to lower.
     """
-    rule, shape = find_method(method), parse_pattern(pattern)
-    _check(model, blocks, sparsity, shape, inputs)
-    asked = sparsity if shape.sparsity is None else shape.sparsity
+    request = check_request(
+        model, blocks, method=method, sparsity=sparsity, pattern=pattern, inputs=inputs, batch_size=batch_size, allocation=allocation,
+        owl_lambda=owl_lambda, owl_m=owl_m, reconstruct_steps=reconstruct_steps, progress=progress,
+    )  # fmt: skip
     started = time.perf_counter()
-    batch_size = batch_size or layer_inputs.batch_size_for(model, blocks.shape[1], len(blocks))
-    walk = _prune_dense if inputs == "dense" or not rule.needs_inputs else _prune_walking
-    if walk is _prune_dense and statistics is None and rule.needs_inputs:
-        statistics = layer_inputs.measure_activations(model, blocks, batch_size=batch_size, progress=progress)
     if statistics is not None:
         _check_statistics(model, statistics)
-    masks, rows = walk(model, blocks, rule, asked, shape, batch_size, statistics, progress)
-    return PruneResult(masks, pd.DataFrame(rows), time.perf_counter() - started)
+    result = PruneResult({}, pd.DataFrame(), 0.0)
+    rows: list[dict[str, Any]] = []
+    with inference(model):
+        layers = in_memory(model, device)
+        for done in prune_layers(model, layers, blocks, request, statistics):
+            result.masks |= done.masks
+            result.weights |= done.weights
+            rows += done.rows
+    return replace(result, layers=pd.DataFrame(rows), seconds=time.perf_counter() - started)
 
 
-def _check(model: nn.Module, blocks: torch.Tensor, sparsity: float, pattern: Pattern, inputs: str) -> None:
+def measure_activations(
+    model: nn.Module, blocks: torch.Tensor, *, batch_size: int | None = None, device: str | None = None, progress: bool = True
+) -> ActivationStatistics:
+    """One forward of the unpruned model over the calibration blocks: the norms of all linear inputs.
+
+    With these, any sparsity, pattern and criterion without weight update is pruned without another forward (`inputs="dense"`).
+
+    Args:
+        blocks: LongTensor (n_blocks, block_length).
+    """
+    batch_size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
+    with inference(model):
+        return measure_layers(model, in_memory(model, device), blocks, batch_size, progress=progress)
+
+
+def in_memory(model: nn.Module, device: str | None) -> OpenLayer:
+    """The layers of a model in memory; each is on ``device`` while it is open, if one is given."""
+    layers = decoder_layers(model)[1]
+
+    @contextmanager
+    def open_layer(index: int) -> Iterator[nn.Module]:
+        layer = layers[index]
+        before = next(layer.parameters()).device
+        if device is not None:
+            layer.to(device)
+        try:
+            yield layer
+        finally:
+            layer.to(before)
+
+    return open_layer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks: all that can be known before a weight is changed
+
+
+def check_request(
+    model: nn.Module, blocks: torch.Tensor, *, method: str, sparsity: float, pattern: str, inputs: str, batch_size: int | None, **options: Any
+) -> Request:  # fmt: skip
+    """The request, after everything that can be refused was looked at."""
+    rule, shape = find_method(method), parse_pattern(pattern)
     if not 0 <= sparsity < 1:
         raise PftoolsError(f"sparsity is {sparsity}: it should be a share of zeros from 0 up to (not including) 1.")
-    if pattern.sparsity is not None and abs(sparsity - pattern.sparsity) > 1e-6:
-        raise PftoolsError(f"sparsity is {sparsity} and the pattern {pattern} fixes it at {pattern.sparsity:g}: ask for that.")
-    if inputs not in ("pruned", "dense"):
-        raise PftoolsError(f"unknown inputs {inputs!r}: {nearest(inputs, ['pruned', 'dense'])}.")
+    if shape.sparsity is not None and abs(sparsity - shape.sparsity) > 1e-6:
+        raise PftoolsError(f"sparsity is {sparsity} and the pattern {shape} fixes it at {shape.sparsity:g}: ask for that.")
+    for name, value, valid in (("inputs", inputs, ("pruned", "dense")), ("allocation", options["allocation"], ("uniform", "owl"))):
+        if value not in valid:
+            raise PftoolsError(f"unknown {name} {value!r}: {nearest(value, valid)}.")
+    if options["allocation"] == "owl" and shape.group:
+        raise PftoolsError(f"OWL gives every layer a sparsity of its own, and the pattern {shape} fixes it: use one of the two.")
     if blocks.dim() != 2 or not blocks.numel():
         raise PftoolsError(f"the calibration blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) is needed, with tokens.")
-    dtypes = {module.weight.dtype for module in linear_modules(model).values()}
+    weights = linear_weights(model)
+    dtypes = {weight.dtype for weight in weights.values()}
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise PftoolsError(f"the linear weights are of dtype {found}: load the model in one float dtype before pruning.")
-    for name, module in linear_modules(model).items():
-        check_width(name, module.in_features, pattern)
+    for name, weight in weights.items():
+        check_width(name.removesuffix(".weight"), weight.shape[-1], shape)
+    size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
+    return Request(method=rule, sparsity=sparsity, pattern=shape, inputs=inputs, batch_size=size, **options)
 
 
 def _check_statistics(model: nn.Module, statistics: ActivationStatistics) -> None:
-    for name, module in linear_modules(model).items():
-        norms = statistics.norms.get(name)
-        if norms is None or len(norms) != module.in_features:
-            raise PftoolsError(f"the activation statistics do not fit the model at {name}: measure them on this model.")
-
-
-def _prune_walking(
-    model: nn.Module, blocks: torch.Tensor, rule: Method, asked: float, pattern: Pattern, batch_size: int,
-    statistics: ActivationStatistics | None, progress: bool,
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:  # fmt: skip
     prefix, layers = decoder_layers(model)
-    masks: dict[str, torch.Tensor] = {}
-    rows: list[dict[str, Any]] = []
-    with layer_inputs.inference(model):
-        calls = layer_inputs.record_calls(model, blocks[:1].to(model.device))
-        hidden = layer_inputs.first_hidden_states(model, blocks, batch_size)
-        for index, layer in enumerate(tqdm(layers, desc="pruning", unit="layer", disable=not progress)):
-            place = f"{prefix}.{index}"
-            norms = layer_inputs.measure_layer(layer, calls[index], hidden, batch_size, replace=False, place=place)
-            for name, module in layer_inputs.linears_of(layer).items():
-                _prune_module(module, place, name, norms.get(name), rule, asked, pattern, masks, rows)
-            if index < len(layers) - 1:
-                for start in range(0, len(hidden), batch_size):
-                    batch = hidden[start : start + batch_size]
-                    batch.copy_(calls[index](layer, batch))
-    return masks, rows
+    for index, layer in enumerate(layers):
+        with experts.split(layer):
+            for name, module in linears_of(layer).items():
+                norms = statistics.norms.get(f"{prefix}.{index}.{name}")
+                if norms is None or len(norms) != module.in_features:
+                    raise PftoolsError(f"the activation statistics do not fit the model at {prefix}.{index}.{name}: measure them on this model.")
 
 
-def _prune_dense(
-    model: nn.Module, blocks: torch.Tensor, rule: Method, asked: float, pattern: Pattern, batch_size: int,
-    statistics: ActivationStatistics | None, progress: bool,
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:  # fmt: skip
-    masks: dict[str, torch.Tensor] = {}
-    rows: list[dict[str, Any]] = []
-    modules = linear_modules(model)
-    for full_name, module in tqdm(modules.items(), desc="pruning", unit="weight", disable=not progress):
-        norms = statistics.norms[full_name] if statistics else torch.ones(module.in_features)
-        place, name = _split(full_name)
-        _prune_module(module, place, name, norms.to(module.weight.device), rule, asked, pattern, masks, rows)
-    return masks, rows
+# ---------------------------------------------------------------------------------------------------------------------
+# The walk
 
 
-def _split(full_name: str) -> tuple[str, str]:
-    """model.layers.3.mlp.up_proj -> (model.layers.3, mlp.up_proj)"""
-    parts = full_name.split(".")
-    last_number = next(index for index, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[: last_number + 1]), ".".join(parts[last_number + 1 :])
+def measure_layers(model: nn.Module, open_layer: OpenLayer, blocks: torch.Tensor, batch_size: int, *, progress: bool) -> ActivationStatistics:
+    """`measure_activations`, wherever the layers come from."""
+    prefix, layers = decoder_layers(model)
+    calls = record_calls(model, blocks[:1].to(_entrance(model)))
+    hidden = first_hidden_states(model, blocks, batch_size)
+    statistics = ActivationStatistics({}, blocks.numel(), {})
+    for index in tqdm(range(len(layers)), desc="measuring", unit="layer", disable=not progress):
+        with open_layer(index) as layer, experts.split(layer):
+            place, device = f"{prefix}.{index}", _device_of(layer)
+            hidden = hidden.to(device)
+            meter = InputMeter(linears_of(layer))
+            with naming_the_levers(place, layer, hidden, batch_size):
+                run_layer(layer, calls[index].to(device), hidden, batch_size, replace=index < len(layers) - 1, meter=meter)
+            measured = meter.finish(place)
+            for name, module in meter.linears.items():
+                norms = measured.norms.get(name)
+                statistics.norms[f"{place}.{name}"] = torch.zeros(module.in_features) if norms is None else norms.cpu()
+                if measured.tokens[name] != statistics.n_tokens:
+                    statistics.routed[f"{place}.{name}"] = measured.tokens[name]
+    return statistics
 
 
-def _prune_module(
-    module: nn.Linear, place: str, name: str, norms: torch.Tensor | None, rule: Method, asked: float, pattern: Pattern,
-    masks: dict[str, torch.Tensor], rows: list[dict[str, Any]],
-) -> None:  # fmt: skip
-    started, note = time.perf_counter(), ""
-    weight = module.weight.detach().float()
-    if norms is None or not norms.any():
-        note = "saw no calibration tokens: pruned by magnitude"
-        norms = torch.ones(module.in_features, device=weight.device)
-    scores = rule.score(weight, norms)
-    pruned = choose(scores, asked, pattern, per_matrix=rule.per_matrix)
-    already = float((weight == 0).float().mean())
-    if already > asked + 0.005:
-        note = f"was {already:.1%} sparse before, more than asked"
-    row = table_row(place, name, pruned, weight, scores, norms, asked, note)
-    with torch.no_grad():
-        module.weight.masked_fill_(pruned, 0)
-    masks[f"{place}.{name}.weight"] = ~pruned.cpu()
-    rows.append({**row, "seconds": time.perf_counter() - started})
+def prune_layers(
+    model: nn.Module, open_layer: OpenLayer, blocks: torch.Tensor, request: Request, statistics: ActivationStatistics | None
+) -> Iterator[PrunedLayer]:
+    """Prune layer after layer; each is yielded while it is still open."""
+    prefix, layers = decoder_layers(model)
+    if request.allocation == "owl" and statistics is None:
+        statistics = measure_layers(model, open_layer, blocks, request.batch_size, progress=request.progress)
+    request = replace(request, sparsities=allocate(model, open_layer, request, statistics))
+    stored = statistics if request.inputs == "dense" and not request.walks else None
+    streams = _Streams(model, blocks, request) if request.walks or (stored is None and request.method.needs_inputs) else None
+    for index in tqdm(range(len(layers)), desc="pruning", unit="layer", disable=not request.progress):
+        place = f"{prefix}.{index}"
+        with open_layer(index) as layer, experts.split(layer):
+            if streams is None:
+                yield prune_layer(layer, index, place, _known(layer, place, stored), request, blocks.numel())
+                continue
+            with naming_the_levers(place, layer, streams.hidden, request.batch_size):
+                measured = streams.measure(index, layer, place)
+                done = prune_layer(layer, index, place, measured, request, blocks.numel())
+                streams.recover(index, layer, place, done)
+                yield done
+                streams.move_on(index, layer)
+
+
+def allocate(model: nn.Module, open_layer: OpenLayer, request: Request, statistics: ActivationStatistics | None) -> tuple[float, ...]:
+    """The sparsity of every layer."""
+    prefix, layers = decoder_layers(model)
+    asked = request.sparsity if request.pattern.sparsity is None else request.pattern.sparsity
+    if request.allocation == "uniform":
+        return (asked,) * len(layers)
+    shares, sizes = [], []
+    for index in range(len(layers)):
+        with open_layer(index) as layer, experts.split(layer):
+            weights = {name: module.weight.detach() for name, module in linears_of(layer).items()}
+            norms = {name: statistics.norms[f"{prefix}.{index}.{name}"] for name in weights}
+            shares.append(allocation.outlier_share(weights, norms, request.owl_m))
+            sizes.append(sum(weight.numel() for weight in weights.values()))
+    return tuple(allocation.owl(shares, sizes, asked, request.owl_lambda))
+
+
+class _Streams:
+    """The calibration tokens on their way through the layers: behind pruned layers, behind dense ones, or both."""
+
+    def __init__(self, model: nn.Module, blocks: torch.Tensor, request: Request) -> None:
+        self.request, self.n_layers = request, len(decoder_layers(model)[1])
+        self.calls = record_calls(model, blocks[:1].to(_entrance(model)))
+        first = first_hidden_states(model, blocks, request.batch_size)
+        behind_dense = request.inputs == "dense" or request.reconstruct_steps > 0
+        behind_pruned = request.inputs == "pruned" or request.reconstruct_steps > 0
+        self.pruned = first if behind_pruned else None
+        self.dense = (first.clone() if behind_pruned else first) if behind_dense else None
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        return self.dense if self.pruned is None else self.pruned
+
+    def measure(self, index: int, layer: nn.Module, place: str) -> Measured:
+        """Pass the dense stream through the layer, and measure the layer's inputs in the stream that is asked for."""
+        device = _device_of(layer)
+        self.pruned = None if self.pruned is None else self.pruned.to(device)
+        self.dense = None if self.dense is None else self.dense.to(device)
+        self.call: LayerCall = self.calls[index].to(device)
+        meter = InputMeter(linears_of(layer), gram=self.request.method.update)
+        on_dense = self.request.inputs == "dense"
+        size = self.request.batch_size
+        if self.dense is not None:
+            wanted = index < self.n_layers - 1 or self.request.reconstruct_steps > 0
+            run_layer(layer, self.call, self.dense, size, replace=wanted, meter=meter if on_dense else None)
+        if not self.request.method.needs_inputs:
+            return _known(layer, place, None)
+        if not on_dense:
+            run_layer(layer, self.call, self.pruned, size, replace=False, meter=meter)
+        return meter.finish(place)
+
+    def recover(self, index: int, layer: nn.Module, place: str, done: PrunedLayer) -> None:
+        """Reconstruct the layer's dense output, if that is asked for; every row of the layer's table says how far it came."""
+        if not self.request.reconstruct_steps:
+            return
+        homes = {name: experts.home(name, module) for name, module in linears_of(layer).items()}
+        kept = {name: done.masks[f"{place}.{parameter}"][part] for name, (parameter, part) in homes.items()}
+        before, after = reconstruct(layer, self.call, self.pruned, self.dense, kept, steps=self.request.reconstruct_steps, place=place)
+        done.weights = _parameters(layer, place)
+        for row in done.rows:
+            row |= {"block_error_before": before**0.5, "block_error": after**0.5}
+
+    def move_on(self, index: int, layer: nn.Module) -> None:
+        """Pass the pruned stream through the layer that is done; nobody needs the last one's outputs."""
+        if self.pruned is not None and index < self.n_layers - 1:
+            run_layer(layer, self.call, self.pruned, self.request.batch_size, replace=True)
+
+
+def _known(layer: nn.Module, place: str, statistics: ActivationStatistics | None) -> Measured:
+    """What stored statistics say of a layer; nothing, for a criterion that needs no inputs."""
+    device, linears = _device_of(layer), linears_of(layer)
+    leader = {name: name for name in linears}
+    if statistics is None:
+        ones = {name: torch.ones(module.in_features, device=device) for name, module in linears.items()}
+        return Measured(ones, {}, leader, dict.fromkeys(linears, FEW_TOKENS))
+    norms = {name: statistics.norms[f"{place}.{name}"].to(device) for name in linears}
+    tokens = {name: statistics.routed.get(f"{place}.{name}", statistics.n_tokens) for name in linears}
+    return Measured(norms, {}, leader, tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One layer
+
+
+def prune_layer(layer: nn.Module, index: int, place: str, measured: Measured, request: Request, n_tokens: int) -> PrunedLayer:
+    """Choose, set to zero and, for methods that do, mend: all linear weights of a layer whose inputs were measured."""
+    linears, asked = linears_of(layer), request.sparsities[index]
+    homes = {name: experts.home(name, module) for name, module in linears.items()}
+    done = PrunedLayer(index, {f"{place}.{parameter}": torch.ones(layer.get_parameter(parameter).shape, dtype=torch.bool) for parameter, _ in homes.values()}, [])
+    by_input: dict[str, list[str]] = {}
+    for name in linears:
+        by_input.setdefault(measured.leader.get(name, name), []).append(name)
+    rows: dict[str, dict[str, Any]] = {}
+    for leader, names in by_input.items():
+        started = time.perf_counter()
+        why = _unmeasured(measured, leader, n_tokens)
+        weights = {name: linears[name].weight.detach().float() for name in names}
+        for name, weight in weights.items():
+            if not torch.isfinite(weight).all():
+                raise PftoolsError(f"the weight {place}.{name}.weight holds NaN or infinity: check the model before pruning it.")
+        if request.method.update and not why:
+            solved = sparsegpt.solve(list(weights.values()), measured.grams.pop(leader), request.method, asked, request.pattern)
+        else:
+            solved = [_chosen(weight, measured.norms.get(leader), request, asked, why) for weight in weights.values()]
+        for (name, weight), one in zip(weights.items(), solved):
+            norms = measured.norms.get(leader, torch.ones(weight.shape[1], device=weight.device))
+            rows[name] = table_row(place, name, one.pruned, weight, one.scores, norms, asked, one.note, one.output_error)
+            _write(linears[name], one)
+            parameter, part = homes[name]
+            done.masks[f"{place}.{parameter}"][part] = ~one.pruned.cpu()
+            rows[name]["measured"] = 1 - float(torch.count_nonzero(linears[name].weight)) / weight.numel()
+        for name in names:
+            rows[name]["seconds"] = (time.perf_counter() - started) / len(names)
+    done.rows = [rows[name] for name in linears]
+    if request.method.update:
+        done.weights = _parameters(layer, place)
+    return done
+
+
+def _unmeasured(measured: Measured, leader: str, n_tokens: int) -> str:
+    """Why a module's inputs cannot be judged by, if so."""
+    seen = measured.tokens[leader]
+    if seen == 0 or not measured.norms[leader].any():
+        return "saw no calibration tokens: pruned by magnitude" if seen == 0 else "its inputs are all zero: pruned by magnitude"
+    return f"saw {seen} calibration tokens: pruned by magnitude" if seen < min(FEW_TOKENS, n_tokens) else ""
+
+
+@dataclass
+class _Chosen:
+    pruned: torch.Tensor
+    scores: torch.Tensor
+    note: str
+    weight: torch.Tensor | None = None
+    output_error: float | None = None
+
+
+def _chosen(weight: torch.Tensor, norms: torch.Tensor | None, request: Request, asked: float, why: str) -> _Chosen:
+    """The choice of a method that mends nothing; by magnitude within each row where the inputs are not known."""
+    if why:
+        scores, compare = magnitude(weight, weight), "row"
+    else:
+        scores, compare = request.method.score(weight, norms), request.method.compare
+    return _Chosen(choose(scores, asked, request.pattern, compare=compare), scores, why)
+
+
+def _write(module: nn.Linear, one: _Chosen | sparsegpt.Solved) -> None:
+    if one.weight is None:
+        module.weight.data.masked_fill_(one.pruned, 0)
+    else:
+        module.weight.data.copy_(one.weight)
+
+
+def _parameters(layer: nn.Module, place: str) -> dict[str, torch.Tensor]:
+    """Copies of a layer's linear weights on the CPU, by full parameter name."""
+    names = {experts.home(name, module)[0] for name, module in linears_of(layer).items()}
+    return {f"{place}.{name}": weight.detach().to("cpu", copy=True) for name, weight in layer.named_parameters() if name in names}
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
+
+
+def _entrance(model: nn.Module) -> torch.device:
+    """Where the tokens go in."""
+    return model.get_input_embeddings().weight.device

@@ -1,0 +1,37 @@
+"""How sparse each decoder layer becomes: all alike, or less where outliers are many."""
+
+from __future__ import annotations
+
+import torch
+
+from pftools.errors import PftoolsError
+
+
+def outlier_share(weights: dict[str, torch.Tensor], norms: dict[str, torch.Tensor], m: float) -> float:
+    """The share of a layer's Wanda scores |W_ij| ||X_j|| above ``m`` times their mean, over all its weights together (Yin et al.,
+    2024, arXiv 2310.05175, equation 1: the layerwise outlier distribution)."""
+    scores = torch.cat([(weight.float() * norms[name].to(weight.device)).abs_().flatten() for name, weight in weights.items()])
+    return int(torch.count_nonzero(scores > m * scores.mean())) / scores.numel()
+
+
+def owl(shares: list[float], sizes: list[int], sparsity: float, spread: float) -> list[float]:
+    """Sparsities of the layers, at most ``spread`` (lambda) from their mean and in the order of the outlier shares (Yin et al., 2024,
+    section 4): outliers are scaled to [0, 2 lambda], and what a layer has above the mean it keeps.
+
+    Args:
+        shares: `outlier_share` of every layer of the unpruned model. sizes: their numbers of weights, so that the
+            whole is exactly as sparse as asked where layers differ in size (in the paper they do not).
+
+    Raises:
+        PftoolsError: a layer would have to be emptied.
+    """
+    lowest, highest = min(shares), max(shares)
+    if highest == lowest:
+        return [sparsity] * len(shares)
+    extra = [2 * spread * (share - lowest) / (highest - lowest) for share in shares]
+    mean = sum(one * size for one, size in zip(extra, sizes)) / sum(sizes)
+    found = [sparsity - one + mean for one in extra]
+    for index, one in enumerate(found):
+        if not 0 <= one < 1:
+            raise PftoolsError(f"OWL would make layer {index} {one:.1%} sparse: choose a smaller owl_lambda (now {spread:g}), or another sparsity.")
+    return found

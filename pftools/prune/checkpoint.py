@@ -1,0 +1,275 @@
+"""Prune a model that does not fit into memory: layers come from safetensors as they are needed, and go as they are done.
+
+At any time there are one decoder layer, the calibration tokens' hidden states and, at the very beginning, the embeddings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from pftools import runs
+from pftools.checkpoints import MASKS
+from pftools.errors import PftoolsError
+from pftools.models import DTYPES, decoder_layers, linear_weights, model_source, resolve_device
+from pftools.prune.inputs import inference
+from pftools.prune.result import PruneResult
+from pftools.prune.walk import check_request, prune_layers
+
+INDEX = "model.safetensors.index.json"
+
+
+def prune_checkpoint(
+    name: str | Path,
+    blocks: torch.Tensor,
+    folder: str | Path,
+    *,
+    write: Literal["model", "masks"] = "model",
+    method: str = "wanda",
+    sparsity: float = 0.5,
+    pattern: str = "unstructured",
+    batch_size: int | None = None,
+    inputs: str = "pruned",
+    allocation: str = "uniform",
+    owl_lambda: float = 0.08,
+    owl_m: float = 5.0,
+    reconstruct_steps: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> PruneResult:
+    """`prune_model` for a model on disk, which is never held whole; the same masks come out.
+
+    Args:
+        name: a folder in Hugging Face format with safetensors, or a hub id.
+        blocks: LongTensor (n_blocks, block_length), the calibration tokens.
+        folder: where the result goes; new or empty. It appears there only when all is done. Always `masks.safetensors` (packed
+            bits, for `checkpoints.load_masks`), `layers.parquet` (the table) and `pftools.json`.
+        write: `model`: also the pruned model, as a plain Hugging Face folder with a shard a layer; `masks`: nothing more.
+        dtype: `auto` is the dtype on disk. device: where layers are computed.
+
+    Returns:
+        the table and the seconds; masks are in the folder only.
+
+    Raises:
+        PftoolsError: as `prune_model`; or the folder is not empty, or the checkpoint's names are not the model's.
+    """
+    source, folder, started = _Checkpoint(name, dtype, resolve_device(device), trust_remote_code), Path(folder), time.perf_counter()
+    if folder.exists() and any(folder.iterdir()):
+        raise PftoolsError(f"the folder {folder} is not empty: choose another, or remove it first.")
+    request = check_request(
+        source.model, blocks, method=method, sparsity=sparsity, pattern=pattern, inputs=inputs, batch_size=batch_size, allocation=allocation,
+        owl_lambda=owl_lambda, owl_m=owl_m, reconstruct_steps=reconstruct_steps, progress=progress,
+    )  # fmt: skip
+    if request.changes_weights and write == "masks":
+        raise PftoolsError(f"{method!r} with reconstruct_steps={reconstruct_steps} changes the kept weights, and masks do not hold them: write='model'.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    try:
+        shapes = {key: tuple(weight.shape) for key, weight in linear_weights(source.model).items()}
+        with inference(source.model), source.entrance(), (partial / MASKS).open("wb") as file:
+            masks = MaskWriter(file, shapes)
+            for done in prune_layers(source.model, source.open_layer, blocks, request, None):
+                masks.write(done.masks)
+                rows += done.rows
+                if write == "model":
+                    source.write_layer(partial, done.index)
+        if write == "model":
+            source.write_rest(partial)
+        table = pd.DataFrame(rows)
+        table.to_parquet(partial / "layers.parquet")
+        facts = {"pruned_from": str(name), "method": method, "pattern": pattern, "asked": sparsity, "sparsity": 1 - masks.kept / masks.size}
+        runs.write_json(partial / "pftools.json", facts)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return PruneResult({}, table, time.perf_counter() - started)
+
+
+class MaskWriter:
+    """`checkpoints.save_masks`, one mask after the other: the header of a safetensors file needs the shapes only.
+
+    Args:
+        shapes: {weight name: shape} of all masks that will come.
+    """
+
+    def __init__(self, file: BinaryIO, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.file, self.kept, self.size = file, 0, sum(math.prod(shape) for shape in shapes.values())
+        header: dict[str, Any] = {"__metadata__": {name: json.dumps(list(shape)) for name, shape in shapes.items()}}
+        offset = 0
+        for name, shape in shapes.items():
+            length = -(-math.prod(shape) // 8)
+            header[name] = {"dtype": "U8", "shape": [length], "data_offsets": [offset, offset + length]}
+            offset += length
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(struct.pack("<Q", len(text)) + text)
+        self._start = 8 + len(text)
+        self._offsets = {name: header[name]["data_offsets"][0] for name in shapes}
+
+    def write(self, masks: dict[str, torch.Tensor]) -> None:
+        """Write masks {weight name: bool, True = kept} in any order."""
+        for name, mask in masks.items():
+            self.file.seek(self._start + self._offsets[name])
+            self.file.write(np.packbits(mask.numpy().reshape(-1)).tobytes())
+            self.kept += int(torch.count_nonzero(mask))
+
+
+class _Checkpoint:
+    """A model's skeleton without weights, and the files that its weights come from."""
+
+    def __init__(self, name: str | Path, dtype: str, device: str, trust_remote_code: bool) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.folder, self.device = _folder_of(str(name)), device
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        self.files = _files_by_name(self.folder)
+        self.names = self._names_on_disk()
+        self.dtype = getattr(torch, dtype) if dtype in DTYPES else self._stored_dtype()
+        self.model.to(self.dtype)
+        self.prefix, self.layers = decoder_layers(self.model)
+        self.written: dict[str, str] = {}
+
+    def _names_on_disk(self) -> dict[str, str]:
+        """{parameter's name in the model: its name on disk}, without a head that is tied to the embeddings."""
+        base = f"{self.model.base_model_prefix}."
+        names = {}
+        for name, _ in self.model.named_parameters():
+            for candidate in (name, name.removeprefix(base)):
+                if candidate in self.files:
+                    names[name] = candidate
+        head = self.model.get_output_embeddings()
+        tied = {name for name, weight in self.model.named_parameters() if head is not None and weight is head.weight}
+        missing = [name for name, _ in self.model.named_parameters() if name not in names and name not in tied]
+        if missing and not (self.model.config.tie_word_embeddings and missing == ["lm_head.weight"]):
+            raise PftoolsError(
+                f"{self.folder} stores its weights under other names than the model's ({missing[0]} is missing): load it with "
+                "models.load_model and prune it with prune_model(device=...), which moves one layer at a time."
+            )
+        return names
+
+    def _stored_dtype(self) -> torch.dtype:
+        name = next(name for name in self.names if name in linear_weights(self.model))
+        return self._read([name])[name].dtype
+
+    @contextmanager
+    def entrance(self) -> Iterator[None]:
+        """Everything before the layers is in memory until the first layer is opened."""
+        outside = [name for name in self.names if not name.startswith(f"{self.prefix}.")]
+        head = self.model.get_output_embeddings()
+        entrance = self.model.get_input_embeddings().weight
+        parameters = dict(self.model.named_parameters())
+        needed = [name for name in outside if parameters[name] is entrance or head is None or parameters[name] is not head.weight]
+        self._put(self._read(needed))
+        self._outside = needed
+        try:
+            yield
+        finally:
+            self._drop(self._outside)
+
+    @contextmanager
+    def open_layer(self, index: int) -> Iterator[nn.Module]:
+        """One layer with its weights, on the device; they are dropped afterwards."""
+        names = [name for name in self.names if name.startswith(f"{self.prefix}.{index}.")]
+        self._put({name: tensor.to(self.device) for name, tensor in self._read(names).items()})
+        layer = self.layers[index]
+        for name, buffer in layer.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            layer.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+        try:
+            yield layer
+        finally:
+            self._drop(names)
+
+    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Tensors of the model's names, copied out of their files, which are closed again: mapped pages count as memory."""
+        from safetensors import safe_open
+
+        found = {}
+        for file in sorted({self.files[self.names[name]] for name in names}):
+            with safe_open(file, framework="pt") as opened:
+                for name in names:
+                    if self.files[self.names[name]] == file:
+                        found[name] = opened.get_tensor(self.names[name]).to(getattr(self, "dtype", None), copy=True)
+        return found
+
+    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def _drop(self, names: list[str]) -> None:
+        parameters = dict(self.model.named_parameters())
+        self._put({name: torch.empty_like(parameters[name], device="meta") for name in names})
+
+    def write_layer(self, folder: Path, index: int) -> None:
+        """The layer that is open, as a shard."""
+        from safetensors.torch import save_file
+
+        tensors = {f"{self.prefix}.{index}.{name}": weight.detach().to("cpu").contiguous() for name, weight in self.layers[index].named_parameters() if not name.rpartition(".")[0].split(".")[-1].startswith("_")}
+        tensors = {self.names[name]: tensor for name, tensor in tensors.items() if name in self.names}
+        self._save(tensors, folder, f"model-layer-{index:05d}.safetensors", save_file)
+
+    def write_rest(self, folder: Path) -> None:
+        """All that is not in the layers, a shard a tensor, the index of all shards, and every other file of the source."""
+        from safetensors.torch import save_file
+
+        for number, name in enumerate(name for name in self.names if not name.startswith(f"{self.prefix}.")):
+            self._save({self.names[name]: self._read([name])[name]}, folder, f"model-rest-{number:05d}.safetensors", save_file)
+        total = sum((folder / file).stat().st_size for file in set(self.written.values()))
+        runs.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": self.written})
+        for path in sorted(self.folder.iterdir()):
+            if path.is_file() and path.suffix not in (".safetensors", ".bin") and path.name not in (INDEX, "run.json"):
+                shutil.copy(path, folder / path.name)
+        self.model.config.dtype = self.dtype
+        self.model.config.save_pretrained(folder)
+
+    def _save(self, tensors: dict[str, torch.Tensor], folder: Path, file: str, save: Any) -> None:
+        save(tensors, folder / file, metadata={"format": "pt"})
+        self.written |= dict.fromkeys(tensors, file)
+
+
+def _folder_of(name: str) -> Path:
+    source = model_source(name)
+    if not Path(source).is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py"])
+    return Path(source)
+
+
+def _files_by_name(folder: Path) -> dict[str, str]:
+    """{name of a tensor on disk: the file that holds it}"""
+    from safetensors import safe_open
+
+    if (folder / INDEX).exists():
+        return {name: str(folder / file) for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise PftoolsError(f"{folder} holds no safetensors files: save the model with save_pretrained, or use prune_model.")
+    found = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), str(path))
+    return found
