@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from pftools.prune.criteria import find_method
-from pftools.prune.patterns import choose, parse_pattern
+from pftools.prune.patterns import choose, count_true, parse_pattern
 
 
 @dataclass
@@ -34,21 +34,17 @@ def table_row(place: str, name: str, pruned: torch.Tensor, weight: torch.Tensor,
     of all of them, and costs nothing. Column error_is says which.
 
     Args:
-        weight, scores: (rows, columns), as they were before; ``scores`` is used up. norms: (columns,).
+        weight, scores: (rows, columns), float32, as they were before. norms: (columns,).
     """
-    already = float(torch.count_nonzero(weight)) / weight.numel()
-    total = float(scores.sum())
-    lost = float(scores.mul_(pruned).sum())
+    already = zeros(weight)
+    gone = pruned.flatten().float()
+    total, lost = float(scores.sum()), float(scores.flatten().dot(gone))
+    error_is = "estimated" if output_error is None else "measured"
     if output_error is None:
-        error_is = "estimated"
-        effect = (weight * norms).flatten()
-        whole = float(effect.dot(effect))
-        effect.mul_(pruned.flatten())
-        output_error = (float(effect.dot(effect)) / max(whole, 1e-30)) ** 0.5
-    else:
-        error_is = "measured"
-    if 1 - already > asked + 0.005:
-        note = f"{note}; " * bool(note) + f"was {1 - already:.1%} sparse before, more than asked"
+        effect = (weight * norms).square_().flatten()
+        output_error = (float(effect.dot(gone)) / max(float(effect.sum()), 1e-30)) ** 0.5
+    if already > asked + 0.005:
+        note = f"{note}; " * bool(note) + f"was {already:.1%} sparse before, more than asked"
     return {
         "layer": next((int(part) for part in place.split(".") if part.isdigit()), -1),
         "module": name.rpartition(".")[2],
@@ -60,6 +56,11 @@ def table_row(place: str, name: str, pruned: torch.Tensor, weight: torch.Tensor,
         "error_is": error_is,
         "note": note,
     }
+
+
+def zeros(weight: torch.Tensor) -> float:
+    """The share of zeros."""
+    return count_true(weight == 0) / weight.numel()
 
 
 def score_histogram(

