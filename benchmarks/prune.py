@@ -59,8 +59,8 @@ def seven_sparsities(model, blocks):
 # The published walk, restated
 
 
-def published_walk(model, blocks, *, sparsity=0.5, sparsegpt=False):
-    """Layer by layer, twice over all samples, one at a time."""
+def published_walk(model, blocks, *, sparsity=0.5, group=0, sparsegpt=False):
+    """Layer by layer, twice over all samples, one at a time; with ``group``, half of every so many neighbours go."""
     layers = decoder_layers(model)[1]
     with inputs.inference(model):
         calls = inputs.record_calls(model, blocks[:1])
@@ -77,7 +77,7 @@ def published_walk(model, blocks, *, sparsity=0.5, sparsegpt=False):
                 if sparsegpt:
                     _published_sparsegpt(module, seen[name] * 2 / len(states), sparsity)
                 else:
-                    _published_wanda(module, seen[name] / len(states), sparsity)
+                    _published_wanda(module, seen[name] / len(states), sparsity, group)
             states = [call(layer, state) for state in states]
 
 
@@ -89,11 +89,16 @@ def _published_hook(seen, name, sparsegpt):
     return hook
 
 
-def _published_wanda(module, squares, sparsity):
+def _published_wanda(module, squares, sparsity, group):
     scores = module.weight.data.abs() * squares.sqrt().reshape(1, -1)
-    order = torch.sort(scores, dim=-1, stable=True)[1]
     mask = torch.zeros_like(scores, dtype=torch.bool)
-    mask.scatter_(1, order[:, : int(scores.shape[1] * sparsity)], True)
+    if group:
+        for start in range(0, scores.shape[1], group):
+            lowest = torch.topk(scores[:, start : start + group], group // 2, dim=1, largest=False)[1]
+            mask.scatter_(1, start + lowest, True)
+    else:
+        order = torch.sort(scores, dim=-1, stable=True)[1]
+        mask.scatter_(1, order[:, : int(scores.shape[1] * sparsity)], True)
     module.weight.data[mask] = 0
 
 

@@ -18,6 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pftools.errors import PftoolsError, nearest
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+# The names of `prune.METHODS`, here as well so that a plan is checked without torch; a test keeps the two in step.
+PruningMethod = Literal[
+    "magnitude", "wanda", "wanda_variant", "ria", "sparsegpt",
+    "ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter",
+]  # fmt: skip
 
 # The names of `prune.METHODS`, here so that a study can be planned without torch (a test keeps the two in step).
 PRUNING_METHODS = (
@@ -80,7 +85,7 @@ class Prune(_Blocks):
 
     calibration: str = Field("", description="a calibrate run whose blocks are used; empty: choose them here")
     n_blocks: int = Field(64, ge=1, description="how many calibration blocks, where calibration is empty")
-    method: str = Field("wanda", description="the pruning criterion")
+    method: PruningMethod = Field("wanda", description="the pruning criterion")
     sparsity: float = Field(0.5, ge=0, lt=1, allow_inf_nan=False, description="share of zeros over the linear weights")
     pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4 (zeros may be N of every M)")
     inputs: Literal["pruned", "dense"] = Field("pruned", description="measure layers behind pruned or dense ones")
@@ -247,5 +252,8 @@ def _sentence(kind: type[BaseModel], failure: ValidationError, place: str) -> st
     if isinstance(first.get("ctx", {}).get("error"), PftoolsError) or not name:
         return first["msg"].removeprefix("Value error, ")
     says = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    says = says if first["type"] == "value_error" else f"it should be {says}"
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        says = nearest(first["input"], re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+    elif first["type"] != "value_error":
+        says = f"it should be {says}"
     return f"the parameter {name}{of} is {first['input']!r}: {says}."

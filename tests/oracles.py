@@ -85,3 +85,82 @@ def perplexity(model: torch.nn.Module, blocks: torch.Tensor) -> float:
         for place in range(len(block) - 1):
             losses.append(-float(logits[place].log_softmax(-1)[block[place + 1]]))
     return float(torch.tensor(losses, dtype=torch.float64).mean().exp())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pruning methods beyond Wanda
+
+
+def variant_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """True = kept. Wanda's variant as in its published code (`return_given_alpha` and the search around it), in loops."""
+    rows, columns = scores.shape
+    values = scores.double().tolist()
+
+    def at(alpha: float) -> list[list[bool]]:
+        gone = []
+        for row in values:
+            ordered, running, count = sorted(row), 0.0, 0
+            for value in ordered:
+                running += value
+                if running <= sum(row) * alpha:
+                    count += 1
+            threshold = ordered[count - 1] if count else -1.0
+            gone.append([value <= threshold for value in row])
+        return gone
+
+    alpha, bounds = 0.4, [0.0, 0.8]
+    gone = at(alpha)
+    while True:
+        found = sum(map(sum, gone)) / (rows * columns)
+        if abs(found - sparsity) <= 0.001 or bounds[1] - bounds[0] < 0.001:
+            return ~torch.tensor(gone)
+        if found > sparsity:
+            bounds[1], alpha = alpha, (alpha + bounds[0]) / 2
+        else:
+            bounds[0], alpha = alpha, (alpha + bounds[1]) / 2
+        gone = at(alpha)
+
+
+def sparsegpt(
+    weight: torch.Tensor, inputs: torch.Tensor, sparsity: float, *, n: int = 0, m: int = 0, mask: torch.Tensor | None = None,
+    scores: str = "curvature", block: int = 128,
+) -> torch.Tensor:  # fmt: skip
+    """The mended weight, float64: SparseGPT (Frantar and Alistarh, algorithm 1) column by column, each time correcting all columns
+    that are left; and, with ``mask`` (True = goes) or other ``scores``, the ablations of the Wanda paper.
+
+    Of every block of 128 columns the int(size x sparsity) lowest scores go, or of every m neighbours the m - n lowest.
+    """
+    weight, inputs = weight.double().clone(), inputs.double()
+    hessian = inputs.T @ inputs
+    norms = hessian.diagonal().sqrt()
+    dead = hessian.diagonal() == 0
+    hessian[dead, dead] = 1
+    weight[:, dead] = 0
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    root = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    known = {"curvature": 1 / root.diagonal(), "wanda": norms, "mag": torch.ones_like(norms)}[scores]
+    gone = torch.zeros_like(weight, dtype=torch.bool) if mask is None else mask
+    rows, columns = weight.shape
+    for column in range(columns):
+        if mask is None and not m and column % block == 0:
+            here = slice(column, min(column + block, columns))
+            part = (weight[:, here] * known[here]).abs()
+            lowest = part.flatten().argsort(stable=True)[: int(part.numel() * sparsity)]
+            gone[:, here] = torch.zeros(part.numel(), dtype=torch.bool).scatter(0, lowest, True).view_as(part)
+        if mask is None and m and column % m == 0:
+            here = slice(column, column + m)
+            lowest = (weight[:, here] * known[here]).abs().argsort(dim=1, stable=True)[:, : m - n]
+            gone[:, here] = torch.zeros(rows, m, dtype=torch.bool).scatter(1, lowest, True)
+        for row in range(rows):
+            if gone[row, column]:
+                error = weight[row, column] / root[column, column]
+                weight[row, column:] -= error * root[column, column:]
+                weight[row, column] = 0
+    return weight
+
+
+def owl_sparsities(scores: list[torch.Tensor], sparsity: float, spread: float, m: float) -> list[float]:
+    """OWL for layers of equal size (Yin et al., 2024): one flat tensor of Wanda scores a layer."""
+    shares = [sum(float(value) > m * float(layer.double().mean()) for value in layer) / len(layer) for layer in scores]
+    kept = [(share - min(shares)) / (max(shares) - min(shares)) * 2 * spread for share in shares]
+    return [1 - (one - sum(kept) / len(kept) + 1 - sparsity) for one in kept]

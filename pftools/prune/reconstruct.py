@@ -15,8 +15,9 @@ from torch import nn
 from pftools.errors import PftoolsError
 from pftools.prune.inputs import LayerCall, linears_of
 
-LEARNING_RATE = 2e-4  # Adam's first step moves every kept weight by this much; it falls linearly to zero
-_TOKENS = 4096  # a step
+# An early step of Adam moves each kept weight by this share of its matrix' root mean square; it falls linearly to zero.
+STEP = 0.005
+_TOKENS = 2048  # a step
 
 
 def reconstruct(
@@ -40,7 +41,8 @@ def reconstruct(
     linears = {name: module for name, module in linears_of(twin).items() if name in kept}
     weights = [module.weight.requires_grad_(True) for module in linears.values()]
     masks = [kept[name].to(weight.device) for name, weight in zip(linears, weights)]
-    optimizer = torch.optim.Adam(weights, lr=LEARNING_RATE, betas=(0.9, 0.95))
+    groups = [{"params": [weight], "lr": STEP * float(weight.detach().square().mean().sqrt())} for weight in weights]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     size = max(1, _TOKENS // inputs.shape[1])
     scale = float(targets.float().square().mean()) or 1.0

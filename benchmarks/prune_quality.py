@@ -1,0 +1,73 @@
+"""What each pruning method does to SmolLM2-135M, and that our walk is the published one.
+
+    agreement     masks of `prune_model` beside those of the published walk (restated in prune.py), through all 30 layers, fp32
+    perplexity    every method at 50%, 64 x 512 calibration tokens, on the test split of Python's language reference
+
+    python benchmarks/prune_quality.py [--part agreement perplexity] [--dtype bfloat16] [--store]
+"""
+
+from __future__ import annotations
+
+import copy
+
+from _harness import arguments, report, seconds
+from prune import published_walk
+
+from pftools import prune
+from pftools.corpora import token_blocks
+from pftools.evaluate import perplexity
+from pftools.models import linear_modules, load_model
+
+METHODS = {
+    "wanda": {}, "wanda 2:4": {"pattern": "2:4"}, "wanda 4:8": {"pattern": "4:8"}, "wanda_variant": {"method": "wanda_variant"},
+    "magnitude": {"method": "magnitude"}, "ria": {"method": "ria"}, "sparsegpt": {"method": "sparsegpt"},
+    "sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"}, "wanda, owl": {"allocation": "owl"}, "wanda, inputs=dense": {"inputs": "dense"},
+    "ablate_wanda_seq": {"method": "ablate_wanda_seq"}, "ablate_mag_iter": {"method": "ablate_mag_iter"}, "wanda, 64 steps of reconstruction": {"reconstruct_steps": 64},
+}  # fmt: skip
+
+
+def agreement(options):
+    """The share of mask bits on which two independent walks agree after 30 layers; rounding feeds on itself from layer to layer."""
+    model, tokenizer = load_model("smollm2-135m", dtype="float32", device="cpu")
+    blocks = token_blocks(tokenizer, "pydocs", split="calibration", n_blocks=options.blocks, block_length=512)
+    found = {}
+    for pattern, group in (("unstructured", 0), ("2:4", 4)):
+        ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+        result = prune.prune_model(ours, blocks, pattern=pattern, progress=False)
+        published_walk(theirs, blocks, group=group)
+        # Where a weight was zero before it is zero in both, whatever the masks say.
+        same = {name: ((module.weight != 0) == (linear_modules(ours)[name].weight != 0)).float().mean().item() for name, module in linear_modules(theirs).items()}
+        sizes = {name: module.weight.numel() for name, module in linear_modules(theirs).items()}
+        found[pattern] = round(sum(same[name] * sizes[name] for name in same) / sum(sizes.values()), 6)
+        found[f"{pattern}, last layer"] = round(min(value for name, value in same.items() if ".layers.29." in name), 6)
+        assert len(result.masks) == len(same)
+    report("masks of two independent walks through SmolLM2-135M in fp32: share of equal bits", found, script=__file__, device="cpu",
+           store=options.store, settings={"blocks": options.blocks, "block_length": 512, "sparsity": 0.5})  # fmt: skip
+
+
+def perplexities(options):
+    """Perplexity after each method."""
+    model, tokenizer = load_model("smollm2-135m", dtype=options.dtype, device="cpu")
+    calibration = token_blocks(tokenizer, "pydocs", split="calibration", n_blocks=64, block_length=512)
+    test = token_blocks(tokenizer, "pydocs", split="test", n_blocks=options.test_blocks, block_length=512)
+    found = {"dense": {"perplexity": round(perplexity(model, test, progress=False).perplexity, 2)}}
+    for name, choice in METHODS.items():
+        twin = copy.deepcopy(model)
+        took = seconds(lambda twin=twin, choice=choice: prune.prune_model(twin, calibration, progress=False, **choice))
+        found[name] = {"perplexity": round(perplexity(twin, test, progress=False).perplexity, 2), "seconds": round(took, 1)}
+        print(name, found[name], flush=True)
+    report(f"perplexity of SmolLM2-135M at 50% sparsity, {options.dtype}", found, script=__file__, device="cpu", store=options.store,
+           settings={"calibration": "64 x 512 tokens of pydocs", "test": f"{len(test)} x 512 tokens of pydocs"})  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--part", nargs="+", default=["agreement", "perplexity"], choices=["agreement", "perplexity"])
+    parser.add_argument("--dtype", default="bfloat16", help="of the perplexities")
+    parser.add_argument("--blocks", type=int, default=16, help="calibration blocks of the agreement")
+    parser.add_argument("--test-blocks", type=int, default=24)
+    options = parser.parse_args()
+    if "agreement" in options.part:
+        agreement(options)
+    if "perplexity" in options.part:
+        perplexities(options)
