@@ -132,39 +132,36 @@ def _published_sparsegpt(module, hessian, sparsity, block=128):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def on_cpu(options):
-    for dtype in options.dtype:
-        model, tokenizer = load_model("smollm2-135m", dtype=dtype, device="cpu")
-        model.model.layers = model.model.layers[: options.layers]
-        blocks = token_blocks(tokenizer, "pydocs", split="calibration", n_blocks=options.blocks, block_length=512)
-        batch_size = inputs.batch_size_for(model, 512, options.blocks)
-        twin = copy.deepcopy(model)
+def on_cpu(options, dtype):
+    """SmolLM2-135M in one dtype: everybody in turns."""
+    model, tokenizer = load_model("smollm2-135m", dtype=dtype, device="cpu")
+    model.model.layers = model.model.layers[: options.layers]
+    blocks = token_blocks(tokenizer, "pydocs", split="calibration", n_blocks=options.blocks, block_length=512)
+    batch_size = inputs.batch_size_for(model, 512, options.blocks)
+    twin = copy.deepcopy(model)
 
-        def afresh(work, model=model, twin=twin):
-            twin.load_state_dict(model.state_dict())  # a copy of 0.3 to 0.5 GB, a tenth of a second
-            work(twin)
+    def afresh():
+        twin.load_state_dict(model.state_dict())  # a copy of 0.3 to 0.5 GB, a tenth of a second
+        return twin
 
-        contestants = {
-            "floor": lambda: plain_forwards(model, blocks, batch_size, 2),
-            "wanda": lambda: afresh(lambda twin: prune.prune_model(twin, blocks, progress=False)),
-            "sparsegpt": lambda: afresh(lambda twin: prune.prune_model(twin, blocks, method="sparsegpt", progress=False)),
-            "seven": lambda: afresh(lambda twin: seven_sparsities(twin, blocks)),
-            "published": lambda: afresh(lambda twin: published_walk(twin, blocks)),
-            "published sparsegpt": lambda: afresh(lambda twin: published_walk(twin, blocks, sparsegpt=True)),
-        }
-        contestants = {name: work for name, work in contestants.items() if not options.only or name in options.only}
-        plain_forwards(model, blocks[:2], 1, 1)
-        found = in_turns(contestants, rounds=options.rounds)
-        ratios = {
-            f"{one} / {other}": round(found[one] / found[other], 3)
-            for one, other in (("wanda", "floor"), ("seven", "floor"), ("published", "floor"), ("published", "wanda"), ("sparsegpt", "published sparsegpt"))
-            if one in found and other in found
-        }
-        report(
-            f"pruning SmolLM2-135M in {dtype}: seconds and ratios", {"seconds": {name: round(value, 2) for name, value in found.items()}, **ratios},
-            script=__file__, device="cpu", store=options.store,
-            settings={"blocks": options.blocks, "block_length": 512, "batch_size": batch_size, "layers": len(model.model.layers), "rounds": options.rounds},
-        )  # fmt: skip
+    contestants = {
+        "floor": lambda: plain_forwards(model, blocks, batch_size, 2),
+        "wanda": lambda: prune.prune_model(afresh(), blocks, progress=False),
+        "sparsegpt": lambda: prune.prune_model(afresh(), blocks, method="sparsegpt", progress=False),
+        "seven": lambda: seven_sparsities(afresh(), blocks),
+        "published": lambda: published_walk(afresh(), blocks),
+        "published sparsegpt": lambda: published_walk(afresh(), blocks, sparsegpt=True),
+    }
+    contestants = {name: work for name, work in contestants.items() if not options.only or name in options.only}
+    plain_forwards(model, blocks[:2], 1, 1)
+    found = in_turns(contestants, rounds=options.rounds)
+    pairs = [("wanda", "floor"), ("seven", "floor"), ("published", "floor"), ("published", "wanda"), ("sparsegpt", "published sparsegpt")]
+    ratios = {f"{one} / {other}": round(found[one] / found[other], 3) for one, other in pairs if one in found and other in found}
+    report(
+        f"pruning SmolLM2-135M in {dtype}: seconds and ratios", {"seconds": {name: round(value, 2) for name, value in found.items()}, **ratios},
+        script=__file__, device="cpu", store=options.store,
+        settings={"blocks": options.blocks, "block_length": 512, "batch_size": batch_size, "layers": len(model.model.layers), "rounds": options.rounds},
+    )  # fmt: skip
 
 
 def on_cuda(options):
@@ -210,4 +207,8 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=30, help="the first so many decoder layers only, for development")
     parser.add_argument("--only", nargs="+", help="some of: floor, wanda, sparsegpt, seven, published, 'published sparsegpt'")
     options = parser.parse_args()
-    on_cuda(options) if options.device.startswith("cuda") else on_cpu(options)
+    if options.device.startswith("cuda"):
+        on_cuda(options)
+    else:
+        for dtype in options.dtype:
+            on_cpu(options, dtype)

@@ -193,6 +193,36 @@ def score_histogram(histogram: pd.DataFrame, *, title: str) -> alt.LayerChart:
     )
 
 
+def output_error(layers: pd.DataFrame) -> alt.Chart:
+    """The relative error of every weight's output, by depth; the subtitle says whether it was measured or estimated.
+
+    Args:
+        layers: the table of a pruning (`PruneResult.layers`).
+    """
+    kinds = sorted(set(layers["error_is"]))
+    how = {"measured": "measured over all calibration tokens", "estimated": "estimated, as if input columns were uncorrelated"}
+    return lines_by_layer(
+        layers, "output_error", title="Error of each output", label="relative error", percent=True,
+        subtitle=f"Norm of the lost part of a weight's output, relative to the whole; {' or '.join(how[kind] for kind in kinds)}.",
+    )  # fmt: skip
+
+
+def sparsity_by_layer(layers: pd.DataFrame) -> alt.LayerChart:
+    """Zeros of every decoder layer: what was asked (line), the layer as a whole (bars) and its weights (dots).
+
+    Args:
+        layers: the table of a pruning (`PruneResult.layers`).
+    """
+    x = alt.X("layer:O", title="decoder layer", axis=alt.Axis(labelAngle=0, labelOverlap=True))
+    percent = alt.Axis(format="%")
+    base = alt.Chart(layers, title=_title("Where the zeros are", "bars: mean of a layer's weights; dots: each weight; line: asked")).encode(x=x)
+    bars = base.mark_bar(color="#c9d7e6").encode(y=alt.Y("mean(measured):Q", title="measured share of zeros", axis=percent))
+    dots = base.mark_circle(size=26, opacity=0.9).encode(
+        y="measured:Q", color=alt.Color("module:N", title=None, sort=list(dict.fromkeys(layers["module"]))), tooltip=["weight", "asked", "measured"]
+    )
+    return bars + dots + base.mark_line(color=ORANGE, interpolate="step", strokeWidth=2).encode(y="mean(asked):Q")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Fine-tuning
 

@@ -28,6 +28,7 @@ MATRICES = pd.DataFrame(
         for layer in (0, 1) for module in ("q_proj", "v_proj") for matrix in ("A", "B")
     ]
 )  # fmt: skip
+PRUNED = LAYERS.assign(weight="w", asked=0.5, measured=[0.5, 0.5, 0.4, 0.6], output_error=0.1, error_is=["measured", "estimated"] * 2)
 SCORES = pd.DataFrame({"task": ["facts"], "value": [0.6], "low": [0.5], "high": [0.7], "chance": [0.25]})
 
 CHARTS = {
@@ -38,6 +39,8 @@ CHARTS = {
     "adapter": (
         lambda: figures.adapter_matrices(MATRICES, title="Adapter"), ["Matrix A", "Matrix B", "q_proj", "share outside", "smallest, largest"],
     ),
+    "output error": (lambda: figures.output_error(PRUNED), ["measured over all calibration tokens", "estimated", "relative error"]),
+    "sparsity": (lambda: figures.sparsity_by_layer(PRUNED), ["Where the zeros are", "up_proj", "60%"]),
     "loss": (lambda: figures.loss_curve(LOSSES), ["Training loss", "training tokens"]),
     "learning rate": (lambda: figures.learning_rate_curve(LOSSES), ["Learning rate"]),
     "blocks": (lambda: figures.block_losses(pd.DataFrame({"block": [0, 1], "nll": [2.0, 3.0]}), title="Blocks"), ["Blocks"]),

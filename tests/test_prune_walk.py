@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pftools import checkpoints, prune
 from pftools.errors import PftoolsError
-from pftools.models import linear_modules, linear_weights, load_model, measured_sparsity
+from pftools.models import linear_weights, load_model, measured_sparsity
 from pftools.prune import experts, memory
 from tests import oracles
 from tests.tiny import save_tiny, tiny_blocks, tiny_llama
