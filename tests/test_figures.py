@@ -40,7 +40,7 @@ CHARTS = {
         lambda: figures.adapter_matrices(MATRICES, title="Adapter"), ["Matrix A", "Matrix B", "q_proj", "share outside", "smallest, largest"],
     ),
     "output error": (lambda: figures.output_error(PRUNED), ["measured over all calibration tokens", "estimated", "relative error"]),
-    "sparsity": (lambda: figures.sparsity_by_layer(PRUNED), ["Where the zeros are", "up_proj", "60%"]),
+    "zeros": (lambda: figures.sparsity_by_layer(PRUNED), ["Where the zeros are", "up_proj", "60%"]),
     "loss": (lambda: figures.loss_curve(LOSSES), ["Training loss", "training tokens"]),
     "learning rate": (lambda: figures.learning_rate_curve(LOSSES), ["Learning rate"]),
     "blocks": (lambda: figures.block_losses(pd.DataFrame({"block": [0, 1], "nll": [2.0, 3.0]}), title="Blocks"), ["Blocks"]),

@@ -129,14 +129,15 @@ def test_experts_with_few_tokens_fall_back_to_magnitude_and_say_so(method):
 # From disk
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"method": "sparsegpt"}, {"inputs": "dense", "allocation": "owl"}, {"reconstruct_steps": 3}])
-def test_a_checkpoint_on_disk_is_pruned_like_the_model_in_memory(tmp_path, options):
-    source = save_tiny(tmp_path / "dense", tie_word_embeddings=bool(options))
-    blocks, model = tiny_blocks(), load_model(source, dtype="float32")[0]
+def test_a_checkpoint_on_disk_is_pruned_like_the_model_in_memory(tmp_path, options, dtype):
+    source = save_tiny(tmp_path / "dense", tie_word_embeddings=bool(options), dtype=dtype)
+    blocks, model = tiny_blocks(), load_model(source, dtype=dtype)[0]
     expected = prune.prune_model(model, blocks, progress=False, **options)
     result = prune.prune_checkpoint(source, blocks, tmp_path / "pruned", progress=False, **options)
     assert same(checkpoints.load_masks(tmp_path / "pruned" / "masks.safetensors"), expected.masks)
-    plain, _ = load_model(tmp_path / "pruned", dtype="float32")
+    plain, _ = load_model(tmp_path / "pruned", dtype=dtype)
     assert all(torch.equal(plain.get_parameter(name), weight) for name, weight in model.named_parameters())
     assert result.layers.drop(columns="seconds").equals(expected.layers.drop(columns="seconds"))
 

@@ -24,7 +24,7 @@ from torch import nn
 from pftools import runs
 from pftools.checkpoints import MASKS
 from pftools.errors import PftoolsError
-from pftools.models import DTYPES, decoder_layers, linear_weights, model_source, resolve_device
+from pftools.models import decoder_layers, linear_weights, model_source, resolve_device, resolve_dtype
 from pftools.prune.inputs import inference
 from pftools.prune.result import PruneResult
 from pftools.prune.walk import check_request, prune_layers
@@ -83,9 +83,9 @@ def prune_checkpoint(
     rows: list[dict[str, Any]] = []
     try:
         shapes = {key: tuple(weight.shape) for key, weight in linear_weights(source.model).items()}
-        with inference(source.model), source.entrance(), (partial / MASKS).open("wb") as file:
+        with inference(source.model), (partial / MASKS).open("wb") as file:
             masks = MaskWriter(file, shapes)
-            for done in prune_layers(source.model, source.open_layer, blocks, request, None):
+            for done in prune_layers(source, blocks, request, None):
                 masks.write(done.masks)
                 rows += done.rows
                 if write == "model":
@@ -134,7 +134,7 @@ class MaskWriter:
 
 
 class _Checkpoint:
-    """A model's skeleton without weights, and the files that its weights come from."""
+    """A model's skeleton without weights, and the files that its weights come from: a `walk.Source`."""
 
     def __init__(self, name: str | Path, dtype: str, device: str, trust_remote_code: bool) -> None:
         from accelerate import init_empty_weights
@@ -142,61 +142,53 @@ class _Checkpoint:
 
         self.folder, self.device = _folder_of(str(name)), device
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        self.dtype = stored if dtype == "auto" else resolve_dtype(dtype)
+        with init_empty_weights(include_buffers=False):  # tables of positions are buffers, and are computed here
+            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
+        self.prefix, self.layers = decoder_layers(self.model)
         self.files = _files_by_name(self.folder)
         self.names = self._names_on_disk()
-        self.dtype = getattr(torch, dtype) if dtype in DTYPES else self._stored_dtype()
-        self.model.to(self.dtype)
-        self.prefix, self.layers = decoder_layers(self.model)
         self.written: dict[str, str] = {}
 
     def _names_on_disk(self) -> dict[str, str]:
         """{parameter's name in the model: its name on disk}, without a head that is tied to the embeddings."""
-        base = f"{self.model.base_model_prefix}."
-        names = {}
-        for name, _ in self.model.named_parameters():
-            for candidate in (name, name.removeprefix(base)):
-                if candidate in self.files:
-                    names[name] = candidate
+        names, missing = {}, []
         head = self.model.get_output_embeddings()
-        tied = {name for name, weight in self.model.named_parameters() if head is not None and weight is head.weight}
-        missing = [name for name, _ in self.model.named_parameters() if name not in names and name not in tied]
-        if missing and not (self.model.config.tie_word_embeddings and missing == ["lm_head.weight"]):
+        for name, weight in self.model.named_parameters():
+            found = [other for other in (name, name.removeprefix(f"{self.model.base_model_prefix}.")) if other in self.files]
+            if found:
+                names[name] = found[0]
+            elif not (self.model.config.tie_word_embeddings and head is not None and weight is head.weight):
+                missing.append(name)
+        if missing:
             raise PftoolsError(
                 f"{self.folder} stores its weights under other names than the model's ({missing[0]} is missing): load it with "
                 "models.load_model and prune it with prune_model(device=...), which moves one layer at a time."
             )
         return names
 
-    def _stored_dtype(self) -> torch.dtype:
-        name = next(name for name in self.names if name in linear_weights(self.model))
-        return self._read([name])[name].dtype
-
     @contextmanager
     def entrance(self) -> Iterator[None]:
-        """Everything before the layers is in memory until the first layer is opened."""
-        outside = [name for name in self.names if not name.startswith(f"{self.prefix}.")]
-        head = self.model.get_output_embeddings()
-        entrance = self.model.get_input_embeddings().weight
+        """Embeddings, and whatever else is neither in the layers nor the head."""
+        head, inward = self.model.get_output_embeddings(), self.model.get_input_embeddings().weight
         parameters = dict(self.model.named_parameters())
-        needed = [name for name in outside if parameters[name] is entrance or head is None or parameters[name] is not head.weight]
-        self._put(self._read(needed))
-        self._outside = needed
+        names = [
+            name for name in self.names
+            if not name.startswith(f"{self.prefix}.") and (parameters[name] is inward or head is None or parameters[name] is not head.weight)
+        ]  # fmt: skip
+        self._put(self._read(names))
         try:
             yield
         finally:
-            self._drop(self._outside)
+            self._drop(names)
 
     @contextmanager
-    def open_layer(self, index: int) -> Iterator[nn.Module]:
+    def layer(self, index: int) -> Iterator[nn.Module]:
         """One layer with its weights, on the device; they are dropped afterwards."""
         names = [name for name in self.names if name.startswith(f"{self.prefix}.{index}.")]
         self._put({name: tensor.to(self.device) for name, tensor in self._read(names).items()})
-        layer = self.layers[index]
-        for name, buffer in layer.named_buffers():
-            owner, _, leaf = name.rpartition(".")
-            layer.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+        layer = self.layers[index].to(self.device)  # its buffers too
         try:
             yield layer
         finally:
@@ -211,7 +203,7 @@ class _Checkpoint:
             with safe_open(file, framework="pt") as opened:
                 for name in names:
                     if self.files[self.names[name]] == file:
-                        found[name] = opened.get_tensor(self.names[name]).to(getattr(self, "dtype", None), copy=True)
+                        found[name] = opened.get_tensor(self.names[name]).to(self.dtype, copy=True)
         return found
 
     def _put(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -225,18 +217,13 @@ class _Checkpoint:
 
     def write_layer(self, folder: Path, index: int) -> None:
         """The layer that is open, as a shard."""
-        from safetensors.torch import save_file
-
-        tensors = {f"{self.prefix}.{index}.{name}": weight.detach().to("cpu").contiguous() for name, weight in self.layers[index].named_parameters() if not name.rpartition(".")[0].split(".")[-1].startswith("_")}
-        tensors = {self.names[name]: tensor for name, tensor in tensors.items() if name in self.names}
-        self._save(tensors, folder, f"model-layer-{index:05d}.safetensors", save_file)
+        tensors = {f"{self.prefix}.{index}.{name}": weight.detach() for name, weight in self.layers[index].named_parameters()}
+        self._save({self.names[name]: tensor.to("cpu").contiguous() for name, tensor in tensors.items() if name in self.names}, folder, f"layer-{index:05d}")
 
     def write_rest(self, folder: Path) -> None:
         """All that is not in the layers, a shard a tensor, the index of all shards, and every other file of the source."""
-        from safetensors.torch import save_file
-
         for number, name in enumerate(name for name in self.names if not name.startswith(f"{self.prefix}.")):
-            self._save({self.names[name]: self._read([name])[name]}, folder, f"model-rest-{number:05d}.safetensors", save_file)
+            self._save({self.names[name]: self._read([name])[name]}, folder, f"rest-{number:05d}")
         total = sum((folder / file).stat().st_size for file in set(self.written.values()))
         runs.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": self.written})
         for path in sorted(self.folder.iterdir()):
@@ -245,8 +232,11 @@ class _Checkpoint:
         self.model.config.dtype = self.dtype
         self.model.config.save_pretrained(folder)
 
-    def _save(self, tensors: dict[str, torch.Tensor], folder: Path, file: str, save: Any) -> None:
-        save(tensors, folder / file, metadata={"format": "pt"})
+    def _save(self, tensors: dict[str, torch.Tensor], folder: Path, part: str) -> None:
+        from safetensors.torch import save_file
+
+        file = f"model-{part}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
         self.written |= dict.fromkeys(tensors, file)
 
 

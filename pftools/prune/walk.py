@@ -5,7 +5,7 @@ passes of every layer over the calibration tokens, which is where all the time g
 module called last (down_proj), the last layer is not run a second time, inputs that several modules share are measured once,
 and one buffer of hidden states is updated in place.
 
-The walk does not care where layers come from: `open_layer(index)` puts one at its disposal, and takes it back when it is done.
+The walk does not care where layers come from: a `Source` puts one at its disposal, and takes it back when it is done.
 `prune_model` walks a model in memory, `checkpoint.prune_checkpoint` one on disk.
 """
 
@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -44,7 +44,38 @@ from pftools.prune.patterns import Pattern, check_width, choose, parse_pattern
 from pftools.prune.reconstruct import reconstruct
 from pftools.prune.result import PruneResult, table_row, zeros
 
-OpenLayer = Callable[[int], AbstractContextManager[nn.Module]]
+
+class Source(Protocol):
+    """Where a model's weights are while it is walked: `model` is its skeleton, with or without them."""
+
+    model: nn.Module
+
+    def entrance(self) -> AbstractContextManager[None]:
+        """All that comes before the layers has its weights within."""
+
+    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
+        """The layer has its weights within, on the device that computes it."""
+
+
+class InMemory:
+    """A model in memory; each layer is on ``device`` while it is open, if one is given."""
+
+    def __init__(self, model: nn.Module, device: str | None = None) -> None:
+        self.model, self.device = model, device
+
+    def entrance(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        layer = decoder_layers(self.model)[1][index]
+        before = _device_of(layer)
+        if self.device is not None:
+            layer.to(self.device)
+        try:
+            yield layer
+        finally:
+            layer.to(before)
 
 # An expert that saw fewer tokens is pruned by magnitude: norms over so few say more about chance than about the expert.
 FEW_TOKENS = 32
@@ -133,8 +164,7 @@ def prune_model(
     result = PruneResult({}, pd.DataFrame(), 0.0)
     rows: list[dict[str, Any]] = []
     with inference(model):
-        layers = in_memory(model, device)
-        for done in prune_layers(model, layers, blocks, request, statistics):
+        for done in prune_layers(InMemory(model, device), blocks, request, statistics):
             result.masks |= done.masks
             result.weights |= done.weights
             rows += done.rows
@@ -153,25 +183,7 @@ def measure_activations(
     """
     batch_size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
     with inference(model):
-        return measure_layers(model, in_memory(model, device), blocks, batch_size, progress=progress)
-
-
-def in_memory(model: nn.Module, device: str | None) -> OpenLayer:
-    """The layers of a model in memory; each is on ``device`` while it is open, if one is given."""
-    layers = decoder_layers(model)[1]
-
-    @contextmanager
-    def open_layer(index: int) -> Iterator[nn.Module]:
-        layer = layers[index]
-        before = next(layer.parameters()).device
-        if device is not None:
-            layer.to(device)
-        try:
-            yield layer
-        finally:
-            layer.to(before)
-
-    return open_layer
+        return measure_layers(InMemory(model, device), blocks, batch_size, progress=progress)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,14 +231,20 @@ def _check_statistics(model: nn.Module, statistics: ActivationStatistics) -> Non
 # The walk
 
 
-def measure_layers(model: nn.Module, open_layer: OpenLayer, blocks: torch.Tensor, batch_size: int, *, progress: bool) -> ActivationStatistics:
+def _enter(source: Source, blocks: torch.Tensor, batch_size: int) -> tuple[list[LayerCall], torch.Tensor]:
+    """How every layer is called, and what the first is given."""
+    with source.entrance():
+        device = source.model.get_input_embeddings().weight.device
+        return record_calls(source.model, blocks[:1].to(device)), first_hidden_states(source.model, blocks, batch_size)
+
+
+def measure_layers(source: Source, blocks: torch.Tensor, batch_size: int, *, progress: bool) -> ActivationStatistics:
     """`measure_activations`, wherever the layers come from."""
-    prefix, layers = decoder_layers(model)
-    calls = record_calls(model, blocks[:1].to(_entrance(model)))
-    hidden = first_hidden_states(model, blocks, batch_size)
+    prefix, layers = decoder_layers(source.model)
+    calls, hidden = _enter(source, blocks, batch_size)
     statistics = ActivationStatistics({}, blocks.numel(), {})
     for index in tqdm(range(len(layers)), desc="measuring", unit="layer", disable=not progress):
-        with open_layer(index) as layer, experts.split(layer):
+        with source.layer(index) as layer, experts.split(layer):
             place, device = f"{prefix}.{index}", _device_of(layer)
             hidden = hidden.to(device)
             meter = InputMeter(linears_of(layer))
@@ -241,19 +259,17 @@ def measure_layers(model: nn.Module, open_layer: OpenLayer, blocks: torch.Tensor
     return statistics
 
 
-def prune_layers(
-    model: nn.Module, open_layer: OpenLayer, blocks: torch.Tensor, request: Request, statistics: ActivationStatistics | None
-) -> Iterator[PrunedLayer]:
+def prune_layers(source: Source, blocks: torch.Tensor, request: Request, statistics: ActivationStatistics | None) -> Iterator[PrunedLayer]:
     """Prune layer after layer; each is yielded while it is still open."""
-    prefix, layers = decoder_layers(model)
+    prefix, layers = decoder_layers(source.model)
     if request.allocation == "owl" and statistics is None:
-        statistics = measure_layers(model, open_layer, blocks, request.batch_size, progress=request.progress)
-    request = replace(request, sparsities=allocate(model, open_layer, request, statistics))
+        statistics = measure_layers(source, blocks, request.batch_size, progress=request.progress)
+    request = replace(request, sparsities=allocate(source, request, statistics))
     stored = statistics if request.inputs == "dense" and not request.walks else None
-    streams = _Streams(model, blocks, request) if request.walks or (stored is None and request.method.needs_inputs) else None
+    streams = _Streams(source, blocks, request) if request.walks or (stored is None and request.method.needs_inputs) else None
     for index in tqdm(range(len(layers)), desc="pruning", unit="layer", disable=not request.progress):
         place = f"{prefix}.{index}"
-        with open_layer(index) as layer, experts.split(layer):
+        with source.layer(index) as layer, experts.split(layer):
             if streams is None:
                 yield prune_layer(layer, index, place, _known(layer, place, stored), request, blocks.numel())
                 continue
@@ -265,15 +281,15 @@ def prune_layers(
                 streams.move_on(index, layer)
 
 
-def allocate(model: nn.Module, open_layer: OpenLayer, request: Request, statistics: ActivationStatistics | None) -> tuple[float, ...]:
+def allocate(source: Source, request: Request, statistics: ActivationStatistics | None) -> tuple[float, ...]:
     """The sparsity of every layer."""
-    prefix, layers = decoder_layers(model)
+    prefix, layers = decoder_layers(source.model)
     asked = request.sparsity if request.pattern.sparsity is None else request.pattern.sparsity
     if request.allocation == "uniform":
         return (asked,) * len(layers)
     shares, sizes = [], []
     for index in range(len(layers)):
-        with open_layer(index) as layer, experts.split(layer):
+        with source.layer(index) as layer, experts.split(layer):
             weights = {name: module.weight.detach() for name, module in linears_of(layer).items()}
             norms = {name: statistics.norms[f"{prefix}.{index}.{name}"] for name in weights}
             shares.append(allocation.outlier_share(weights, norms, request.owl_m))
@@ -284,10 +300,9 @@ def allocate(model: nn.Module, open_layer: OpenLayer, request: Request, statisti
 class _Streams:
     """The calibration tokens on their way through the layers: behind pruned layers, behind dense ones, or both."""
 
-    def __init__(self, model: nn.Module, blocks: torch.Tensor, request: Request) -> None:
-        self.request, self.n_layers = request, len(decoder_layers(model)[1])
-        self.calls = record_calls(model, blocks[:1].to(_entrance(model)))
-        first = first_hidden_states(model, blocks, request.batch_size)
+    def __init__(self, source: Source, blocks: torch.Tensor, request: Request) -> None:
+        self.request, self.n_layers = request, len(decoder_layers(source.model)[1])
+        self.calls, first = _enter(source, blocks, request.batch_size)
         behind_dense = request.inputs == "dense" or request.reconstruct_steps > 0
         behind_pruned = request.inputs == "pruned" or request.reconstruct_steps > 0
         self.pruned = first if behind_pruned else None
@@ -426,8 +441,3 @@ def _parameters(layer: nn.Module, place: str) -> dict[str, torch.Tensor]:
 
 def _device_of(layer: nn.Module) -> torch.device:
     return next(layer.parameters()).device
-
-
-def _entrance(model: nn.Module) -> torch.device:
-    """Where the tokens go in."""
-    return model.get_input_embeddings().weight.device
