@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 
 from pftools.errors import PftoolsError
+from pftools.prune.criteria import wanda
+from pftools.prune.patterns import count_true
 
 
 def outlier_share(weights: dict[str, torch.Tensor], norms: dict[str, torch.Tensor], m: float) -> float:
     """The share of a layer's Wanda scores |W_ij| ||X_j|| above ``m`` times their mean, over all its weights together (Yin et al.,
     2024, arXiv 2310.05175, equation 1: the layerwise outlier distribution)."""
-    scores = torch.cat([(weight.float() * norms[name].to(weight.device)).abs_().flatten() for name, weight in weights.items()])
-    return int(torch.count_nonzero(scores > m * scores.mean())) / scores.numel()
+
+    def scores(name: str) -> torch.Tensor:  # computed twice, so that one matrix of them is held and not a layer
+        return wanda(weights[name].float(), norms[name].to(weights[name].device))
+
+    size = sum(weight.numel() for weight in weights.values())
+    mean = sum(float(scores(name).sum()) for name in weights) / size
+    return sum(count_true(scores(name) > m * mean) for name in weights) / size
 
 
 def owl(shares: list[float], sizes: list[int], sparsity: float, spread: float) -> list[float]:

@@ -77,6 +77,7 @@ class InMemory:
         finally:
             layer.to(before)
 
+
 # An expert that saw fewer tokens is pruned by magnitude: norms over so few say more about chance than about the expert.
 FEW_TOKENS = 32
 
@@ -367,7 +368,8 @@ def prune_layer(layer: nn.Module, index: int, place: str, measured: Measured, re
     """Choose, set to zero and, for methods that do, mend: all linear weights of a layer whose inputs were measured."""
     linears, asked = linears_of(layer), request.sparsities[index]
     homes = {name: experts.home(name, module) for name, module in linears.items()}
-    done = PrunedLayer(index, {f"{place}.{parameter}": torch.ones(layer.get_parameter(parameter).shape, dtype=torch.bool) for parameter, _ in homes.values()}, [])
+    shapes = {parameter: layer.get_parameter(parameter).shape for parameter, _ in homes.values()}
+    done = PrunedLayer(index, {f"{place}.{parameter}": torch.ones(shape, dtype=torch.bool) for parameter, shape in shapes.items()}, [])
     by_input: dict[str, list[str]] = {}
     for name in linears:
         by_input.setdefault(measured.leader.get(name, name), []).append(name)
