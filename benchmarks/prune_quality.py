@@ -19,10 +19,11 @@ from pftools.evaluate import perplexity
 from pftools.models import linear_modules, load_model
 
 METHODS = {
-    "wanda": {}, "wanda 2:4": {"pattern": "2:4"}, "wanda 4:8": {"pattern": "4:8"}, "wanda_variant": {"method": "wanda_variant"},
-    "magnitude": {"method": "magnitude"}, "ria": {"method": "ria"}, "sparsegpt": {"method": "sparsegpt"},
-    "sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"}, "wanda, owl": {"allocation": "owl"}, "wanda, inputs=dense": {"inputs": "dense"},
-    "ablate_wanda_seq": {"method": "ablate_wanda_seq"}, "ablate_mag_iter": {"method": "ablate_mag_iter"}, "wanda, 64 steps of reconstruction": {"reconstruct_steps": 64},
+    "wanda": {}, "wanda 2:4": {"pattern": "2:4"}, "sparsegpt": {"method": "sparsegpt"}, "wanda, inputs=dense": {"inputs": "dense"},
+    "wanda_variant": {"method": "wanda_variant"}, "magnitude": {"method": "magnitude"}, "wanda 4:8": {"pattern": "4:8"},
+    "ria": {"method": "ria"}, "sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"}, "wanda, owl": {"allocation": "owl"},
+    "ablate_wanda_seq": {"method": "ablate_wanda_seq"}, "ablate_mag_iter": {"method": "ablate_mag_iter"},
+    "wanda, reconstruction": {"reconstruct_steps": 32},
 }  # fmt: skip
 
 
@@ -46,18 +47,21 @@ def agreement(options):
 
 
 def perplexities(options):
-    """Perplexity after each method."""
+    """Perplexity after each method. Interrupted, it reports the methods that were done."""
     model, tokenizer = load_model("smollm2-135m", dtype=options.dtype, device="cpu")
-    calibration = token_blocks(tokenizer, "pydocs", split="calibration", n_blocks=64, block_length=512)
+    calibration = token_blocks(tokenizer, "pydocs", split="calibration", n_blocks=options.calibration_blocks, block_length=512)
     test = token_blocks(tokenizer, "pydocs", split="test", n_blocks=options.test_blocks, block_length=512)
     found = {"dense": {"perplexity": round(perplexity(model, test, progress=False).perplexity, 2)}}
-    for name, choice in METHODS.items():
-        twin = copy.deepcopy(model)
-        took = seconds(lambda twin=twin, choice=choice: prune.prune_model(twin, calibration, progress=False, **choice))
-        found[name] = {"perplexity": round(perplexity(twin, test, progress=False).perplexity, 2), "seconds": round(took, 1)}
-        print(name, found[name], flush=True)
-    report(f"perplexity of SmolLM2-135M at 50% sparsity, {options.dtype}", found, script=__file__, device="cpu", store=options.store,
-           settings={"calibration": "64 x 512 tokens of pydocs", "test": f"{len(test)} x 512 tokens of pydocs"})  # fmt: skip
+    try:
+        for name, choice in METHODS.items():
+            twin = copy.deepcopy(model)
+            took = seconds(lambda twin=twin, choice=choice: prune.prune_model(twin, calibration, progress=False, **choice))
+            found[name] = {"perplexity": round(perplexity(twin, test, progress=False).perplexity, 2), "seconds": round(took, 1)}
+            print(name, found[name], flush=True)
+    finally:
+        report(f"perplexity of SmolLM2-135M at 50% sparsity, {options.dtype}", found, script=__file__, device="cpu", store=options.store,
+               settings={"calibration": f"{len(calibration)} x 512 tokens of pydocs", "test": f"{len(test)} x 512 tokens of pydocs",
+                         "reconstruction": "32 Adam steps of 2,048 tokens a layer"})  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -65,6 +69,7 @@ if __name__ == "__main__":
     parser.add_argument("--part", nargs="+", default=["agreement", "perplexity"], choices=["agreement", "perplexity"])
     parser.add_argument("--dtype", default="bfloat16", help="of the perplexities")
     parser.add_argument("--blocks", type=int, default=16, help="calibration blocks of the agreement")
+    parser.add_argument("--calibration-blocks", type=int, default=64, help="of the perplexities")
     parser.add_argument("--test-blocks", type=int, default=24)
     options = parser.parse_args()
     if "agreement" in options.part:

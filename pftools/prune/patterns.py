@@ -102,7 +102,7 @@ def lowest_per_group(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
             smallest[place], plane = torch.minimum(low, plane), torch.maximum(low, plane)
         if len(smallest) < count:
             smallest.append(plane)
-    return _up_to(planes, smallest[-1], count, dim=0).t().reshape(scores.shape)
+    return _up_to(planes, smallest[-1][None], count, dim=0).t().reshape(scores.shape)
 
 
 def lowest_by_share(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
@@ -132,12 +132,19 @@ def lowest_by_share(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def _up_to(scores: torch.Tensor, threshold: torch.Tensor, count: int, *, dim: int) -> torch.Tensor:
-    """True at the ``count`` scores along ``dim`` that are up to the threshold, the ``count``-th smallest; of equal ones the first."""
+    """True at the ``count`` scores along ``dim`` that are up to the threshold, the ``count``-th smallest; of equal ones the first.
+
+    Args:
+        scores: two-dimensional. threshold: the same with size 1 along ``dim``.
+    """
     chosen = scores <= threshold
     if count_true(chosen) > count * (scores.numel() // scores.shape[dim]):
-        below, equal = scores < threshold, scores == threshold
+        # Some lines hold more scores equal to their threshold than may go. Only these are looked at again.
+        crowded = (chosen.sum(dim=dim) > count).nonzero().flatten()
+        lines, limits = scores.index_select(1 - dim, crowded), threshold.index_select(1 - dim, crowded)
+        below, equal = lines < limits, lines == limits
         room = count - below.sum(dim=dim, keepdim=True)
-        chosen = below | (equal & (equal.cumsum(dim=dim) <= room))
+        chosen.index_copy_(1 - dim, crowded, below | (equal & (equal.cumsum(dim=dim) <= room)))
     return chosen
 
 
