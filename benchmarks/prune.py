@@ -1,6 +1,7 @@
 """Pruning against its own floor, and against the published walk: time on SmolLM2-135M, 64 x 512 calibration tokens.
 
-    floor        two plain batched forwards of the decoder layers: what a walk cannot do without
+    floor        two plain batched forwards of the decoder layers, as a model runs: each batch through all layers
+    layerwise    the same in the walk's order, all batches through one layer, then the next: its weights stay in the cache
     wanda        `prune_model`, all masks included
     sparsegpt    `prune_model(method="sparsegpt")`
     seven        `measure_activations`, and then seven sparsities with `inputs="dense"`
@@ -10,7 +11,7 @@
     python benchmarks/prune.py [--dtype float32 bfloat16] [--rounds 2] [--blocks 64] [--layers 30] [--store]
     python benchmarks/prune.py --device cuda       a random Llama-2-7B shape on disk, fp16, 128 x 2,048 tokens, streamed
 
-The floor and the walk run in the same batches.
+The floors and the walk run in the same batches.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SPARSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
 
 
 def plain_forwards(model, blocks, batch_size, passes):
-    """All blocks through all decoder layers, ``passes`` times: nothing else."""
+    """Every batch through all decoder layers, ``passes`` times: nothing else."""
     layers = decoder_layers(model)[1]
     with inputs.inference(model):
         calls = inputs.record_calls(model, blocks[:1])
@@ -42,6 +43,20 @@ def plain_forwards(model, blocks, batch_size, passes):
             for batch in hidden.split(batch_size):
                 for call, layer in zip(calls, layers):
                     batch = call(layer, batch)
+
+
+def layerwise_forwards(model, blocks, batch_size, passes):
+    """All batches through each decoder layer ``passes`` times, in place: nothing else."""
+    layers = decoder_layers(model)[1]
+    with inputs.inference(model):
+        calls = inputs.record_calls(model, blocks[:1])
+        hidden = inputs.first_hidden_states(model, blocks, batch_size)
+        for call, layer in zip(calls, layers):
+            for number in range(passes):
+                for batch in hidden.split(batch_size):
+                    output = call(layer, batch)
+                    if number == passes - 1:
+                        batch.copy_(output)
 
 
 def seven_sparsities(model, blocks):
@@ -146,6 +161,7 @@ def on_cpu(options, dtype):
 
     contestants = {
         "floor": lambda: plain_forwards(model, blocks, batch_size, 2),
+        "layerwise": lambda: layerwise_forwards(model, blocks, batch_size, 2),
         "wanda": lambda: prune.prune_model(afresh(), blocks, progress=False),
         "sparsegpt": lambda: prune.prune_model(afresh(), blocks, method="sparsegpt", progress=False),
         "seven": lambda: seven_sparsities(afresh(), blocks),
@@ -155,10 +171,10 @@ def on_cpu(options, dtype):
     contestants = {name: work for name, work in contestants.items() if not options.only or name in options.only}
     plain_forwards(model, blocks[:2], 1, 1)
     found = in_turns(contestants, rounds=options.rounds)
-    pairs = [("wanda", "floor"), ("seven", "floor"), ("published", "floor"), ("published", "wanda"), ("sparsegpt", "published sparsegpt")]
+    pairs = [("wanda", "floor"), ("wanda", "layerwise"), ("seven", "floor"), ("seven", "layerwise"), ("published", "floor"), ("published", "wanda"), ("sparsegpt", "published sparsegpt")]
     ratios = {f"{one} / {other}": round(found[one] / found[other], 3) for one, other in pairs if one in found and other in found}
     report(
-        f"pruning SmolLM2-135M in {dtype}: seconds and ratios", {"seconds": {name: round(value, 2) for name, value in found.items()}, **ratios},
+        f"pruning SmolLM2-135M in {dtype}{', a part' if options.only else ''}: seconds and ratios", {"seconds": {name: round(value, 2) for name, value in found.items()}, **ratios},
         script=__file__, device="cpu", store=options.store,
         settings={"blocks": options.blocks, "block_length": 512, "batch_size": batch_size, "layers": len(model.model.layers), "rounds": options.rounds},
     )  # fmt: skip
@@ -205,7 +221,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--blocks", type=int, default=64)
     parser.add_argument("--layers", type=int, default=30, help="the first so many decoder layers only, for development")
-    parser.add_argument("--only", nargs="+", help="some of: floor, wanda, sparsegpt, seven, published, 'published sparsegpt'")
+    parser.add_argument("--only", nargs="+", help="some of: floor, layerwise, wanda, sparsegpt, seven, published, 'published sparsegpt'")
     options = parser.parse_args()
     if options.device.startswith("cuda"):
         on_cuda(options)
