@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_map
 from pftools.errors import PftoolsError
 from pftools.models import decoder_layers
 
-# Activations that one forward may hold at a time, in numbers; batches are chosen to stay below it.
-_BATCH_BUDGET = 4_000_000
+# Numbers that the widest activation of one forward may hold: few on a CPU, whose caches they should stay in, many elsewhere.
+_BATCH_BUDGET = 1_000_000
+_BATCH_BUDGET_ELSEWHERE = 32_000_000
 # Tokens squared at a time: few enough to stay in a core's cache.
 _CHUNK = 256
 # Columns of a block of X^T X: of the symmetric product, only blocks on and above the diagonal are computed.
@@ -59,8 +60,10 @@ def widest_output(layer: nn.Module) -> int:
 
 
 def batch_size_for(model: nn.Module, block_length: int, n_blocks: int) -> int:
-    """Blocks a forward: as many as keep the widest activation of a layer within a fixed budget, at least 1."""
-    return max(1, min(n_blocks, _BATCH_BUDGET // (block_length * widest_output(decoder_layers(model)[1][0]))))
+    """Blocks a forward: as many as keep the widest activation of a layer within the budget of its device, at least 1."""
+    layer = decoder_layers(model)[1][0]
+    budget = _BATCH_BUDGET if next(layer.parameters()).device.type in ("cpu", "meta") else _BATCH_BUDGET_ELSEWHERE
+    return max(1, min(n_blocks, budget // (block_length * widest_output(layer))))
 
 
 def linears_of(layer: nn.Module) -> dict[str, nn.Linear]:
