@@ -172,6 +172,14 @@ def test_every_method_and_pattern_reaches_the_sparsity_asked(method, pattern, sp
     assert bool(result.weights) == prune.METHODS[method].update
 
 
+@pytest.mark.parametrize("method", prune.METHODS)
+def test_a_sparsity_of_zero_changes_nothing(method):
+    model, before = tiny_llama(), tiny_llama().state_dict()
+    result = prune.prune_model(model, tiny_blocks(), method=method, sparsity=0.0, progress=False)
+    assert all(mask.all() for mask in result.masks.values()) and (result.layers["output_error"] == 0).all()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 def test_sparsegpt_through_a_model_keeps_the_outputs_best():
     blocks = tiny_blocks(32, 32)
     dense = tiny_llama(hidden_size=64, intermediate_size=128)

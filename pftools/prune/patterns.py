@@ -65,6 +65,8 @@ def choose(scores: torch.Tensor, sparsity: float, pattern: Pattern, *, compare: 
     """
     if pattern.group:
         return lowest_per_group(scores, pattern)
+    if sparsity == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
     if compare == "share":
         return lowest_by_share(scores, sparsity)
     if compare == "matrix":
