@@ -58,7 +58,8 @@ def choose(scores: torch.Tensor, sparsity: float, pattern: Pattern, *, compare: 
     """Which weights go: bool, True = pruned.
 
     Unstructured, every row loses int(columns x sparsity) weights, as in the published code; compared over the `matrix`, the
-    whole loses int(size x sparsity), wherever they are; by `share`, about as much (`lowest_by_share`).
+    whole loses int(size x sparsity), wherever they are (the published code takes one more, and all that equal it); by
+    `share`, about as much (`lowest_by_share`).
 
     Args:
         scores: (rows, columns), float32. compare: see `criteria.Method`; an N:M pattern compares neighbours, whatever it says.
