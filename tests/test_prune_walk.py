@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pftools import checkpoints, prune
@@ -140,6 +141,28 @@ def test_a_checkpoint_on_disk_is_pruned_like_the_model_in_memory(tmp_path, optio
     plain, _ = load_model(tmp_path / "pruned", dtype=dtype)
     assert all(torch.equal(plain.get_parameter(name), weight) for name, weight in model.named_parameters())
     assert result.layers.drop(columns="seconds").equals(expected.layers.drop(columns="seconds"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gemma2", "opt"])
+def test_a_checkpoint_of_any_family_is_pruned_from_disk(tmp_path, family):
+    model = family_of(family, **{**FAMILIES, **MIXTURES}[family])
+    model.save_pretrained(tmp_path / "dense")  # with one tensor an expert, which the walk sees stacked
+    result = prune.prune_checkpoint(tmp_path / "dense", tiny_blocks(), tmp_path / "pruned", progress=False)
+    expected = prune.prune_model(model, tiny_blocks(), progress=False)
+    assert same(checkpoints.load_masks(tmp_path / "pruned" / "masks.safetensors"), expected.masks)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="float32")
+    assert all(torch.equal(plain.get_parameter(name), weight) for name, weight in model.named_parameters())
+    assert result.layers["weight"].tolist() == expected.layers["weight"].tolist()
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path):
+    source = save_tiny(tmp_path / "dense")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PftoolsError, match="nothing that becomes model.layers.1.mlp.up_proj.weight"):
+        prune.prune_checkpoint(source, tiny_blocks(), tmp_path / "pruned", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_masks_alone_hold_all_there_is_and_only_where_they_do(tmp_path):

@@ -66,7 +66,7 @@ def prune_checkpoint(
         the table and the seconds; masks are in the folder only.
 
     Raises:
-        PftoolsError: as `prune_model`; or the folder is not empty, or the checkpoint's names are not the model's.
+        PftoolsError: as `prune_model`; or the folder is not empty, or the checkpoint is not whole.
     """
     source, folder, started = _Checkpoint(name, dtype, resolve_device(device), trust_remote_code), Path(folder), time.perf_counter()
     if folder.exists() and any(folder.iterdir()):
@@ -139,7 +139,10 @@ class _Checkpoint:
     def __init__(self, name: str | Path, dtype: str, device: str, trust_remote_code: bool) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # transformers draws one for every layer that is loaded
         self.folder, self.device = _folder_of(str(name)), device
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -148,82 +151,92 @@ class _Checkpoint:
             self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
         self.prefix, self.layers = decoder_layers(self.model)
         self.files = _files_by_name(self.folder)
-        self.names = self._names_on_disk()
+        # How names and shapes on disk become the model's: transformers stacks the experts of a mixture, for one.
+        self.conversions = get_model_conversion_mapping(self.model)
+        self.homes = self._homes()
         self.written: dict[str, str] = {}
 
-    def _names_on_disk(self) -> dict[str, str]:
-        """{parameter's name in the model: its name on disk}, without a head that is tied to the embeddings."""
-        names, missing = {}, []
-        head = self.model.get_output_embeddings()
-        for name, weight in self.model.named_parameters():
-            found = [other for other in (name, name.removeprefix(f"{self.model.base_model_prefix}.")) if other in self.files]
-            if found:
-                names[name] = found[0]
-            elif not (self.model.config.tie_word_embeddings and head is not None and weight is head.weight):
-                missing.append(name)
-        if missing:
-            raise PftoolsError(
-                f"{self.folder} stores its weights under other names than the model's ({missing[0]} is missing): load it with "
-                "models.load_model and prune it with prune_model(device=...), which moves one layer at a time."
-            )
-        return names
+    def _homes(self) -> dict[str, str]:
+        """{name on disk: the parameter of the model that it becomes, or becomes a part of}"""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
+        state = self.model.state_dict()
+        return {name: rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)[0] for name in self.files}
 
     @contextmanager
     def entrance(self) -> Iterator[None]:
         """Embeddings, and whatever else is neither in the layers nor the head."""
         head, inward = self.model.get_output_embeddings(), self.model.get_input_embeddings().weight
-        parameters = dict(self.model.named_parameters())
-        names = [
-            name for name in self.names
-            if not name.startswith(f"{self.prefix}.") and (parameters[name] is inward or head is None or parameters[name] is not head.weight)
-        ]  # fmt: skip
-        self._put(self._read(names))
+        outside = {
+            name: weight for name, weight in self.model.named_parameters()
+            if not name.startswith(f"{self.prefix}.") and (weight is inward or head is None or weight is not head.weight)
+        }  # fmt: skip
+        self._load(set(outside), "cpu")
         try:
             yield
         finally:
-            self._drop(names)
+            self._drop(list(outside))
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """One layer with its weights, on the device; they are dropped afterwards."""
-        names = [name for name in self.names if name.startswith(f"{self.prefix}.{index}.")]
-        self._put({name: tensor.to(self.device) for name, tensor in self._read(names).items()})
+        names = [name for name, _ in self.model.named_parameters() if name.startswith(f"{self.prefix}.{index}.")]
+        self._load(set(names), self.device)
         layer = self.layers[index].to(self.device)  # its buffers too
         try:
-            yield layer
+            yield layer.requires_grad_(False)
         finally:
             self._drop(names)
 
+    def _load(self, names: set[str], device: str) -> None:
+        """Give parameters their weights, by transformers' own loader.
+
+        Raises:
+            PftoolsError: the checkpoint lacks one of them.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        state = self._read([name for name, home in self.homes.items() if home in names])
+        config = LoadStateDictConfig(dtype=self.dtype, device_map={"": device}, weight_mapping=self.conversions)
+        convert_and_load_state_dict_in_model(self.model, state, config)
+        missing = [name for name, weight in self.model.named_parameters() if name in names and weight.is_meta]
+        if missing:
+            raise PftoolsError(f"{self.folder} holds nothing that becomes {missing[0]}: the checkpoint is not whole, or of another model.")
+
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Tensors of the model's names, copied out of their files, which are closed again: mapped pages count as memory."""
+        """Tensors by their names on disk, copied out of their files, which are closed again: mapped pages count as memory."""
         from safetensors import safe_open
 
         found = {}
-        for file in sorted({self.files[self.names[name]] for name in names}):
+        for file in sorted({self.files[name] for name in names}):
             with safe_open(file, framework="pt") as opened:
-                for name in names:
-                    if self.files[self.names[name]] == file:
-                        found[name] = opened.get_tensor(self.names[name]).to(self.dtype, copy=True)
+                found |= {name: opened.get_tensor(name).clone() for name in names if self.files[name] == file}
         return found
 
-    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            owner, _, leaf = name.rpartition(".")
-            self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
     def _drop(self, names: list[str]) -> None:
-        parameters = dict(self.model.named_parameters())
-        self._put({name: torch.empty_like(parameters[name], device="meta") for name in names})
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            module._parameters[leaf] = nn.Parameter(torch.empty_like(module._parameters[leaf], device="meta"), requires_grad=False)
 
     def write_layer(self, folder: Path, index: int) -> None:
-        """The layer that is open, as a shard."""
-        tensors = {f"{self.prefix}.{index}.{name}": weight.detach() for name, weight in self.layers[index].named_parameters()}
-        self._save({self.names[name]: tensor.to("cpu").contiguous() for name, tensor in tensors.items() if name in self.names}, folder, f"layer-{index:05d}")
+        """The layer that is open, as a shard, under the names that it has on disk."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        own = {f"{self.prefix}.{index}.{name}": weight for name, weight in self.layers[index].named_parameters()}
+        homes = set(self.homes.values())  # experts that are split for the walk have parameters twice
+        tensors = {name: weight.detach() for name, weight in own.items() if name in homes}
+        stored = revert_weight_conversion(self.model, tensors)
+        self._save({name: tensor.to("cpu").contiguous() for name, tensor in stored.items()}, folder, f"layer-{index:05d}")
 
     def write_rest(self, folder: Path) -> None:
         """All that is not in the layers, a shard a tensor, the index of all shards, and every other file of the source."""
-        for number, name in enumerate(name for name in self.names if not name.startswith(f"{self.prefix}.")):
-            self._save({self.names[name]: self._read([name])[name]}, folder, f"rest-{number:05d}")
+        rest = [name for name, home in self.homes.items() if not home.startswith(f"{self.prefix}.")]
+        for number, name in enumerate(rest):
+            self._save({key: tensor.to(self.dtype) for key, tensor in self._read([name]).items()}, folder, f"rest-{number:05d}")
         total = sum((folder / file).stat().st_size for file in set(self.written.values()))
         runs.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": self.written})
         for path in sorted(self.folder.iterdir()):
