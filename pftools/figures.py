@@ -194,13 +194,17 @@ def score_histogram(histogram: pd.DataFrame, *, title: str) -> alt.LayerChart:
 
 
 def output_error(layers: pd.DataFrame) -> alt.Chart:
-    """The relative error of every weight's output, by depth; the subtitle says whether it was measured or estimated.
+    """The relative error of every weight's output, by depth; the subtitle says how it was found.
 
     Args:
         layers: the table of a pruning (`PruneResult.layers`).
     """
     kinds = sorted(set(layers["error_is"]))
-    how = {"measured": "measured over all calibration tokens", "estimated": "estimated, as if input columns were uncorrelated"}
+    how = {
+        "measured": "measured over all calibration tokens",
+        "sampled": "measured on a sample of the calibration tokens",
+        "estimated": "estimated, as if input columns were uncorrelated",
+    }
     return lines_by_layer(
         layers, "output_error", title="Error of each output", label="relative error", percent=True,
         subtitle=f"Norm of the lost part of a weight's output, relative to the whole; {' or '.join(how[kind] for kind in kinds)}.",

@@ -158,7 +158,8 @@ def test_every_method_and_pattern_reaches_the_sparsity_asked(method, pattern, sp
     assert measured_sparsity(model) == pytest.approx(sparsity, abs=0.02)
     assert result.layers["measured"].tolist() == pytest.approx([sparsity] * 14, abs=0.04)
     assert (result.layers["output_error"] > 0).all() and (result.layers["score_kept"] < 1).all()
-    assert set(result.layers["error_is"]) == {"measured" if prune.METHODS[method].update else "estimated"}
+    found_by = {"magnitude": "estimated"} | {name: "measured" for name, rule in prune.METHODS.items() if rule.update}
+    assert set(result.layers["error_is"]) == {found_by.get(method, "sampled")}
     for name, mask in result.masks.items():
         weight = model.get_parameter(name)
         assert not weight[~mask].any()
@@ -170,6 +171,21 @@ def test_every_method_and_pattern_reaches_the_sparsity_asked(method, pattern, sp
         if name in result.weights:
             assert torch.equal(result.weights[name], weight)
     assert bool(result.weights) == prune.METHODS[method].update
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_the_output_error_is_that_of_the_outputs(method):
+    model, blocks = tiny_llama(), tiny_blocks(16, 32)
+    dense, seen = tiny_llama(), []
+    name = "model.layers.0.mlp.down_proj"
+    hook = dense.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        dense(blocks)
+    hook.remove()
+    table = prune.prune_model(model, blocks, method=method, inputs="dense", progress=False).layers.set_index("weight")
+    before, after = (each.get_submodule(name).weight.detach() for each in (dense, model))
+    error = float((seen[0] @ (before - after).T).norm() / (seen[0] @ before.T).norm())
+    assert table.loc[f"{name}.weight", "output_error"] == pytest.approx(error, rel=0.02 if method == "sparsegpt" else 0.1)
 
 
 @pytest.mark.parametrize("method", prune.METHODS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ _BATCH_BUDGET = 1_000_000
 _BATCH_BUDGET_ELSEWHERE = 32_000_000
 # Tokens squared at a time: few enough to stay in a core's cache.
 _CHUNK = 256
+# About so many calibration tokens are kept to measure the error of outputs on.
+_SAMPLE = 256
 # Columns of a block of X^T X: of the symmetric product, only blocks on and above the diagonal are computed.
 _GRAM_BLOCK = 256
 
@@ -203,8 +205,12 @@ class InputMeter:
     has been reached, and the layer's output is not wanted, the forward ends: before the product of the last one.
     """
 
-    def __init__(self, linears: dict[str, nn.Linear], *, gram: bool = False) -> None:
+    def __init__(self, linears: dict[str, nn.Linear], *, gram: bool = False, sample_of: int = 0) -> None:
+        """gram: X^T X instead of norms. sample_of: keep a sample of the inputs of so many tokens, as they come; 0: none."""
         self.linears, self.gram = linears, gram
+        # An odd distance, so that a sample does not hold the same positions of every block.
+        self.every = max(1, sample_of // _SAMPLE) | 1 if sample_of else 0
+        self.samples: dict[str, list[torch.Tensor]] = {}
         self.totals: dict[str, torch.Tensor] = {}
         self.leader: dict[str, str] = {}
         self.tokens: dict[str, int] = dict.fromkeys(linears, 0)
@@ -245,6 +251,9 @@ class InputMeter:
     def _measure(self, name: str, x: torch.Tensor) -> None:
         if not self.gram:
             self.totals[name] = self.totals.get(name, 0) + squared_column_sums(x)
+            if self.every:
+                first = -self.tokens[name] % self.every
+                self.samples.setdefault(name, []).append(x.reshape(-1, x.shape[-1])[first :: self.every].clone())
             return
         if name not in self.totals:
             self.totals[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
@@ -269,18 +278,21 @@ class InputMeter:
                 )
             norms[name] = total.sqrt()
         shared = {name: norms[leader] for name, leader in self.leader.items()}
-        return Measured(shared, grams, self.leader, self.tokens)
+        samples = {name: torch.cat(parts) for name, parts in self.samples.items()}
+        return Measured(shared, grams, self.leader, self.tokens, samples)
 
 
 @dataclass
 class Measured:
     """A layer's inputs. norms: {module: (columns,)}; grams: {first module of those with this input: X^T X}; leader: {module:
-    that first module}; tokens: {module: how many tokens it saw}. Modules that saw none are in tokens only."""
+    that first module}; tokens: {module: how many tokens it saw}; samples: {first module: some of these inputs, (tokens, columns)}.
+    Modules that saw none are in tokens only."""
 
     norms: dict[str, torch.Tensor]
     grams: dict[str, torch.Tensor]
     leader: dict[str, str]
     tokens: dict[str, int]
+    samples: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def run_layer(

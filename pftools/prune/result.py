@@ -26,12 +26,13 @@ class PruneResult:
 
 
 def table_row(place: str, name: str, pruned: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, norms: torch.Tensor,
-              asked: float, note: str, output_error: float | None = None) -> dict[str, Any]:  # fmt: skip
+              asked: float, note: str, output_error: float | None = None, error_is: str = "") -> dict[str, Any]:  # fmt: skip
     """One line of the table of a pruning.
 
-    output_error is the relative error of the module's output, ||(W - W') X|| / ||W X||. Where the method does not measure it, it is
-    estimated with the input columns taken as uncorrelated: then it is the norm of the removed |W_ij| ||X_j|| over the norm
-    of all of them, and costs nothing. Column error_is says which.
+    output_error is the relative error of the module's output, ||(W - W') X|| / ||W X||. Column error_is says how it was found:
+    `measured` over all calibration tokens, as SparseGPT's update does anyway; `sampled`, on some 256 of them; or `estimated`,
+    where no token was at hand, with the input columns taken as uncorrelated: then it is the norm of the removed
+    |W_ij| ||X_j|| over the norm of all of them.
 
     Args:
         weight, scores: (rows, columns), float32, as they were before. norms: (columns,).
@@ -39,8 +40,8 @@ def table_row(place: str, name: str, pruned: torch.Tensor, weight: torch.Tensor,
     already = zeros(weight)
     gone = pruned.flatten().float()
     total, lost = float(scores.sum()), float(scores.flatten().dot(gone))
-    error_is = "estimated" if output_error is None else "measured"
     if output_error is None:
+        error_is = "estimated"
         effect = (weight * norms).square_().flatten()
         output_error = (float(effect.dot(gone)) / max(float(effect.sum()), 1e-30)) ** 0.5
     if already > asked + 0.005:
@@ -56,6 +57,12 @@ def table_row(place: str, name: str, pruned: torch.Tensor, weight: torch.Tensor,
         "error_is": error_is,
         "note": note,
     }
+
+
+def output_error_on(x: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> float:
+    """||(W - W') X|| / ||W X|| on a sample of inputs, (tokens, columns), computed in their dtype."""
+    lost = x @ (weight * pruned).to(x.dtype).t()
+    return float(lost.float().norm() / (x @ weight.to(x.dtype).t()).float().norm().clamp_min(1e-30))
 
 
 def zeros(weight: torch.Tensor) -> float:

@@ -34,6 +34,7 @@ class Solved:
     scores: torch.Tensor
     output_error: float
     note: str = ""
+    error_is: str = "measured"
 
 
 def inverse_root(hessian: torch.Tensor) -> tuple[torch.Tensor, float]:

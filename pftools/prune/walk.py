@@ -42,7 +42,7 @@ from pftools.prune.inputs import (
 from pftools.prune.memory import naming_the_levers
 from pftools.prune.patterns import Pattern, check_width, choose, parse_pattern
 from pftools.prune.reconstruct import reconstruct
-from pftools.prune.result import PruneResult, table_row, zeros
+from pftools.prune.result import PruneResult, output_error_on, table_row, zeros
 
 
 class Source(Protocol):
@@ -302,7 +302,7 @@ class _Streams:
     """The calibration tokens on their way through the layers: behind pruned layers, behind dense ones, or both."""
 
     def __init__(self, source: Source, blocks: torch.Tensor, request: Request) -> None:
-        self.request, self.n_layers = request, len(decoder_layers(source.model)[1])
+        self.request, self.n_layers, self.n_tokens = request, len(decoder_layers(source.model)[1]), blocks.numel()
         self.calls, first = _enter(source, blocks, request.batch_size)
         behind_dense = request.inputs == "dense" or request.reconstruct_steps > 0
         behind_pruned = request.inputs == "pruned" or request.reconstruct_steps > 0
@@ -319,7 +319,7 @@ class _Streams:
         self.pruned = None if self.pruned is None else self.pruned.to(device)
         self.dense = None if self.dense is None else self.dense.to(device)
         self.call: LayerCall = self.calls[index].to(device)
-        meter = InputMeter(linears_of(layer), gram=self.request.method.update)
+        meter = InputMeter(linears_of(layer), gram=self.request.method.update, sample_of=self.n_tokens)
         on_dense = self.request.inputs == "dense"
         size = self.request.batch_size
         if self.dense is not None:
@@ -384,10 +384,10 @@ def prune_layer(layer: nn.Module, index: int, place: str, measured: Measured, re
         if request.method.update and not why:
             solved = sparsegpt.solve(list(weights.values()), measured.grams.pop(leader), request.method, asked, request.pattern)
         else:
-            solved = [_chosen(weight, measured.norms.get(leader), request, asked, why) for weight in weights.values()]
+            solved = [_chosen(weight, measured, leader, request, asked, why) for weight in weights.values()]
         for (name, weight), one in zip(weights.items(), solved):
             norms = measured.norms.get(leader, torch.ones(weight.shape[1], device=weight.device))
-            rows[name] = table_row(place, name, one.pruned, weight, one.scores, norms, asked, one.note, one.output_error)
+            rows[name] = table_row(place, name, one.pruned, weight, one.scores, norms, asked, one.note, one.output_error, one.error_is)
             _write(linears[name], one)
             parameter, part = homes[name]
             done.masks[f"{place}.{parameter}"][part] = ~one.pruned.cpu()
@@ -413,17 +413,21 @@ class _Chosen:
     pruned: torch.Tensor
     scores: torch.Tensor
     note: str
+    output_error: float | None
     weight: torch.Tensor | None = None
-    output_error: float | None = None
+    error_is: str = "sampled"
 
 
-def _chosen(weight: torch.Tensor, norms: torch.Tensor | None, request: Request, asked: float, why: str) -> _Chosen:
+def _chosen(weight: torch.Tensor, measured: Measured, leader: str, request: Request, asked: float, why: str) -> _Chosen:
     """The choice of a method that mends nothing; by magnitude within each row where the inputs are not known."""
     if why:
         scores, compare = magnitude(weight, weight), "row"
     else:
-        scores, compare = request.method.score(weight, norms), request.method.compare
-    return _Chosen(choose(scores, asked, request.pattern, compare=compare), scores, why)
+        scores, compare = request.method.score(weight, measured.norms[leader]), request.method.compare
+    pruned = choose(scores, asked, request.pattern, compare=compare)
+    sample = measured.samples.get(leader)
+    enough = sample is not None and len(sample) >= FEW_TOKENS
+    return _Chosen(pruned, scores, why, output_error_on(sample, weight, pruned) if enough else None)
 
 
 def _write(module: nn.Linear, one: _Chosen | sparsegpt.Solved) -> None:
