@@ -86,7 +86,7 @@ MIXTURES = {
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_each_expert_is_pruned_by_the_tokens_that_it_sees(family, monkeypatch):
-    monkeypatch.setattr("pftools.prune.walk.FEW_TOKENS", 1)
+    monkeypatch.setattr("pftools.prune.layer.FEW_TOKENS", 1)
     model, blocks = family_of(family, **MIXTURES[family]), tiny_blocks(8, 32)
     layer = model.model.layers[0]
     fused = layer.mlp.experts.gate_up_proj.detach().clone()

@@ -5,7 +5,10 @@
     sparsegpt     the weight update: kept weights make up for those that go
     allocation    how sparse each layer becomes: uniform, OWL
     inputs        what a layer is called with, and how large its inputs are
+    statistics    these sizes for a whole unpruned model, kept in a file
     experts       fused mixtures of experts as linear modules
+    request       what is asked, and what is refused
+    layer         one layer whose inputs are known
     walk          the walk through the layers: `prune_model`
     reconstruct   local recovery of a pruned layer
     checkpoint    the same walk over a model on disk, a layer at a time: `prune_checkpoint`
@@ -15,8 +18,8 @@
 
 from pftools.prune.checkpoint import prune_checkpoint
 from pftools.prune.criteria import METHODS
-from pftools.prune.inputs import ActivationStatistics
 from pftools.prune.result import PruneResult, score_histogram
+from pftools.prune.statistics import ActivationStatistics
 from pftools.prune.walk import measure_activations, prune_model
 
 __all__ = [

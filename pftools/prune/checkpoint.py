@@ -26,8 +26,9 @@ from pftools.checkpoints import MASKS
 from pftools.errors import PftoolsError
 from pftools.models import decoder_layers, linear_weights, model_source, resolve_device, resolve_dtype
 from pftools.prune.inputs import inference
+from pftools.prune.request import check_request
 from pftools.prune.result import PruneResult
-from pftools.prune.walk import check_request, prune_layers
+from pftools.prune.walk import prune_layers
 
 INDEX = "model.safetensors.index.json"
 

@@ -11,11 +11,10 @@ The walk does not care where layers come from: a `Source` puts one at its dispos
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import pandas as pd
@@ -23,12 +22,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from pftools.errors import PftoolsError, nearest
-from pftools.models import decoder_layers, linear_weights
-from pftools.prune import allocation, experts, sparsegpt
-from pftools.prune.criteria import Method, find_method, magnitude
+from pftools.errors import PftoolsError
+from pftools.models import decoder_layers
+from pftools.prune import allocation, experts
 from pftools.prune.inputs import (
-    ActivationStatistics,
     InputMeter,
     LayerCall,
     Measured,
@@ -39,10 +36,12 @@ from pftools.prune.inputs import (
     record_calls,
     run_layer,
 )
+from pftools.prune.layer import FEW_TOKENS, PrunedLayer, prune_layer, weights_of
 from pftools.prune.memory import naming_the_levers
-from pftools.prune.patterns import Pattern, check_width, choose, parse_pattern
 from pftools.prune.reconstruct import reconstruct
-from pftools.prune.result import PruneResult, output_error_on, table_row, zeros
+from pftools.prune.request import Request, check_request
+from pftools.prune.result import PruneResult
+from pftools.prune.statistics import ActivationStatistics
 
 
 class Source(Protocol):
@@ -76,47 +75,6 @@ class InMemory:
             yield layer
         finally:
             layer.to(before)
-
-
-# An expert that saw fewer tokens is pruned by magnitude: norms over so few say more about chance than about the expert.
-FEW_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a pruning, checked. sparsities: one a layer, filled in by `allocate`."""
-
-    method: Method
-    sparsity: float
-    pattern: Pattern
-    inputs: str = "pruned"
-    allocation: str = "uniform"
-    owl_lambda: float = 0.08
-    owl_m: float = 5.0
-    reconstruct_steps: int = 0
-    batch_size: int = 1
-    progress: bool = True
-    sparsities: tuple[float, ...] = ()
-
-    @property
-    def changes_weights(self) -> bool:
-        """Whether kept weights differ afterwards, so that masks alone do not say what was done."""
-        return self.method.update or self.reconstruct_steps > 0
-
-    @property
-    def walks(self) -> bool:
-        """Whether tokens have to go through the layers while they are pruned, whatever was measured before."""
-        return self.changes_weights or (self.method.needs_inputs and self.inputs == "pruned")
-
-
-@dataclass
-class PrunedLayer:
-    """A layer that is done. masks: {full parameter name: bool, True = kept}, on the CPU; weights: the same for changed weights."""
-
-    index: int
-    masks: dict[str, torch.Tensor]
-    rows: list[dict[str, Any]]
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def prune_model(
@@ -185,37 +143,6 @@ def measure_activations(
     batch_size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
     with inference(model):
         return measure_layers(InMemory(model, device), blocks, batch_size, progress=progress)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks: all that can be known before a weight is changed
-
-
-def check_request(
-    model: nn.Module, blocks: torch.Tensor, *, method: str, sparsity: float, pattern: str, inputs: str, batch_size: int | None, **options: Any
-) -> Request:  # fmt: skip
-    """The request, after everything that can be refused was looked at."""
-    rule, shape = find_method(method), parse_pattern(pattern)
-    if not 0 <= sparsity < 1:
-        raise PftoolsError(f"sparsity is {sparsity}: it should be a share of zeros from 0 up to (not including) 1.")
-    if shape.sparsity is not None and abs(sparsity - shape.sparsity) > 1e-6:
-        raise PftoolsError(f"sparsity is {sparsity} and the pattern {shape} fixes it at {shape.sparsity:g}: ask for that.")
-    for name, value, valid in (("inputs", inputs, ("pruned", "dense")), ("allocation", options["allocation"], ("uniform", "owl"))):
-        if value not in valid:
-            raise PftoolsError(f"unknown {name} {value!r}: {nearest(value, valid)}.")
-    if options["allocation"] == "owl" and shape.group:
-        raise PftoolsError(f"OWL gives every layer a sparsity of its own, and the pattern {shape} fixes it: use one of the two.")
-    if blocks.dim() != 2 or not blocks.numel():
-        raise PftoolsError(f"the calibration blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) is needed, with tokens.")
-    weights = linear_weights(model)
-    dtypes = {weight.dtype for weight in weights.values()}
-    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise PftoolsError(f"the linear weights are of dtype {found}: load the model in one float dtype before pruning.")
-    for name, weight in weights.items():
-        check_width(name.removesuffix(".weight"), weight.shape[-1], shape)
-    size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
-    return Request(method=rule, sparsity=sparsity, pattern=shape, inputs=inputs, batch_size=size, **options)
 
 
 def _check_statistics(model: nn.Module, statistics: ActivationStatistics) -> None:
@@ -338,7 +265,7 @@ class _Streams:
         homes = {name: experts.home(name, module) for name, module in linears_of(layer).items()}
         kept = {name: done.masks[f"{place}.{parameter}"][part] for name, (parameter, part) in homes.items()}
         before, after = reconstruct(layer, self.call, self.pruned, self.dense, kept, steps=self.request.reconstruct_steps, place=place)
-        done.weights = _parameters(layer, place)
+        done.weights = weights_of(layer, place)
         for row in done.rows:
             row |= {"block_error_before": before**0.5, "block_error": after**0.5}
 
@@ -358,91 +285,6 @@ def _known(layer: nn.Module, place: str, statistics: ActivationStatistics | None
     norms = {name: statistics.norms[f"{place}.{name}"].to(device) for name in linears}
     tokens = {name: statistics.routed.get(f"{place}.{name}", statistics.n_tokens) for name in linears}
     return Measured(norms, {}, leader, tokens)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One layer
-
-
-def prune_layer(layer: nn.Module, index: int, place: str, measured: Measured, request: Request, n_tokens: int) -> PrunedLayer:
-    """Choose, set to zero and, for methods that do, mend: all linear weights of a layer whose inputs were measured."""
-    linears, asked = linears_of(layer), request.sparsities[index]
-    homes = {name: experts.home(name, module) for name, module in linears.items()}
-    shapes = {parameter: layer.get_parameter(parameter).shape for parameter, _ in homes.values()}
-    done = PrunedLayer(index, {f"{place}.{parameter}": torch.ones(shape, dtype=torch.bool) for parameter, shape in shapes.items()}, [])
-    by_input: dict[str, list[str]] = {}
-    for name in linears:
-        by_input.setdefault(measured.leader.get(name, name), []).append(name)
-    rows: dict[str, dict[str, Any]] = {}
-    for leader, names in by_input.items():
-        started = time.perf_counter()
-        why = _unmeasured(measured, leader, n_tokens)
-        weights = {name: linears[name].weight.detach().float() for name in names}
-        for name, weight in weights.items():
-            if not math.isfinite(weight.sum()):
-                raise PftoolsError(f"the weight {place}.{name}.weight holds NaN or infinity: check the model before pruning it.")
-        if request.method.update and not why:
-            solved = sparsegpt.solve(list(weights.values()), measured.grams.pop(leader), request.method, asked, request.pattern)
-        else:
-            solved = [_chosen(weight, measured, leader, request, asked, why) for weight in weights.values()]
-        for (name, weight), one in zip(weights.items(), solved):
-            norms = measured.norms.get(leader, torch.ones(weight.shape[1], device=weight.device))
-            rows[name] = table_row(place, name, one.pruned, weight, one.scores, norms, asked, one.note, one.output_error, one.error_is)
-            _write(linears[name], one)
-            parameter, part = homes[name]
-            done.masks[f"{place}.{parameter}"][part] = ~one.pruned.cpu()
-            rows[name]["measured"] = zeros(linears[name].weight)
-        for name in names:
-            rows[name]["seconds"] = (time.perf_counter() - started) / len(names)
-    done.rows = [rows[name] for name in linears]
-    if request.method.update:
-        done.weights = _parameters(layer, place)
-    return done
-
-
-def _unmeasured(measured: Measured, leader: str, n_tokens: int) -> str:
-    """Why a module's inputs cannot be judged by, if so."""
-    seen = measured.tokens[leader]
-    if seen == 0 or not measured.norms[leader].any():
-        return "saw no calibration tokens: pruned by magnitude" if seen == 0 else "its inputs are all zero: pruned by magnitude"
-    return f"saw {seen} calibration tokens: pruned by magnitude" if seen < min(FEW_TOKENS, n_tokens) else ""
-
-
-@dataclass
-class _Chosen:
-    pruned: torch.Tensor
-    scores: torch.Tensor
-    note: str
-    output_error: float | None
-    weight: torch.Tensor | None = None
-    error_is: str = "sampled"
-
-
-def _chosen(weight: torch.Tensor, measured: Measured, leader: str, request: Request, asked: float, why: str) -> _Chosen:
-    """The choice of a method that mends nothing; by magnitude within each row where the inputs are not known."""
-    if why:
-        scores, compare = magnitude(weight, weight), "row"
-    else:
-        scores, compare = request.method.score(weight, measured.norms[leader]), request.method.compare
-    pruned = choose(scores, asked, request.pattern, compare=compare)
-    sample = measured.samples.get(leader)
-    enough = sample is not None and len(sample) >= FEW_TOKENS
-    return _Chosen(pruned, scores, why, output_error_on(sample, weight, pruned) if enough else None)
-
-
-def _write(module: nn.Linear, one: _Chosen | sparsegpt.Solved) -> None:
-    if one.weight is None:
-        # As integers, times 0 or 1: exact zeros, and ten times faster on a CPU than to fill by mask.
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[module.weight.element_size()]
-        module.weight.data.view(bits).mul_(~one.pruned)
-    else:
-        module.weight.data.copy_(one.weight)
-
-
-def _parameters(layer: nn.Module, place: str) -> dict[str, torch.Tensor]:
-    """Copies of a layer's linear weights on the CPU, by full parameter name."""
-    names = {experts.home(name, module)[0] for name, module in linears_of(layer).items()}
-    return {f"{place}.{name}": weight.detach().to("cpu", copy=True) for name, weight in layer.named_parameters() if name in names}
 
 
 def _device_of(layer: nn.Module) -> torch.device:

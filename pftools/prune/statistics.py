@@ -1,0 +1,52 @@
+"""The column norms of an unpruned model's inputs: what `inputs="dense"` and OWL need, kept by `01_calibrate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+
+@dataclass
+class ActivationStatistics:
+    """Column norms of every linear input of an unpruned model, over the same calibration tokens.
+
+    norms: {linear module's full name: (columns,), float32 on the CPU}; n_tokens: how many tokens they were taken over; routed:
+    {name: tokens} of the modules that saw fewer, which are experts.
+    """
+
+    norms: dict[str, torch.Tensor]
+    n_tokens: int
+    routed: dict[str, int]
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors; a few MB even for large models."""
+        from safetensors.torch import save_file
+
+        counts = {f"tokens {name}": str(count) for name, count in self.routed.items()}
+        save_file({name: norm.clone() for name, norm in self.norms.items()}, path, metadata={"n_tokens": str(self.n_tokens), **counts})
+
+    @classmethod
+    def load(cls, path: str | Path) -> ActivationStatistics:
+        """Read what `save` wrote."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata()
+            routed = {key.removeprefix("tokens "): int(count) for key, count in notes.items() if key.startswith("tokens ")}
+            return cls({name: file.get_tensor(name) for name in file.keys()}, int(notes["n_tokens"]), routed)
+
+    def table(self) -> pd.DataFrame:
+        """A row a linear module: layer, module, mean_norm and max_norm of its input columns (root mean square a token), and
+        outlier_share, the share of columns more than five times the mean."""
+        rows = []
+        for name, norm in self.norms.items():
+            layer = next(int(part) for part in name.split(".") if part.isdigit())
+            size = norm / max(self.routed.get(name, self.n_tokens), 1) ** 0.5
+            mean = float(size.mean())
+            share = float((size > 5 * mean).float().mean())
+            module = name.rpartition(".")[2]
+            rows.append({"layer": layer, "module": module, "mean_norm": mean, "max_norm": float(size.max()), "outlier_share": share})
+        return pd.DataFrame(rows)
