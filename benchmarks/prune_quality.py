@@ -1,15 +1,17 @@
 """What each pruning method does to SmolLM2-135M, and that our walk is the published one.
 
+    inputs        masks of three layers beside those of float64 arithmetic and full sorts on the same inputs
     agreement     masks of `prune_model` beside those of the published walk (restated in prune.py), through all 30 layers, fp32
     perplexity    every method at 50%, 64 x 512 calibration tokens, on the test split of Python's language reference
 
-    python benchmarks/prune_quality.py [--part agreement perplexity] [--dtype bfloat16] [--store]
+    python benchmarks/prune_quality.py [--part inputs agreement perplexity] [--dtype bfloat16] [--store]
 """
 
 from __future__ import annotations
 
 import copy
 
+import torch
 from _harness import arguments, report, seconds
 from prune import published_walk
 
@@ -17,6 +19,8 @@ from pftools import prune
 from pftools.corpora import token_blocks
 from pftools.evaluate import perplexity
 from pftools.models import linear_modules, load_model
+from pftools.prune.inputs import squared_column_sums
+from pftools.prune.patterns import choose, parse_pattern
 
 METHODS = {
     "wanda": {}, "wanda 2:4": {"pattern": "2:4"}, "sparsegpt": {"method": "sparsegpt"}, "wanda, inputs=dense": {"inputs": "dense"},
@@ -25,6 +29,33 @@ METHODS = {
     "ablate_wanda_seq": {"method": "ablate_wanda_seq"}, "ablate_mag_iter": {"method": "ablate_mag_iter"},
     "wanda, reconstruction": {"reconstruct_steps": 32},
 }  # fmt: skip
+
+
+def same_inputs(options):
+    """Given what a layer is given: the share of mask bits that float64 and full stable sorts choose too."""
+    model, tokenizer = load_model("smollm2-135m", dtype="float32", device="cpu")
+    block = token_blocks(tokenizer, "pydocs", split="calibration", n_blocks=1, block_length=512)
+    modules = {name: module for name, module in linear_modules(model).items() if name.split(".")[2] in ("0", "15", "29")}
+    seen = {}
+    hooks = [module.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0][0]})) for name, module in modules.items()]
+    with torch.no_grad():
+        model(block)
+    for hook in hooks:
+        hook.remove()
+    equal, total = {"unstructured": 0, "2:4": 0}, 0
+    for name, module in modules.items():
+        weight = module.weight.detach()
+        scores = weight * squared_column_sums(seen[name]).sqrt()
+        exact = weight.double() * seen[name].double().square().sum(dim=0).sqrt()
+        total += weight.numel()
+        for pattern, group in (("unstructured", weight.shape[1]), ("2:4", 4)):
+            ours = choose(scores.abs(), 0.5, parse_pattern(pattern))
+            groups = exact.abs().view(-1, group)
+            theirs = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.argsort(dim=1, stable=True)[:, : group // 2], True)
+            equal[pattern] += int((ours == theirs.view_as(ours)).sum())
+    found = {pattern: round(count / total, 7) for pattern, count in equal.items()}
+    report("masks given the same inputs, fp32 beside float64: share of equal bits", {**found, "bits": total}, script=__file__, device="cpu",
+           store=options.store, settings={"layers": [0, 15, 29], "tokens": 512, "sparsity": 0.5})  # fmt: skip
 
 
 def agreement(options):
@@ -66,12 +97,14 @@ def perplexities(options):
 
 if __name__ == "__main__":
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--part", nargs="+", default=["agreement", "perplexity"], choices=["agreement", "perplexity"])
+    parser.add_argument("--part", nargs="+", default=["inputs", "agreement", "perplexity"], choices=["inputs", "agreement", "perplexity"])
     parser.add_argument("--dtype", default="bfloat16", help="of the perplexities")
     parser.add_argument("--blocks", type=int, default=16, help="calibration blocks of the agreement")
     parser.add_argument("--calibration-blocks", type=int, default=64, help="of the perplexities")
     parser.add_argument("--test-blocks", type=int, default=24)
     options = parser.parse_args()
+    if "inputs" in options.part:
+        same_inputs(options)
     if "agreement" in options.part:
         agreement(options)
     if "perplexity" in options.part:
