@@ -11,7 +11,7 @@ import ast
 import os
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -23,12 +23,7 @@ PruningMethod = Literal[
     "magnitude", "wanda", "wanda_variant", "ria", "sparsegpt",
     "ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter",
 ]  # fmt: skip
-
-# The names of `prune.METHODS`, here so that a study can be planned without torch (a test keeps the two in step).
-PRUNING_METHODS = (
-    "magnitude", "wanda", "wanda_variant", "ria", "sparsegpt", "ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter",
-    "ablate_wanda_iter",
-)  # fmt: skip
+PRUNING_METHODS = get_args(PruningMethod)
 
 
 def local(default: Any, description: str, **limits: Any) -> Any:

@@ -56,7 +56,7 @@ class Study(BaseModel):
     dtype: settings.DtypeName = "auto"
     orderings: list[_OrderingEntry] = Field(min_length=1, description="published names or words over P and F")
     sparsities: list[float] = Field([0.5], min_length=1, description="targets; each from 0 up to 1")
-    methods: list[settings.PruningMethod] = Field(["wanda"], min_length=1)
+    methods: list[str] = Field(["wanda"], min_length=1)
     patterns: list[str] = Field(["unstructured"], min_length=1)
     merges: list[Literal["auto", "masked", "dense"]] = Field(["auto"], min_length=1)
     seeds: list[Annotated[int, Field(ge=0, lt=4_000_000)]] = Field([0], min_length=1)
