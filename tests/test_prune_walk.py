@@ -302,4 +302,5 @@ def test_wanda_on_smollm2_is_far_better_than_magnitude(smollm2):
         prune.prune_model(twin, calibration, method=method, progress=False)
         assert measured_sparsity(twin) == pytest.approx(0.5, abs=1e-3)
         found[method] = perplexity(twin, test, progress=False).perplexity
-    assert 10 < found["dense"] < 22 < found["sparsegpt"] < found["wanda"] < 60 and found["magnitude"] > 4 * found["wanda"], found
+    assert 10 < found["dense"] < 22 < found["wanda"] < 60 and found["magnitude"] > 4 * found["wanda"], found
+    assert found["dense"] < found["sparsegpt"] < 60, found
