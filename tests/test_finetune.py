@@ -237,7 +237,10 @@ def test_a_killed_training_goes_on_and_ends_bit_for_bit_the_same(tmp_path):
     with pytest.raises(Kill):
         finetune_model(pruned_llama(), tiny_blocks(), output=tmp_path / "two", callbacks=[Killer()], **options)
     assert (tmp_path / "two" / "trainer" / "checkpoint-4").is_dir()
-    (tmp_path / "two" / "trainer" / "checkpoint-5").mkdir()  # as a kill in the middle of writing leaves it
+    for step, state in ((5, None), (6, '{"global_ste')):  # as a kill in the middle of writing leaves them
+        (half := tmp_path / "two" / "trainer" / f"checkpoint-{step}").mkdir()
+        if state:
+            (half / "trainer_state.json").write_text(state)
     with pytest.raises(PftoolsError, match="unfinished training with other learning_rate"):
         finetune_model(pruned_llama(), tiny_blocks(), output=tmp_path / "two", **{**options, "learning_rate": 1e-3})
     resumed = finetune_model(pruned_llama(), tiny_blocks(), output=tmp_path / "two", **options)

@@ -28,6 +28,7 @@ from pftools.finetune.merge import Adapter, factors_of, mark_masked, mask_digest
 from pftools.finetune.quantize import BASES, check_bitsandbytes, quantized
 from pftools.finetune.recipe import find_targets, steps_of_budget
 from pftools.finetune.rows import Rows, training_order
+from pftools.runs import write_json
 
 
 @dataclass
@@ -191,10 +192,17 @@ def _checkpoint_to_go_on_from(folder: Path, recipe: dict[str, Any]) -> str | Non
                 f"{folder} to begin anew."
             )
     folder.mkdir(exist_ok=True)
-    note.write_text(json.dumps(recipe))
-    # trainer_state.json is written last: a checkpoint without it was cut short.
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    write_json(note, recipe)
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def _is_json(path: Path) -> bool:
+    """Whether Trainer came to its end with a checkpoint: this file is its last, and may itself have been cut short."""
+    try:
+        return isinstance(json.loads(path.read_text()), dict)
+    except ValueError:
+        return False
 
 
 @contextmanager
