@@ -76,7 +76,8 @@ def read_split(name: str, split: str, *, data: str | Path | None = None) -> list
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not `splitlines`, which also cuts at separators that may stand inside a JSON string.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -115,7 +116,7 @@ def _from_origin(name: str, split: str, path: Path | None) -> Iterator[dict[str,
     except Exception as error:  # the hub fails in many ways (offline, gated, gone); all have one remedy
         looked = f" and {path} is not there" if path else ""
         raise PftoolsError(
-            f"the {split} split of {name!r} could not be fetched ({type(error).__name__}){looked}: set PFTOOLS_DATA to a "
+            f"the {split} split of {name!r} could not be fetched from the hub ({type(error).__name__}){looked}: set PFTOOLS_DATA to a "
             "data root that has it; `pftools fetch-data` fills one on a machine with network."
         ) from error
 

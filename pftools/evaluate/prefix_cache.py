@@ -293,7 +293,10 @@ class PrefixCachedLM(HFLM):
         if not tokens:
             return _Prefix()
         cache = DynamicCache()
-        self._forward(torch.tensor([tokens], device=self.device), cache, keep=1)
+        try:
+            self._forward(torch.tensor([tokens], device=self.device), cache, keep=1)
+        except torch.OutOfMemoryError:
+            raise _too_long(tokens) from None
         self.tokens_read += len(tokens)
         return _Prefix(len(tokens), [(layer.keys, layer.values) for layer in cache.layers])
 
@@ -328,9 +331,7 @@ class PrefixCachedLM(HFLM):
             return work(prefix, batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
-                raise PftoolsError(
-                    f"one prompt of {len(batch[0].tokens)} tokens does not fit the device's memory: use a smaller model, or device 'cpu'."
-                ) from None
+                raise _too_long(batch[0].tokens) from None
         middle = len(batch) // 2
         return self._halving(work, prefix, batch[:middle]) + self._halving(work, prefix, batch[middle:])
 
@@ -351,6 +352,10 @@ class _Reading:
         self.bar.__exit__(*failure)
         self.mode.__exit__(*failure)
         self.model.train(self.training)
+
+
+def _too_long(tokens: tuple[int, ...]) -> PftoolsError:
+    return PftoolsError(f"one prompt of {len(tokens)} tokens does not fit the device's memory: use a smaller model, or device 'cpu'.")
 
 
 def _refuse_nan(values: Any) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import csv
 import re
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pftools.data_root import check_columns, read_split
+from pftools.data_root import check_columns, data_root, read_split
 from pftools.errors import PftoolsError
 
 PACKAGE_DATA = Path(__file__).resolve().parents[2] / "data"
@@ -60,10 +60,11 @@ def read_rows(place: str, data: str | None = None) -> list[dict[str, Any]]:
     if where == "package":
         return _read_csv(PACKAGE_DATA / name)
     folder, _, split = name.rpartition("/")
-    return _read_root(folder, split, data)
+    data = str(data_root(data) or "")
+    return _read_root(folder, split, data, _stamp(folder, split, data))
 
 
-@cache
+@lru_cache
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -71,7 +72,15 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_root(name: str, split: str, data: str | None) -> list[dict[str, Any]]:
+def _stamp(name: str, split: str, data: str | None) -> int:
+    """When a file of the data root was last written; 0 where it is not there."""
+    root = data_root(data)
+    path = root / name / f"{split}.jsonl" if root else None
+    return path.stat().st_mtime_ns if path and path.exists() else 0
+
+
+@lru_cache(maxsize=4)  # the 57 tasks of MMLU share two files
+def _read_root(name: str, split: str, data: str | None, stamp: int) -> list[dict[str, Any]]:
     return read_split(name, split, data=data)
 
 
