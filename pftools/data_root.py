@@ -69,7 +69,7 @@ def read_split(name: str, split: str, *, data: str | Path | None = None) -> list
         rows, place = read_json_lines(path), str(path)
     else:
         rows, place = list(_from_origin(name, split, path)), f"the {split} split of {name}"
-    check_columns(rows, DATA_SETS[name].columns, place)
+    check_columns(rows, DATA_SETS[name].columns if name in DATA_SETS else (), place)
     return rows
 
 
@@ -103,6 +103,8 @@ def check_columns(rows: list[dict[str, Any]], columns: Iterable[str], place: str
 
 def _from_origin(name: str, split: str, path: Path | None) -> Iterator[dict[str, Any]]:
     """Rows from the hub, or from the data set's own address."""
+    if name not in DATA_SETS:
+        raise PftoolsError(f"{path or name} is not there, and {name!r} is no data set that pftools can fetch: {nearest(name, DATA_SETS)}.")
     source = DATA_SETS[name]
     try:
         if source.url:
