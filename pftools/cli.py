@@ -165,6 +165,19 @@ def prune_runs(
         out.print(f"Removed {len(unneeded)} runs.", highlight=False)
 
 
+@app.command("fetch-data")
+def fetch_data(
+    names: Annotated[list[str] | None, typer.Argument(help="Data sets; none: all that the published tasks need", metavar="[NAME...]")] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder to fill; default: PFTOOLS_DATA")] = None,
+) -> None:
+    """Fill a data root from the hub, for machines without network: WikiText-2, C4, MMLU, BBH, Belebele, FreebaseQA."""
+    from pftools import data_root
+
+    for path, rows in data_root.fetch(names or (), data=data):
+        out.print(f"{path}: {'there already' if rows is None else f'{rows:,} rows'}", highlight=False, soft_wrap=True)
+    out.print(f"Set PFTOOLS_DATA={data_root.data_root(data)}, or the parameter data of a step.", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine has: versions, devices, the embedded model, data, SLURM."""

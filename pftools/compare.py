@@ -24,6 +24,8 @@ SPARSITY_TOLERANCE = 0.005  # half a point: two models further apart are not com
 ALPHA = 0.05
 _RESAMPLES = 10_000
 _FEWEST_BLOCKS = 5
+_EQUAL_BUDGETS = 0.001  # a total that is split over several F's loses a token or two
+_CHOICES = ("method", "pattern", "merge")  # what else a study may vary: pairs agree in it
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ class _Pair:
     first: str
     second: str
     asked: float
+    where: str
     one: pd.DataFrame
     other: pd.DataFrame
 
@@ -185,7 +188,8 @@ class _Pair:
     def row(self) -> dict:
         """What every table of pairs begins with."""
         return {
-            "first": self.first, "second": self.second, "pair": f"{self.first} / {self.second}, {self.asked:.0%}", "asked": self.asked,
+            "first": self.first, "second": self.second, "pair": f"{self.first} / {self.second}, {self.where}", "asked": self.asked,
+            "where": self.where,
             "measured_first": self.one["measured"].mean(), "measured_second": self.other["measured"].mean(),
             "tokens_first": int(self.one["finetune_tokens"].iloc[0]), "tokens_second": int(self.other["finetune_tokens"].iloc[0]),
             "seeds": len(self.one), "low": math.nan, "high": math.nan, "p": math.nan, "p_holm": math.nan,
@@ -194,12 +198,15 @@ class _Pair:
 
 def _pairs(results: pd.DataFrame) -> Iterator[_Pair]:
     """Every two orderings with the same method, pattern, merge and asked sparsity, and at least one seed in common."""
-    for (_, _, _, asked), group in results.groupby(["method", "pattern", "merge", "asked"], sort=False):
+    varied = [name for name in _CHOICES if results[name].nunique() > 1]
+    for (*choices, asked), group in results.groupby([*_CHOICES, "asked"], sort=False):
+        named = [choice for name, choice in zip(_CHOICES, choices) if name in varied]
+        where = " with ".join([f"{asked:.0%}", ", ".join(named)]) if named else f"{asked:.0%}"
         for first, second in itertools.combinations(dict.fromkeys(group["ordering"]), 2):
             one, other = (_last_of(group, name) for name in (first, second))
             seeds = sorted(set(one.index) & set(other.index))
             if seeds:
-                yield _Pair(first, second, asked, one.loc[seeds], other.loc[seeds])
+                yield _Pair(first, second, asked, where, one.loc[seeds], other.loc[seeds])
 
 
 def _last_of(group: pd.DataFrame, ordering: str) -> pd.DataFrame:
@@ -216,7 +223,7 @@ def compare_orderings(results: pd.DataFrame, block_nll: Mapping[str, ArrayLike])
         block_nll: {run: mean loss of each block}.
 
     Returns:
-        A row a pair: first, second, pair, asked, measured_first, measured_second, tokens_first, tokens_second, seeds, agree (seeds with the
+        A row a pair: first, second, pair, asked, where (the sparsity in words, with what else the study varies), measured_first, measured_second, tokens_first, tokens_second, seeds, agree (seeds with the
         sign of the whole), n (blocks), ratio, low, high, p, p_holm, visible (the smallest ratio that could be seen), verdict_kind
         (`differs`, `cannot be told apart`, `not comparable`) and verdict, a sentence.
     """
@@ -317,7 +324,7 @@ def _answers(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def _perplexity_verdict(row: dict) -> str:
-    first, second, at = row["first"], row["second"], f"{row['measured_first']:.0%}"
+    first, second, at = row["first"], row["second"], row["where"]
     if row["verdict_kind"] == "not comparable":
         if abs(row["measured_first"] - row["measured_second"]) <= SPARSITY_TOLERANCE:
             return f"{first} and {second} are not comparable at {at}: {row['n']} blocks are too few, evaluate on at least {_FEWEST_BLOCKS}."
@@ -338,7 +345,7 @@ def _perplexity_verdict(row: dict) -> str:
 
 
 def _task_verdict(row: dict) -> str:
-    first, second, at = row["first"], row["second"], f"{row['measured_first']:.0%}"
+    first, second, at = row["first"], row["second"], row["where"]
     if row["verdict_kind"] == "differs":
         ahead = row["difference"] > 0
         better, worse = (first, second) if ahead else (second, first)
@@ -362,6 +369,8 @@ def _seeds(row: dict) -> str:
 
 def _budgets(row: dict) -> str:
     first, second = row["tokens_first"], row["tokens_second"]
-    if first == second:
-        return f"both were fine-tuned on {first:,} tokens" if first else "neither was fine-tuned"
+    if not first and not second:
+        return "neither was fine-tuned"
+    if abs(first - second) <= _EQUAL_BUDGETS * max(first, second):
+        return f"both were fine-tuned on {first:,} tokens" if first == second else f"both were fine-tuned on about {max(first, second):,} tokens"
     return f"their training was not equal ({first:,} and {second:,} tokens)"
