@@ -71,27 +71,31 @@ def speed(model: Any, tokenizer: Any, args: Any) -> None:
         contests["MMLU 5-shot, 4 subjects"] = task_requests(chosen, 25)
     contests["zero-shot (facts)"] = task_requests(load_tasks(["facts"])["facts"], 100)
     for name, requests in contests.items():
-        ours = PrefixCachedLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, progress=False)
-        theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
-        found: dict[str, list[tuple[float, bool]]] = {}
-        for lm in (ours, theirs):  # warm: kernels, tokenizer
-            lm.loglikelihood(requests[:4], disable_tqdm=True)
-        ours.tokens_asked = ours.tokens_read = 0
-        times = in_turns(
-            {
-                "HFLM": lambda: found.update(theirs=theirs.loglikelihood(requests, disable_tqdm=True)),
-                "PrefixCachedLM": lambda: found.update(ours=ours.loglikelihood(requests, disable_tqdm=True)),
-            },
-            rounds=args.rounds, device=args.device,
-        )  # fmt: skip
-        measured = {
-            "ratio of requests a second": round(times["HFLM"] / times["PrefixCachedLM"], 2),
-            "ratio of tokens read (the limit)": round(ours.tokens_asked / ours.tokens_read, 2),
-            **{f"requests a second, {kind}": round(len(requests) / taken, 1) for kind, taken in times.items()},
-            **spread(found["ours"], found["theirs"]),
-        }
         settings = {"dtype": args.dtype, "batch": BATCH, "requests": len(requests), "rounds": args.rounds}
+        measured = contest(model, tokenizer, requests, rounds=args.rounds, device=args.device)
         report(f"{name}, {args.dtype}", measured, script=__file__, device=args.device, store=args.store, settings=settings)
+
+
+def contest(model: Any, tokenizer: Any, requests: list[Instance], *, rounds: int, device: str) -> dict[str, Any]:
+    """The same requests through both, in turns."""
+    ours = PrefixCachedLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, progress=False)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+    for lm in (ours, theirs):  # warm: kernels, tokenizer
+        lm.loglikelihood(requests[:4], disable_tqdm=True)
+    found: dict[str, list[tuple[float, bool]]] = {}
+    times = in_turns(
+        {
+            "HFLM": lambda: found.update(theirs=theirs.loglikelihood(requests, disable_tqdm=True)),
+            "PrefixCachedLM": lambda: found.update(ours=ours.loglikelihood(requests, disable_tqdm=True)),
+        },
+        rounds=rounds, device=device,
+    )  # fmt: skip
+    return {
+        "ratio of requests a second": round(times["HFLM"] / times["PrefixCachedLM"], 2),
+        "ratio of tokens read (the limit)": round(ours.tokens_asked / ours.tokens_read, 2),
+        **{f"requests a second, {kind}": round(len(requests) / taken, 1) for kind, taken in times.items()},
+        **spread(found["ours"], found["theirs"]),
+    }
 
 
 def equality(model: Any, tokenizer: Any, args: Any) -> None:
