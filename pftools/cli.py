@@ -167,15 +167,15 @@ def prune_runs(
 
 @app.command("fetch-data")
 def fetch_data(
-    names: Annotated[list[str] | None, typer.Argument(help="Data sets; none: all that the published tasks need", metavar="[NAME...]")] = None,
-    data: Annotated[Path | None, typer.Option(help="The folder to fill; default: PFTOOLS_DATA")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="The folder to fill; default: PFTOOLS_DATA", metavar="[FOLDER]")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A data set, such as mmlu; repeatable; default: all")] = None,
 ) -> None:
     """Fill a data root from the hub, for machines without network: WikiText-2, C4, MMLU, BBH, Belebele, FreebaseQA."""
     from pftools import data_root
 
-    for path, rows in data_root.fetch(names or (), data=data):
+    for path, rows in data_root.fetch(only or (), data=folder):
         out.print(f"{path}: {'there already' if rows is None else f'{rows:,} rows'}", highlight=False, soft_wrap=True)
-    out.print(f"Set PFTOOLS_DATA={data_root.data_root(data)}, or the parameter data of a step.", highlight=False, soft_wrap=True)
+    out.print(f"Set PFTOOLS_DATA={data_root.data_root(folder)}, or the parameter data of a step.", highlight=False, soft_wrap=True)
 
 
 @app.command()

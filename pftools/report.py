@@ -282,6 +282,7 @@ def circumstances(table: pd.DataFrame) -> str:
     records = [runs.read_record(run) for run in table["run"]]
     dtypes = sorted({record["results"].get("dtype", "unknown") for record in records})
     machine, versions = records[0]["machine"], records[0]["versions"]
+    cut = max(record["results"].get("truncated", 0) for record in records)
     lines = [
         f"- Model `{study['model']}`, computed in {' and '.join(dtypes)}" + (" (**mixed: compare with care**)" if len(dtypes) > 1 else ""),
         f"- Budget: {study['tokens']:,} fine-tuning tokens " + ("an ordering, split over its F's" if study["budget"] == "total" else "each F"),
@@ -290,6 +291,8 @@ def circumstances(table: pd.DataFrame) -> str:
         "- Intervals: 95%, paired bootstrap over blocks or questions, pooled over seeds; p-values: corrected by Holm over the pairs of a metric",
         f"- Runs: the evaluations are the folders `evaluate-*` of `{table.attrs['runs']}`; each holds its losses, answers and executed notebook",
     ]
+    if cut:
+        lines.append(f"- **{cut} prompts of a model were longer than its context, and cut at their beginning**")
     return "\n".join(lines)
 
 
