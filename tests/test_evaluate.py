@@ -3,6 +3,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 
 from pftools import evaluate
 from pftools.errors import PftoolsError
@@ -51,6 +52,17 @@ def test_likelihoods_equal_those_of_hflm(options):
         assert ours.truncated > 0
     else:
         assert ours.truncated == 0 and ours.tokens_read < ours.tokens_asked / 3
+
+
+def test_texts_with_and_without_their_first_token_are_told_apart():
+    """A tokenizer that puts <bos> before every text, but not before one that has it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    texts = [("<bos>begun", " a"), ("not begun ", "a"), ("", "nothing"), ("<bos>begun", " b"), ("not begun ", "bc"), (" ", "x")]
+    asked = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(texts)]
+    pair = [kind(pretrained=tiny_llama(), tokenizer=tokenizer, batch_size=2) for kind in (evaluate.PrefixCachedLM, HFLM)]
+    found, expected = (lm.loglikelihood(asked, disable_tqdm=True) for lm in pair)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3", "gpt_neox"])

@@ -97,30 +97,32 @@ class PrefixCachedLM(HFLM):
         """As HFLM's; every text is given to the tokenizer once, in batches."""
         pairs = [request.args for request in requests]
         moved = [_move_spaces(context, continuation) for context, continuation in pairs]
-        encoded = self._encode({text for context, continuation in moved if context for text in (context, context + continuation)})
+        distinct = list(dict.fromkeys(context for context, _ in moved if context))
+        contexts = dict(zip(distinct, self._encode(distinct)))
+        wholes = self._encode([context + continuation for context, continuation in moved if context])
         tokenized = []
         for pair, (context, continuation) in zip(pairs, moved):
             if context:
-                start = len(encoded[context])
-                tokenized.append((pair, encoded[context], encoded[context + continuation][start:]))
+                tokenized.append((pair, contexts[context], next(wholes)[len(contexts[context]) :]))
             else:
-                tokens = self.tok_encode(pair[0] + pair[1], add_special_tokens=False)
+                tokens = self.tok_encode(continuation, add_special_tokens=False)
                 begins = bool(tokens) and tokens[0] == self.prefix_token_id
                 tokenized.append((pair, tokens[:1], tokens[1:]) if begins else (pair, [self.prefix_token_id], tokens))
         return self._loglikelihood_tokens(tokenized, disable_tqdm=disable_tqdm)
 
-    def _encode(self, texts: set[str]) -> dict[str, list[int]]:
-        """{text: tokens}, as `tok_encode` gives them one by one."""
+    def _encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """The tokens of each text, as `tok_encode` gives them one by one."""
         bos = self.tokenizer.decode(self.prefix_token_id)
-        options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-        encoded: dict[str, list[int]] = {}
-        for own, chosen in ((options, [text for text in texts if not has_bos_prefix(text, bos)]),
-                            ({"add_special_tokens": False}, [text for text in texts if has_bos_prefix(text, bos)])):  # fmt: skip
-            for start in range(0, len(chosen), _STRINGS_A_BATCH):
-                batch = chosen[start : start + _STRINGS_A_BATCH]
-                tokens = self.tokenizer(batch, return_attention_mask=False, verbose=False, **own)["input_ids"]
-                encoded.update(zip(batch, tokens))
-        return encoded
+        plain = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        for start in range(0, len(texts), _STRINGS_A_BATCH):
+            batch = texts[start : start + _STRINGS_A_BATCH]
+            begun = [has_bos_prefix(text, bos) for text in batch]
+            encoded = {}
+            for kind, options in ((False, plain), (True, {"add_special_tokens": False})):
+                own = [text for text, has_bos in zip(batch, begun) if has_bos == kind]
+                if own:
+                    encoded[kind] = iter(self.tokenizer(own, return_attention_mask=False, verbose=False, **options)["input_ids"])
+            yield from (next(encoded[kind]) for kind in begun)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """As HFLM's: every text in disjoint windows of the model's context."""
@@ -226,11 +228,10 @@ class PrefixCachedLM(HFLM):
         room = self.max_length - most
         if room < 1:
             raise PftoolsError(f"the task asks for {most} new tokens and the model's context is {self.max_length}: none is left for the question.")
-        encoded = self._encode(set(contexts))
-        self.truncated += sum(len(tokens) > room for tokens in encoded.values())
         by_tokens: dict[tuple[int, ...], _Row] = {}
-        for place, context in enumerate(contexts):
-            tokens = tuple(encoded[context][-room:])
+        for place, whole in enumerate(self._encode(contexts)):
+            self.truncated += len(whole) > room
+            tokens = tuple(whole[-room:])
             by_tokens.setdefault(tokens, _Row(tokens, [])).requests.append((place, [0]))  # one logit, the last
         self.tokens_asked += sum(map(len, by_tokens))
         replies = [""] * len(contexts)
