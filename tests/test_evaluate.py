@@ -158,6 +158,15 @@ def test_rolling_likelihoods_equal_those_of_hflm():
     assert found == pytest.approx(expected, abs=1e-3)
 
 
+def test_batches_are_bounded_by_tokens_keys_and_logits(monkeypatch):
+    lm = evaluate.PrefixCachedLM(pretrained=tiny_llama(), tokenizer=tiny_tokenizer())
+    assert lm._bytes_a_token() == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
+    assert lm._rows_that_fit(100, 0, 1) == 40
+    monkeypatch.setattr("pftools.evaluate.prefix_cache._CACHE_BYTES", {"cpu": 256 * 5000})
+    assert lm._rows_that_fit(100, 400, 1) == 10
+    assert lm._rows_that_fit(100, 0, 100_000) == 3
+
+
 def test_a_forward_that_does_not_fit_is_halved(monkeypatch):
     lm = evaluate.PrefixCachedLM(pretrained=tiny_llama(), tokenizer=tiny_tokenizer())
     expected = lm.loglikelihood(requests(1, 6), disable_tqdm=True)

@@ -30,9 +30,10 @@ from pftools.errors import PftoolsError
 
 # Reading a beginning on its own is one more forward, of a batch of one. It has to save at least this many tokens.
 _WORTH_TOKENS = 512
-# What bounds the memory of a forward: tokens read, key/value entries (beginning + rest, over all rows), and logits kept.
+# What bounds the memory of a forward: tokens read, bytes of keys and values (beginning + rest, over all rows), and logits kept. Fixed
+# numbers, not what happens to be free: another batch would round differently.
 _TOKENS_A_FORWARD = {"cpu": 4096, "cuda": 16_384}
-_CACHED_TOKENS = {"cpu": 64_000, "cuda": 128_000}
+_CACHE_BYTES = {"cpu": 2_000_000_000, "cuda": 4_000_000_000}
 _LOGITS_BUDGET = 100_000_000
 _STRINGS_A_BATCH = 512  # texts that the tokenizer is given at a time
 
@@ -327,9 +328,17 @@ class PrefixCachedLM(HFLM):
 
     def _rows_that_fit(self, rest: int, cached: int, needed: int) -> int:
         device = "cuda" if self.device.type == "cuda" else "cpu"
-        vocabulary = getattr(self.config, "vocab_size", 32_000)
-        bounds = _TOKENS_A_FORWARD[device] // rest, _CACHED_TOKENS[device] // (cached + rest), _LOGITS_BUDGET // (needed * vocabulary)
-        return max(1, min(bounds))
+        read = _TOKENS_A_FORWARD[device] // rest
+        kept = _CACHE_BYTES[device] // (self._bytes_a_token() * (cached + rest)) if cached else read
+        return max(1, min(read, kept, _LOGITS_BUDGET // (needed * getattr(self.config, "vocab_size", 32_000))))
+
+    def _bytes_a_token(self) -> int:
+        """Of its keys and values, in all layers."""
+        config = self.config
+        heads = getattr(config, "num_attention_heads", 32)
+        width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 4096) // heads
+        kept = getattr(config, "num_key_value_heads", None) or heads
+        return 2 * getattr(config, "num_hidden_layers", 32) * kept * width * self.model.dtype.itemsize
 
     def _halving(self, work: Any, prefix: _Prefix, batch: list[_Row]) -> list[Any]:
         """``work`` on a batch; where the device's memory is too small for it, on its halves."""
