@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -293,8 +294,16 @@ class PrefixCachedLM(HFLM):
     # -----------------------------------------------------------------------------------------------------------------
     # Forwards and batches
 
-    def _reading(self, what: str, total: int, silent: bool) -> _Reading:
-        return _Reading(self.model, tqdm(total=total, desc=what, unit="request", disable=silent or not self.progress))
+    @contextmanager
+    def _reading(self, what: str, total: int, silent: bool) -> Iterator[tqdm]:
+        """The model in evaluation, without gradients, under a progress bar; afterwards as it was."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode(), tqdm(total=total, desc=what, unit="request", disable=silent or not self.progress) as bar:
+                yield bar
+        finally:
+            self.model.train(training)
 
     def _read_prefix(self, tokens: tuple[int, ...]) -> _Prefix:
         if not tokens:
@@ -349,24 +358,6 @@ class PrefixCachedLM(HFLM):
                 raise _too_long(batch[0].tokens) from None
         middle = len(batch) // 2
         return self._halving(work, prefix, batch[:middle]) + self._halving(work, prefix, batch[middle:])
-
-
-class _Reading:
-    """A model in evaluation, without gradients, under a progress bar; as it was afterwards."""
-
-    def __init__(self, model: torch.nn.Module, bar: tqdm) -> None:
-        self.model, self.bar, self.training = model, bar, model.training
-        self.mode = torch.inference_mode()
-
-    def __enter__(self) -> tqdm:
-        self.model.eval()
-        self.mode.__enter__()
-        return self.bar.__enter__()
-
-    def __exit__(self, *failure: Any) -> None:
-        self.bar.__exit__(*failure)
-        self.mode.__exit__(*failure)
-        self.model.train(self.training)
 
 
 def _too_long(tokens: tuple[int, ...]) -> PftoolsError:
