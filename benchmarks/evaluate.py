@@ -104,12 +104,12 @@ def equality(model: Any, tokenizer: Any, args: Any) -> None:
     if root is None:
         raise SystemExit("set PFTOOLS_DATA to a data root that has mmlu and bbh")
     cases = {
-        "MMLU 5-shot, 57 subjects": (mmlu_tasks(), args.limit),
-        "BBH logical deduction, 3-shot": (load_tasks(["bbh_logical_deduction_five_objects"])["bbh_logical_deduction_five_objects"], 20),
+        "BBH logical deduction, 3-shot": (load_tasks(["bbh_logical_deduction_five_objects"])["bbh_logical_deduction_five_objects"], 10),
         "lm-eval's leaderboard_bbh_logical_deduction_three_objects": (
-            shipped("leaderboard/bbh_mc", "leaderboard_bbh_logical_deduction_three_objects", {"test": "root:bbh/logical_deduction_three_objects/test"}), 20),
+            shipped("leaderboard/bbh_mc", "leaderboard_bbh_logical_deduction_three_objects", {"test": "root:bbh/logical_deduction_three_objects/test"}), 10),
         "lm-eval's leaderboard_bbh_logical_deduction_seven_objects": (
-            shipped("leaderboard/bbh_mc", "leaderboard_bbh_logical_deduction_seven_objects", {"test": "root:bbh/logical_deduction_seven_objects/test"}), 20),
+            shipped("leaderboard/bbh_mc", "leaderboard_bbh_logical_deduction_seven_objects", {"test": "root:bbh/logical_deduction_seven_objects/test"}), 10),
+        "MMLU 5-shot, 57 subjects": (mmlu_tasks(), args.limit),
     }  # fmt: skip
     for name, (tasks, limit) in cases.items():
         scores, values = {}, {}
