@@ -206,7 +206,7 @@ def test_the_embedded_tasks_have_signal_and_equal_hflm(smollm2):
     found = evaluate.evaluate_tasks(model, tokenizer, ["facts", "reading"], limit=60)
     assert (found.scores["low"] > found.scores["chance"]).all(), found.scores
     expected = lm_eval.simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16), tasks=list(load_tasks(["facts"]).values()), limit=20, bootstrap_iters=0
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16), tasks=load_tasks(["facts"])["facts"], limit=20, bootstrap_iters=0
     )
     ours = found.samples[found.samples["task"] == "facts"].set_index("question")["choice_scores"]
     for sample in expected["samples"]["facts"]:
