@@ -113,14 +113,14 @@ def equality(model: Any, tokenizer: Any, args: Any) -> None:
     }  # fmt: skip
     for name, (tasks, limit) in cases.items():
         scores, values = {}, {}
-        for kind, lm in (("HFLM", HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)),
+        for kind, lm in (("HFLM", HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)),  # small: its logits of a long prompt fill the memory
                          ("PrefixCachedLM", PrefixCachedLM(pretrained=model, tokenizer=tokenizer, progress=False))):  # fmt: skip
             found = lm_eval.evaluate(lm, TaskManager(include_defaults=False).load(tasks), limit=limit, bootstrap_iters=0)
             values[kind] = likelihoods(found)
             scores[kind] = np.mean([value for task in found["results"].values() for key, value in task.items() if key in ("acc,none", "acc_norm,none")])  # fmt: skip
         measured = {**spread(values["PrefixCachedLM"], values["HFLM"]), "score": {kind: float(score) for kind, score in scores.items()}}
         measured["log-likelihoods compared"] = len(values["HFLM"])
-        settings = {"dtype": args.dtype, "limit": limit, "batch": 8}
+        settings = {"dtype": args.dtype, "limit": limit, "batch": 2}
         report(f"equality, {name}, {args.dtype}", measured, script=__file__, device=args.device, store=args.store, settings=settings)
 
 
