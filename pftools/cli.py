@@ -165,6 +165,19 @@ def prune_runs(
         out.print(f"Removed {len(unneeded)} runs.", highlight=False)
 
 
+@app.command("fetch-data")
+def fetch_data(
+    folder: Annotated[Path | None, typer.Argument(help="The folder to fill; default: PFTOOLS_DATA", metavar="[FOLDER]")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A data set, such as mmlu; repeatable; default: all")] = None,
+) -> None:
+    """Fill a data root from the hub, for machines without network: WikiText-2, C4, MMLU, BBH, Belebele, FreebaseQA."""
+    from pftools import data_root
+
+    for path, rows in data_root.fetch(only or (), data=folder):
+        out.print(f"{path}: {'there already' if rows is None else f'{rows:,} rows'}", highlight=False, soft_wrap=True)
+    out.print(f"Set PFTOOLS_DATA={data_root.data_root(folder)}, or the parameter data of a step.", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine has: versions, devices, the embedded model, data, SLURM."""

@@ -12,8 +12,6 @@ on one must not be tested on the other.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import warnings
 from collections import defaultdict
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pftools import runs
+from pftools.data_root import check_columns, data_root, read_json_lines, read_split
 from pftools.errors import PftoolsError, nearest
 
 if TYPE_CHECKING:
@@ -30,19 +29,9 @@ if TYPE_CHECKING:
 
 SPLITS = ("calibration", "train", "validation", "test")
 _PYDOCS_SHARES = {"calibration": 0.36, "train": 0.34, "validation": 0.06, "test": 0.24}
-# The hub's address, configuration and text column of the corpora that papers use.
-_HUB = {
-    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
-    "c4": {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}},
-}
+_HUB = ("wikitext2", "c4")  # the corpora that papers use: `data_root` knows where they are
 # The papers join the lines of WikiText with a blank line between them; documents elsewhere likewise.
 _JOINT = "\n\n"
-
-
-def data_root() -> Path | None:
-    """The folder of local data sets, `PFTOOLS_DATA`; None where it is not set."""
-    root = os.environ.get("PFTOOLS_DATA")
-    return Path(root).expanduser() if root else None
 
 
 def token_blocks(
@@ -53,6 +42,7 @@ def token_blocks(
     n_blocks: int | None = None,
     block_length: int,
     seed: int = 0,
+    data: str | Path | None = None,
 ) -> LongTensor:
     """Blocks of ``block_length`` tokens from one split of a corpus, whose documents are joined by blank lines.
 
@@ -65,6 +55,7 @@ def token_blocks(
 
     Args:
         n_blocks: how many; None: all that the split holds.
+        data: the data root; None: `PFTOOLS_DATA`.
 
     Returns:
         LongTensor of shape (n_blocks, block_length).
@@ -78,7 +69,7 @@ def token_blocks(
         raise PftoolsError(f"block_length is {block_length}: a block needs at least 2 tokens, one to predict the next.")
     if n_blocks is not None and n_blocks < 1:
         raise PftoolsError(f"n_blocks is {n_blocks}: ask for at least 1 block, or None for all.")
-    stream = _token_stream(tokenizer, corpus, split)
+    stream = _token_stream(tokenizer, corpus, split, data)
     available = len(stream) // block_length
     if available == 0:
         raise PftoolsError(
@@ -127,15 +118,15 @@ def load_blocks(run_folder: str | Path) -> LongTensor:
     return load_file(Path(run_folder) / "blocks.safetensors")["blocks"].long()
 
 
-def _token_stream(tokenizer: PreTrainedTokenizerBase, corpus: str, split: str) -> LongTensor:
+def _token_stream(tokenizer: PreTrainedTokenizerBase, corpus: str, split: str, data: str | Path | None) -> LongTensor:
     import torch
 
-    text = _JOINT.join(documents(corpus, split=split))
+    text = _JOINT.join(documents(corpus, split=split, data=data))
     # Through the backend without a length warning: the stream is cut into blocks, never given to a model whole.
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def documents(corpus: str, *, split: str) -> list[str]:
+def documents(corpus: str, *, split: str, data: str | Path | None = None) -> list[str]:
     """The documents (for WikiText: the lines) of one split of a corpus.
 
     A corpus without a calibration split lends its train split for it.
@@ -145,19 +136,19 @@ def documents(corpus: str, *, split: str) -> list[str]:
     """
     if split not in SPLITS:
         raise PftoolsError(f"unknown split {split!r}: {nearest(split, SPLITS)}.")
-    found = _pydocs()[split] if corpus == "pydocs" else _documents_of(corpus, split)
+    found = _pydocs()[split] if corpus == "pydocs" else _documents_of(corpus, split, data_root(data))
     if not any(document.strip() for document in found):
         raise PftoolsError(f"the {split} split of {corpus!r} is empty: choose another split or corpus.")
     return found
 
 
-def _documents_of(corpus: str, split: str) -> list[str]:
-    path = _local_path(corpus)
+def _documents_of(corpus: str, split: str, root: Path | None) -> list[str]:
+    path = _local_path(corpus, root)
     if path is None and corpus in _HUB:
         return _from_hub(corpus, split)
     if path is None:
         known = {"pydocs", *_HUB}
-        if (root := data_root()) and root.is_dir():
+        if root and root.is_dir():
             known |= {folder.name for folder in root.iterdir() if folder.is_dir()}
         raise PftoolsError(
             f"unknown corpus {corpus!r}: {nearest(corpus, known)}; or give the path of a .txt or .jsonl file, or a "
@@ -174,9 +165,9 @@ def _documents_of(corpus: str, split: str) -> list[str]:
     raise PftoolsError(f"the corpus folder {path} has no {split} split: it holds {', '.join(held) or 'no files'}.")
 
 
-def _local_path(corpus: str) -> Path | None:
+def _local_path(corpus: str, root: Path | None) -> Path | None:
     candidates = [Path(corpus).expanduser()] if "/" in corpus or corpus.endswith((".txt", ".jsonl")) else []
-    if root := data_root():
+    if root:
         candidates.append(root / corpus)
     return next((path for path in candidates if path.exists()), None)
 
@@ -184,24 +175,18 @@ def _local_path(corpus: str) -> Path | None:
 def _read_file(path: Path) -> list[str]:
     if path.suffix == ".txt":
         return [path.read_text(encoding="utf-8")]
-    lines = path.read_text(encoding="utf-8").splitlines()
-    try:
-        return [json.loads(line)["text"] for line in lines if line]
-    except (KeyError, json.JSONDecodeError) as error:
-        raise PftoolsError(f"{path} is not a corpus: every line must be a JSON object with a 'text' column.") from error
+    rows = read_json_lines(path)
+    if rows:
+        check_columns(rows, ("text",), str(path))
+    return [row["text"] for row in rows]
 
 
 def _from_hub(corpus: str, split: str) -> list[str]:
-    import datasets
-
     name = "train" if split == "calibration" or (corpus == "c4" and split == "train") else split
     try:
-        return list(datasets.load_dataset(**_HUB[corpus], split=name)["text"])
-    except Exception as error:  # the hub fails in many ways (offline, gated, gone); all have one remedy
-        raise PftoolsError(
-            f"the {name} split of {corpus!r} could not be fetched from the hub ({type(error).__name__}): without "
-            "network, use corpus 'pydocs', or set PFTOOLS_DATA to a folder filled by `pftools fetch-data`."
-        ) from error
+        return [row["text"] for row in read_split(corpus, name)]
+    except PftoolsError as error:
+        raise PftoolsError(f"{error} Without network, the corpus 'pydocs' is inside every Python.") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -326,18 +326,47 @@ def metric_by_sparsity(
     return alt.layer(*layers).properties(title=_title(title, subtitle), height=320)
 
 
+def metric_by_ordering(
+    results: pd.DataFrame, metric: str, *, title: str, subtitle: str = "", label: str = "", log: bool = False,
+    chance: float | None = None, percent: bool = False,
+) -> alt.LayerChart:  # fmt: skip
+    """A metric with one row an ordering, for studies of a single sparsity; a dot a seed, and intervals where the table has them.
+
+    Args:
+        results: as in `metric_by_sparsity`.
+    """
+    shown = results.dropna(subset=[metric])
+    orderings = list(dict.fromkeys(shown["ordering"]))
+    ends = [column for column in (f"{metric}_low", metric, f"{metric}_high") if column in shown]
+    scale = _scale(pd.concat([shown[column] for column in ends] + [pd.Series([chance], dtype=float)]), log=log)
+    x = alt.X(f"{metric}:Q", title=label or metric, scale=scale, axis=alt.Axis(format="%" if percent else "~g", tickCount=6))
+    base = alt.Chart(shown, title=_title(title, subtitle)).encode(
+        y=alt.Y("ordering:N", title=None, sort=orderings, axis=alt.Axis(labelFontSize=12, labelColor=INK)),
+        color=alt.Color("ordering:N", legend=None, sort=orderings, scale=colours_of(orderings)),
+    )
+    layers: list[alt.Chart] = []
+    if chance is not None:
+        rule = alt.Chart(pd.DataFrame({"chance": [chance]})).mark_rule(color=SOFT, strokeDash=[5, 4])
+        layers.append(rule.encode(x=alt.X("chance:Q", scale=scale)))
+    if f"{metric}_low" in shown:
+        layers.append(base.mark_rule(strokeWidth=2).encode(x=alt.X(f"{metric}_low:Q", scale=scale), x2=f"{metric}_high:Q"))
+    layers.append(base.mark_circle(size=110, opacity=1).encode(x=x, tooltip=["ordering", "measured", metric]))
+    words = base.mark_text(dy=-13, fontSize=11).encode(x=x, text=alt.Text(f"{metric}:Q", format=".1%" if percent else ".2f"))
+    return alt.layer(*layers, words).properties(height=alt.Step(44))
+
+
 def pair_ratios(pairs: pd.DataFrame, *, title: str) -> alt.LayerChart:
     """Each pair's perplexity ratio with its interval; an interval that holds 1 cannot be told apart.
 
     Args:
-        pairs: columns pair, ratio, low, high, verdict_kind ("differs", "cannot be told apart", "not comparable").
+        pairs: columns pair, ratio, low, high, verdict_kind ("differs" or "cannot be told apart").
     """
-    base = alt.Chart(pairs, title=_title(title, "Perplexity of the first / of the second, 95% interval. Left of 1: the first is better."))
+    base = alt.Chart(pairs, title=_title(title, "Ratio of two perplexities with its 95% interval; 1 is no difference."), width=520)
     y = alt.Y("pair:N", title=None, sort=None, axis=alt.Axis(labelLimit=320))
-    kinds = alt.Scale(domain=["differs", "cannot be told apart", "not comparable"], range=[BLUE, GREY, "#e3c7b5"])
-    colour = alt.Color("verdict_kind:N", title=None, scale=kinds)
+    kinds = alt.Scale(domain=["differs", "cannot be told apart"], range=[BLUE, GREY])
+    colour = alt.Color("verdict_kind:N", title=None, scale=kinds, legend=alt.Legend(orient="top", offset=4))
     scale = _scale(pd.concat([pairs["low"], pairs["high"], pd.Series([1.0])]), log=True)
-    x = alt.X("low:Q", title="ratio of perplexities", scale=scale, axis=alt.Axis(format="~g", tickCount=7))
+    x = alt.X("low:Q", title="ratio of perplexities", scale=scale, axis=alt.Axis(format=".3~g", tickCount=7))
     one = alt.Chart(pd.DataFrame({"one": [1.0]})).mark_rule(color=SOFT, strokeDash=[5, 4]).encode(x="one:Q")
     interval = base.mark_rule(strokeWidth=3).encode(x=x, x2="high:Q", y=y, color=colour)
     dots = base.mark_circle(size=90, opacity=1).encode(x="ratio:Q", y=y, color=colour)

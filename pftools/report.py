@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from pftools import compare, runs
 from pftools.errors import PftoolsError
 from pftools.executors import NOTEBOOKS, redact
+from pftools.orderings import parse_ordering
 from pftools.study import Plan, load_study, plan_study, results, run_state
 
 if TYPE_CHECKING:
@@ -55,30 +58,69 @@ def headline(table: pd.DataFrame) -> str:
 
 
 def _winner(table: pd.DataFrame) -> str:
+    """The best ordering at the highest sparsity, how far it is from the dense model, and whether its nearest rival is really behind."""
+    pooled = _pooled(final_states(table))
+    sparse = pooled[pooled["asked"] == pooled["asked"].max()].sort_values("perplexity")
+    best = sparse.iloc[0]
+    dense = pooled[pooled["ordering"] == "base"]
+    against = f" (dense: {dense['perplexity'].iloc[0]:.2f})" if len(dense) else ""
+    sentence = f"At {best['measured']:.0%} measured sparsity `{best['ordering']}` has the lowest perplexity, {best['perplexity']:.2f}{against}."
+    if len(sparse) < 2:
+        return sentence
     pairs = pair_table(table)
-    sparse = table[table["asked"] == table["asked"].max()]
-    best = sparse.sort_values("perplexity").iloc[0]
-    dense = table[table["measured"] < 0.01]
-    against = f" (the dense model has {dense['perplexity'].iloc[0]:.2f})" if len(dense) else ""
-    sentence = f"At {best['measured']:.0%} measured sparsity, `{best['ordering']}` has the lowest perplexity: {best['perplexity']:.2f}{against}."
-    if not len(pairs):
-        return sentence
-    own = pairs[(pairs["asked"] == best["asked"]) & ((pairs["first"] == best["ordering"]) | (pairs["second"] == best["ordering"]))]
-    rivals = own.assign(rival=[row.second if row.first == best["ordering"] else row.first for row in own.itertuples()])
-    rest = sparse[sparse["ordering"] != best["ordering"]].sort_values("perplexity")
-    if not len(rest):
-        return sentence
-    verdict = rivals[rivals["rival"] == rest["ordering"].iloc[0]]
-    return f"{sentence} The nearest rival: {verdict['verdict'].iloc[0]}" if len(verdict) else sentence
+    names = {best["ordering"], sparse["ordering"].iloc[1]}
+    rival = [row.verdict for row in pairs.itertuples() if row.asked == best["asked"] and {row.first, row.second} == names]
+    return f"{sentence} Against its nearest rival: {rival[0]}" if rival else sentence
+
+
+def final_states(table: pd.DataFrame) -> pd.DataFrame:
+    """The results at the sparsities that orderings end at, of an ordering with several the one with the most training. The states between, which an ordering with several P's passes through,
+    are points of its line in the charts; as pairs they would only cost the others power."""
+    ends = [parse_ordering(name).n_prunes <= 1 for name in table["ordering"]]
+    asked = set(table["asked"][ends].round(6)) if table["asked"][ends].max() > 0 else set(table.attrs["study"]["sparsities"])
+    ends = table[table["asked"].round(6).isin(asked | {0.0})].sort_values("finetune_tokens", kind="stable")
+    last = ends.drop_duplicates(["ordering", "asked", "method", "pattern", "merge", "seed"], keep="last")
+    return last.sort_index()
+
+
+def _pooled(table: pd.DataFrame, *, extra: dict[str, str] | None = None) -> pd.DataFrame:
+    """One row for the seeds of a result: means, of a perplexity the geometric one, and ``extra`` {column: aggregation}."""
+    same = ["ordering", "asked", *_varied(table), "finetune_tokens", "n_finetunes"]
+    means = {"measured": "mean", "perplexity": _geometric_mean, **{task: _geometric_mean if _is_perplexity(table, task) else "mean" for task in task_names(table)}}
+    return table.groupby(same, sort=False, dropna=False).agg({**means, **(extra or {}), "seed": "size"}).reset_index().rename(columns={"seed": "seeds"})
+
+
+def _varied(table: pd.DataFrame) -> list[str]:
+    return [name for name in ("method", "pattern", "merge") if table[name].nunique() > 1]
+
+
+def _geometric_mean(values: pd.Series) -> float:
+    return float(np.exp(np.log(values.astype(float)).mean()))
+
+
+def _is_perplexity(table: pd.DataFrame, task: str) -> bool:
+    return "perplexity" in _task_record(table["run"].iloc[0], task).get("metric", "")
+
+
+def _task_record(run: str, task: str) -> dict[str, Any]:
+    return runs.read_record(run)["results"]["tasks"].get(task, {})
 
 
 def result_table(table: pd.DataFrame) -> Any:
-    """The orderings as a styled table."""
+    """The orderings as a styled table, pooled over seeds; the lowest perplexity of each sparsity is bold."""
+    shown = _pooled(final_states(table)).sort_values("asked", kind="stable")
     tasks = task_names(table)
-    shown = table[["ordering", "asked", "measured", "perplexity", *tasks, "finetune_tokens", "seed"]]
-    shown = shown.rename(columns={"finetune_tokens": "training tokens"})
-    formats = {"asked": "{:.0%}", "measured": "{:.2%}", "perplexity": "{:.2f}", "training tokens": "{:,}", **{task: "{:.1%}" for task in tasks}}
-    return shown.style.format(formats, na_rep="").hide(axis="index")
+    formats = {"asked": "{:.0%}", "measured": "{:.2%}", "perplexity": "{:.2f}", "training tokens": "{:,}"}
+    formats |= {task: "{:.2f}" if _is_perplexity(table, task) else "{:.1%}" for task in tasks}
+    best = set(shown.groupby("asked")["perplexity"].idxmin())
+    columns = ["ordering", *_varied(table), "asked", "measured", "perplexity", *tasks, "finetune_tokens", *(["seeds"] if shown["seeds"].max() > 1 else [])]
+    shown = shown[columns].rename(columns={"finetune_tokens": "training tokens"})
+    bold = lambda column: ["font-weight: 600" if index in best and shown["asked"][index] > 0 else "" for index in column.index]  # noqa: E731
+    return _styled(shown, formats).apply(bold, subset=["ordering", "perplexity"])
+
+
+def _styled(table: pd.DataFrame, formats: dict[str, Any]) -> Any:
+    return table.style.format(formats, na_rep="").hide(axis="index")
 
 
 def task_names(table: pd.DataFrame) -> list[str]:
@@ -88,60 +130,150 @@ def task_names(table: pd.DataFrame) -> list[str]:
 
 def pair_table(table: pd.DataFrame) -> pd.DataFrame:
     """`compare.compare_orderings` on the losses that the evaluation runs keep, checked against their seals."""
+    ends = final_states(table)
     losses = {}
-    for run in table["run"]:
+    for run in ends["run"]:
         runs.verify(run)
         losses[run] = pd.read_parquet(Path(run) / "block_nll.parquet")["nll"].to_numpy()
-    return compare.compare_orderings(table, losses)
+    return compare.compare_orderings(ends, losses)
 
 
 def verdict_list(pairs: pd.DataFrame) -> str:
-    """The verdicts as a list."""
+    """The verdicts, by sparsity, the highest first: the best ordering against the others, and the other pairs folded away."""
     if not len(pairs):
         return "Only one ordering is finished at each sparsity: there is nothing to compare yet."
-    return "\n".join(f"- {row.verdict}" for row in pairs.itertuples())
+    parts = []
+    for where, group in sorted(pairs.groupby("where", sort=False), key=lambda item: -item[1]["asked"].iloc[0]):
+        best = _best_of(group)
+        own = group[(group["first"] == best) | (group["second"] == best)]
+        rest = group.drop(own.index)
+        parts.append(f"**At {where}**\n\n" + _bullets(own["verdict"]))
+        if len(rest):
+            others = f"The other {len(rest)} pairs" if len(rest) > 1 else "The other pair"
+            parts.append(f"<details><summary>{others} at {where}</summary>\n\n{_bullets(rest['verdict'])}\n\n</details>")
+    return "\n\n".join(parts)
 
 
-def ratio_chart(pairs: pd.DataFrame) -> alt.LayerChart | None:
-    """The pairs with an interval, drawn."""
+def _bullets(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _best_of(pairs: pd.DataFrame) -> str:
+    """The ordering with the lowest perplexity among these pairs."""
+    ends = [pairs[[side, f"perplexity_{side}"]].set_axis(["ordering", "perplexity"], axis=1) for side in ("first", "second")]
+    return str(pd.concat(ends).sort_values("perplexity")["ordering"].iloc[0])
+
+
+def ratio_chart(pairs: pd.DataFrame, *, most: int = 15) -> alt.LayerChart | None:
+    """The pairs with an interval, drawn; where there are many, the best ordering of each sparsity against the others."""
     from pftools import figures
 
     tested = pairs.dropna(subset=["ratio"]) if len(pairs) else pairs
-    return figures.pair_ratios(tested, title="Which differences are real") if len(tested) else None
+    if len(tested) > most:
+        groups = [group for _, group in tested.groupby("where", sort=False)]
+        tested = pd.concat([group[(group["first"] == _best_of(group)) | (group["second"] == _best_of(group))] for group in groups])
+    if not len(tested):
+        return None
+    # The worse over the better, so that all dots are on one side.
+    worse = tested["ratio"] >= 1
+    drawn = tested.assign(
+        pair=[f"{row.first if ahead else row.second} / {row.second if ahead else row.first}, {row.where}" for row, ahead in zip(tested.itertuples(), worse)],
+        ratio=tested["ratio"].where(worse, 1 / tested["ratio"]), low=tested["low"].where(worse, 1 / tested["high"]),
+        high=tested["high"].where(worse, 1 / tested["low"]),
+    )  # fmt: skip
+    return figures.pair_ratios(drawn.sort_values(["asked", "ratio"], ascending=[False, True]), title="Which differences are real")
 
 
 def perplexity_subtitle(table: pd.DataFrame) -> str:
     """On which text, and in blocks of which length: without that, a perplexity says nothing."""
     found = runs.read_record(table["run"].iloc[0])["results"]
-    dense = table[table["measured"] < 0.01]
+    dense = table[table["ordering"] == "base"]
     baseline = f" Dense: {dense['perplexity'].iloc[0]:.2f}." if len(dense) else ""
     return f"Test split of {found['corpus']}, {found['n_blocks']} blocks of {found['block_length']} tokens; logarithmic.{baseline}"
 
 
-def task_charts(table: pd.DataFrame) -> list[alt.LayerChart]:
-    """A chart a task: accuracy against measured sparsity, with intervals and the level of guessing."""
+def perplexity_chart(table: pd.DataFrame) -> alt.LayerChart:
+    """Perplexity against measured sparsity; where all orderings end at one sparsity, a row an ordering."""
+    return _metric_chart(_pooled(table), "perplexity", title="Perplexity", subtitle=perplexity_subtitle(table), label="perplexity", log=True)
+
+
+def _metric_chart(table: pd.DataFrame, metric: str, *, title: str, **options: Any) -> alt.LayerChart:
     from pftools import figures
 
+    if (table["asked"] > 0).any() and table["asked"][table["asked"] > 0].nunique() == 1:
+        return figures.metric_by_ordering(table, metric, title=title, **options)
+    return figures.metric_by_sparsity(table, metric, title=f"{title} against measured sparsity", **options)
+
+
+def task_charts(table: pd.DataFrame) -> list[alt.LayerChart]:
+    """A chart a task: accuracy against measured sparsity, with intervals and the level of guessing; a perplexity as one."""
     charts = []
+    ends = final_states(table)
     for task in task_names(table):
-        scores = [runs.read_record(run)["results"]["tasks"].get(task, {}) for run in table["run"]]
-        shown = table.assign(**{f"{task}_{end}": [score.get(end) for score in scores] for end in ("low", "high")})
+        first = _task_record(ends["run"].iloc[0], task)
+        if _is_perplexity(table, task):
+            charts.append(_metric_chart(_pooled(ends), task, title=f"{task}, {first['metric'].replace('_', ' ')}", label=first["metric"].replace("_", " "), log=True))
+            continue
+        scores = [_task_record(run, task) for run in ends["run"]]
+        bounds = {f"{task}_{end}": [score.get(end) for score in scores] for end in ("low", "high")}
+        shown = _pooled(ends.assign(**bounds), extra=dict.fromkeys(bounds, "mean"))
+        seeds = " of one seed" if shown["seeds"].max() > 1 else ""
+        chance = first.get("chance") or None
+        guessing = "; dashed: the level of guessing" if chance else ""
         charts.append(
-            figures.metric_by_sparsity(
-                shown, task, title=f"{task}, accuracy", percent=True, label="accuracy", chance=scores[0].get("chance"),
-                subtitle=f"{scores[0].get('n')} questions; dashed: the level of guessing.",
-            )
+            _metric_chart(shown, task, title=f"{task}, accuracy", percent=True, label="accuracy", chance=chance,
+                          subtitle=f"{first['n']:,} questions, 95% intervals{seeds}{guessing}")
         )  # fmt: skip
     return charts
 
 
-def visible_differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Every comparable pair by every task, and what could have been seen."""
-    samples = {run: pd.read_parquet(Path(run) / "samples.parquet") for run in table["run"] if (Path(run) / "samples.parquet").exists()}
-    if len(samples) < len(table):
-        return pd.DataFrame({"": ["No tasks were asked in this study."]})
-    compared = compare.compare_tasks(table, samples)
-    return compared[["pair", "task", "difference", "low", "high", "p_holm", "verdict"]].round(3)
+def guessing_table(table: pd.DataFrame) -> Any:
+    """By task: where 95% of all guessers land, and which orderings are in there, so that their accuracy says nothing."""
+    rows = []
+    ends = final_states(table)
+    for task in task_names(table):
+        scores = [(name, asked, _task_record(run, task)) for name, asked, run in zip(ends["ordering"], ends["asked"], ends["run"])]
+        chance, n = scores[0][2].get("chance"), scores[0][2].get("n")
+        if not chance:
+            continue
+        low, high = compare.chance_interval(chance, n)
+        inside = dict.fromkeys(f"{name} at {asked:.0%}" for name, asked, score in scores if score and score["value"] <= high)
+        rows.append({"task": task, "questions": n, "guessing": chance, "95% of guessers": f"{low:.1%} to {high:.1%}",
+                     "not better than guessing": ", ".join(inside) or "none"})  # fmt: skip
+    return _styled(pd.DataFrame(rows), {"guessing": "{:.0%}", "questions": "{:,}"}) if rows else None
+
+
+def task_pairs(table: pd.DataFrame) -> pd.DataFrame:
+    """`compare.compare_tasks` on the answers that the evaluation runs keep; empty where no task counts right answers."""
+    ends = final_states(table)
+    samples = {run: pd.read_parquet(Path(run) / "samples.parquet") for run in ends["run"] if (Path(run) / "samples.parquet").exists()}
+    return compare.compare_tasks(ends, samples) if len(samples) == len(ends) else compare.compare_tasks(ends.iloc[:0], {})
+
+
+def told_apart(compared: pd.DataFrame) -> str:
+    """What the tasks say, in a sentence for each real difference, and a count of the others."""
+    if not len(compared):
+        return "No two orderings have answered the same questions."
+    real = compared[compared["verdict_kind"] == "differs"]
+    rest = len(compared) - len(real)
+    lines = [_bullets(real["verdict"])] if len(real) else []
+    if rest:
+        lines.append(f"{rest} of {len(compared)} comparisons cannot be told apart: whatever the dots above suggest, the questions are too few.")
+    return "\n\n".join(lines)
+
+
+def visible_differences(compared: pd.DataFrame) -> Any:
+    """Every comparable pair by every task: the difference, its interval, and what could have been seen. In points of per cent."""
+    shown = pd.DataFrame(
+        {
+            "pair": compared["pair"], "task": compared["task"], "questions": compared["n"], "difference": compared["difference"] * 100,
+            "95% interval": [f"{low * 100:+.1f} to {high * 100:+.1f}" for low, high in zip(compared["low"], compared["high"])],
+            "corrected p": compared["p_holm"], "visible from": compared["visible"] * 100,
+            "told apart": ["yes" if kind == "differs" else "no" for kind in compared["verdict_kind"]],
+        }
+    )  # fmt: skip
+    bold = lambda row: ["font-weight: 600" if row["told apart"] == "yes" else ""] * len(row)  # noqa: E731
+    return _styled(shown, {"difference": "{:+.1f}", "corrected p": "{:.3f}", "visible from": "{:.1f}", "questions": "{:,}"}).apply(bold, axis=1)
 
 
 def circumstances(table: pd.DataFrame) -> str:
@@ -150,14 +282,17 @@ def circumstances(table: pd.DataFrame) -> str:
     records = [runs.read_record(run) for run in table["run"]]
     dtypes = sorted({record["results"].get("dtype", "unknown") for record in records})
     machine, versions = records[0]["machine"], records[0]["versions"]
+    cut = max(record["results"].get("truncated", 0) for record in records)
     lines = [
         f"- Model `{study['model']}`, computed in {' and '.join(dtypes)}" + (" (**mixed: compare with care**)" if len(dtypes) > 1 else ""),
         f"- Budget: {study['tokens']:,} fine-tuning tokens " + ("an ordering, split over its F's" if study["budget"] == "total" else "each F"),
         f"- Machine: {machine['platform']}, {machine['cores']} cores, " + (f"GPU {machine['gpu']}" if machine["gpu"] else "no GPU"),
         "- Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "- Intervals: 95%, paired bootstrap over blocks; p-values: corrected by Holm over all pairs",
-        f"- Runs: {', '.join(f'`{Path(run).name}`' for run in table['run'])}",
+        "- Intervals: 95%, paired bootstrap over blocks or questions, pooled over seeds; p-values: corrected by Holm over the pairs of a metric",
+        f"- Runs: the evaluations are the folders `evaluate-*` of `{table.attrs['runs']}`; each holds its losses, answers and executed notebook",
     ]
+    if cut:
+        lines.append(f"- **{cut} prompts of a model were longer than its context, and cut at their beginning**")
     return "\n".join(lines)
 
 
@@ -234,6 +369,7 @@ def _html(notebook: Any, name: str) -> str:
     import nbformat
     from nbconvert import HTMLExporter
 
+    _answer_first(notebook)
     kept = [cell for cell in notebook.cells if cell.cell_type == "markdown" or cell.get("outputs")]
     for cell in kept:
         cell.setdefault("metadata", {}).pop("tags", None)
@@ -250,6 +386,18 @@ def _html(notebook: Any, name: str) -> str:
         f"<title>{escape(name)} · order of pruning and fine-tuning</title><style>{_STYLE}</style></head>"
         f"<body><main>{body}<footer>Made by pftools from 06_compare_orderings.</footer></main></body></html>"
     )
+
+
+def _answer_first(notebook: Any) -> None:
+    """Who opens a report wants its answer: the headline comes under the title, what the report is about after it."""
+    import nbformat
+
+    opening = notebook.cells[0]
+    title, _, words = opening.source.partition("\n")
+    place = next(index for index, cell in enumerate(notebook.cells) if "report.headline" in cell.source)
+    opening.source = f"# {title.partition(':')[2].strip().capitalize()}" if ":" in title else title
+    notebook.cells.insert(1, notebook.cells.pop(place))
+    notebook.cells.insert(2, nbformat.v4.new_markdown_cell(f"## How to read it\n{words}"))
 
 
 def _figure(svg: str, prefix: str) -> str:

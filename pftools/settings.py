@@ -149,6 +149,7 @@ class Evaluate(_Blocks):
     n_blocks: int | None = Field(None, ge=1, description="how many blocks; None: the whole split")
     tasks: list[str] = Field(["facts", "reading"], description="lm-eval tasks by name, embedded ones included")
     limit: int | None = Field(200, ge=1, description="questions a task; None: all")
+    data: str = local("", "the data root, a folder that `pftools fetch-data` fills; empty: PFTOOLS_DATA")
 
 
 class Analyse(Step):

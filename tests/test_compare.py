@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -5,6 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from pftools import compare
 from pftools.errors import PftoolsError
@@ -66,7 +68,9 @@ def test_the_smallest_visible_difference_is_seen_with_the_stated_power():
     assert compare.smallest_visible_difference(1200, disagreement=disagreement) == pytest.approx(difference / 2, rel=0.1)
 
 
-def test_holm_agrees_with_hand():
+def test_holm_agrees_with_hand_and_with_statsmodels():
+    p = np.random.default_rng(0).random(45) ** 3
+    assert compare.holm(p.tolist()) == pytest.approx(multipletests(p, method="holm")[1])
     assert compare.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert compare.holm([]) == []
 
@@ -123,6 +127,104 @@ def test_tasks_say_what_could_have_been_seen():
     samples = {run: pd.DataFrame({"task": "facts", "question": range(200), "correct": (generator.random(200) < 0.5) * 1.0}) for run in "abc"}
     table = compare.compare_tasks(results(), samples)
     assert len(table) == 3 and table["verdict"].str.contains("cannot be told apart on 200 questions: a difference under").all()
+
+
+def test_sums_over_seeds_are_tested_as_a_loop_over_all_signs_does():
+    generator = np.random.default_rng(4)
+    first, second = (generator.random((3, 9)) < share for share in (0.7, 0.4))
+    d = first.sum(axis=0).astype(int) - second.sum(axis=0)
+    sums = [sum(sign * value for sign, value in zip(signs, d)) for signs in itertools.product((1, -1), repeat=9)]
+    expected = np.mean([abs(total) >= abs(d.sum()) for total in sums])
+    assert compare.compare_accuracy(first, second).p == pytest.approx(expected)
+    assert compare.compare_accuracy(first, second).estimate == pytest.approx(first.mean() - second.mean())
+
+
+def test_one_seed_is_mcnemar_also_on_many_questions():
+    generator = np.random.default_rng(5)
+    a, b = generator.random(14_037) < 0.31, generator.random(14_037) < 0.30
+    only = int((a & ~b).sum()), int((b & ~a).sum())
+    assert compare.compare_accuracy(a, b).p == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue, rel=1e-6)
+    assert compare.compare_accuracy(a, a).p == 1
+
+
+def test_intervals_cover_where_few_questions_differ():
+    generator = np.random.default_rng(6)
+    covered = 0
+    for trial in range(300):
+        outcome = generator.choice([1, -1, 0], 100, p=[0.05, 0.01, 0.94])
+        found = compare.compare_accuracy(outcome == 1, outcome == -1, seed=trial)
+        covered += found.low <= 0.04 <= found.high
+    assert covered >= 273
+    same = compare.compare_accuracy(np.ones(100), np.ones(100))
+    assert same.low < 0 < same.high
+
+
+def test_a_pooled_test_over_seeds_keeps_its_level_and_sees_more(monkeypatch):
+    monkeypatch.setattr(compare, "_RESAMPLES", 10)
+    generator = np.random.default_rng(7)
+
+    def rates(gain, seeds, trials=250):
+        found = 0
+        for _ in range(trials):
+            skill = generator.beta(2, 2, 200)
+            first, second = generator.random((seeds, 200)) < np.minimum(skill + gain, 1), generator.random((seeds, 200)) < skill
+            found += compare.compare_accuracy(first, second).p < 0.05
+        return found / trials
+
+    assert rates(0.0, 3) <= 0.091  # 5% and three standard errors
+    assert rates(0.07, 3) > rates(0.07, 1) + 0.2
+
+
+def test_the_smallest_visible_ratio_is_seen_with_the_stated_power(monkeypatch):
+    monkeypatch.setattr(compare, "_RESAMPLES", 1000)
+    generator = np.random.default_rng(8)
+    text = generator.normal(3, 0.5, 60)
+    noise = generator.normal(0, 0.05, (300, 60))
+    visible = compare.smallest_visible_ratio(text + noise[0], text)
+    expected = math.exp((stats.t.ppf(0.975, 59) + stats.t.ppf(0.8, 59)) * 0.05 / math.sqrt(60))
+    seen = sum(compare.compare_perplexity(text + math.log(expected) + own, text).p < 0.05 for own in noise)
+    assert 0.72 < seen / 300 < 0.88 and visible == pytest.approx(expected, rel=0.01)
+
+
+def test_a_study_without_differences_rarely_finds_one(monkeypatch):
+    """The family-wise rate over all pairs of four orderings, by perplexity and by task."""
+    monkeypatch.setattr(compare, "_RESAMPLES", 1000)
+    generator = np.random.default_rng(9)
+    table = pd.concat([results(), results().iloc[:1].assign(ordering="iter_pf", run="d")], ignore_index=True)
+    false_perplexity = false_task = 0
+    for _ in range(60):
+        text, skill = generator.normal(3, 0.5, 40), generator.beta(2, 2, 150)
+        losses = {run: text + generator.normal(0, 0.05, 40) for run in "abcd"}
+        samples = {run: answers(generator.random(150) < skill) for run in "abcd"}
+        false_perplexity += (compare.compare_orderings(table, losses)["verdict_kind"] == "differs").any()
+        false_task += (compare.compare_tasks(table, samples)["verdict_kind"] == "differs").any()
+    assert false_perplexity <= 8 and false_task <= 8  # 5% of 60 is 3; 8 is three standard errors above
+
+
+def answers(correct, task="facts"):
+    return pd.DataFrame({"task": task, "subject": task, "question": range(len(correct)), "correct": np.asarray(correct, dtype=float)})
+
+
+def test_tasks_are_pooled_over_seeds_and_corrected_by_task():
+    generator = np.random.default_rng(10)
+    table = pd.concat([results(), results(seed=1, run=["d", "e", "f"])], ignore_index=True)
+    shares = dict(zip("abcdef", (0.4, 0.4, 0.62) * 2))
+    draw = {run: generator.random(300) < share for run, share in shares.items()}
+    samples = {run: pd.concat([answers(correct), answers(correct[:4], "few")]) for run, correct in draw.items()}
+    pairs = compare.compare_tasks(table, samples).set_index(["task", "pair"])
+    assert len(pairs) == 6 and (pairs["seeds"] == 2).all() and pairs.loc["facts", "n"].eq(300).all()
+    row = pairs.loc["facts", "finetune_prune / prune_finetune, 50%"]
+    assert row["difference"] == pytest.approx(np.mean([draw["b"], draw["e"]]) - np.mean([draw["c"], draw["f"]]))
+    assert row["verdict"].startswith("facts: prune_finetune beats finetune_prune at 50% (") and "in 2 of 2 seeds" in row["verdict"]
+    assert row["verdict"].endswith("both were fine-tuned on 1,000 tokens.")
+    for task in ("facts", "few"):
+        assert pairs.loc[task, "p_holm"].tolist() == pytest.approx(compare.holm(pairs.loc[task, "p"].tolist()))
+    assert (pairs.loc["few", "visible"] == 1).all()  # four questions show nothing
+
+
+def test_too_few_blocks_are_a_verdict_not_a_failure():
+    pairs = compare.compare_orderings(results(), {run: [3.0, 3.1] for run in "abc"})
+    assert (pairs["verdict_kind"] == "not comparable").all() and "2 blocks are too few" in pairs["verdict"].iloc[0]
 
 
 def test_results_that_cannot_be_paired_are_refused():

@@ -88,5 +88,5 @@ def test_an_empty_file_and_a_wrong_column_are_named(tmp_path):
     with pytest.raises(PftoolsError, match="is empty"):
         corpora.documents(str(tmp_path / "empty.txt"), split="test")
     (tmp_path / "rows.jsonl").write_text('{"words": "x"}\n')
-    with pytest.raises(PftoolsError, match="'text' column"):
+    with pytest.raises(PftoolsError, match="row 1, has no column text: it has words"):
         corpora.documents(str(tmp_path / "rows.jsonl"), split="test")

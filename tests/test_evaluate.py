@@ -3,6 +3,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 
 from pftools import evaluate
 from pftools.errors import PftoolsError
@@ -53,6 +54,17 @@ def test_likelihoods_equal_those_of_hflm(options):
         assert ours.truncated == 0 and ours.tokens_read < ours.tokens_asked / 3
 
 
+def test_texts_with_and_without_their_first_token_are_told_apart():
+    """A tokenizer that puts <bos> before every text, but not before one that has it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    texts = [("<bos>begun", " a"), ("not begun ", "a"), ("", "nothing"), ("<bos>begun", " b"), ("not begun ", "bc"), (" ", "x")]
+    asked = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(texts)]
+    pair = [kind(pretrained=tiny_llama(), tokenizer=tokenizer, batch_size=2) for kind in (evaluate.PrefixCachedLM, HFLM)]
+    found, expected = (lm.loglikelihood(asked, disable_tqdm=True) for lm in pair)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3", "gpt_neox"])
 def test_other_families_give_the_same_likelihoods(family):
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -82,8 +94,8 @@ def test_common_beginnings():
 
 
 def test_embedded_tasks_have_several_hundred_questions_and_even_answers():
-    for name, configuration in load_tasks(["facts", "reading"]).items():
-        rows = configuration["custom_dataset"](**configuration["metadata"])["test"]
+    for name, (task,) in load_tasks(["facts", "reading"]).items():
+        rows = list(task.test_docs())
         assert len(rows) >= 270, name
         assert len({(row["stem"]) for row in rows}) == len(rows)
         for row in rows:
@@ -105,13 +117,96 @@ def test_an_unknown_task_is_refused_with_the_nearest():
         evaluate.evaluate_tasks(tiny_llama(), tiny_tokenizer(), ["fact"])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def prompts(options, n=9):
+    shared = "Some worked examples. " * 12
+    return [Instance("generate_until", {}, (f"{shared}Question {number}{'?' * (number % 4)} Answer:", options), number) for number in range(n)]
+
+
+@pytest.mark.parametrize("options", [{"until": [], "max_gen_toks": 1}, {"until": ["e", "\n"], "max_gen_toks": 12, "do_sample": False}])
+def test_greedy_answers_equal_those_of_hflm(options):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    ours = evaluate.PrefixCachedLM(pretrained=model, tokenizer=tokenizer)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    found = ours.generate_until(prompts(options), disable_tqdm=True)
+    assert found == theirs.generate_until(prompts(options), disable_tqdm=True)
+    assert len(set(found)) > 1 and ours.tokens_read < ours.tokens_asked
+
+
+def test_sampled_answers_are_left_to_hflm():
+    ours = evaluate.PrefixCachedLM(pretrained=tiny_llama(), tokenizer=tiny_tokenizer())
+    found = ours.generate_until(prompts({"until": [], "max_gen_toks": 3, "do_sample": True, "temperature": 0.9}, n=2), disable_tqdm=True)
+    assert len(found) == 2 and ours.tokens_read == 0
+
+
+def test_over_long_prompts_are_counted_once_each():
+    lm = evaluate.PrefixCachedLM(pretrained=tiny_llama(), tokenizer=tiny_tokenizer(), max_length=60)
+    pairs = [("x" * 80, " a"), ("x" * 80, " b"), ("short", " a")]
+    lm.loglikelihood([Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)], disable_tqdm=True)
+    assert lm.truncated == 1
+    lm.generate_until([Instance("generate_until", {}, ("y" * 80, {"until": [], "max_gen_toks": 2}), 0)], disable_tqdm=True)
+    assert lm.truncated == 2
+
+
+def test_rolling_likelihoods_equal_those_of_hflm():
+    pair = [kind(pretrained=tiny_llama(), tokenizer=tiny_tokenizer(), max_length=40) for kind in (evaluate.PrefixCachedLM, HFLM)]
+    texts = [Instance("loglikelihood_rolling", {}, ("A tale of two cities. " * repeats,), repeats) for repeats in (1, 7)]
+    found, expected = (lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in pair)
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_batches_are_bounded_by_tokens_keys_and_logits(monkeypatch):
+    lm = evaluate.PrefixCachedLM(pretrained=tiny_llama(), tokenizer=tiny_tokenizer())
+    assert lm._bytes_a_token() == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
+    assert lm._rows_that_fit(100, 0, 1) == 40
+    monkeypatch.setattr("pftools.evaluate.prefix_cache._CACHE_BYTES", {"cpu": 256 * 5000})
+    assert lm._rows_that_fit(100, 400, 1) == 10
+    assert lm._rows_that_fit(100, 0, 100_000) == 3
+
+
+def test_a_forward_that_does_not_fit_is_halved(monkeypatch):
+    lm = evaluate.PrefixCachedLM(pretrained=tiny_llama(), tokenizer=tiny_tokenizer())
+    expected = lm.loglikelihood(requests(1, 6), disable_tqdm=True)
+    whole = lm._forward
+
+    def small(inputs, *args, **options):
+        if len(inputs) > 2:
+            raise torch.OutOfMemoryError
+        return whole(inputs, *args, **options)
+
+    monkeypatch.setattr(lm, "_forward", small)
+    found = lm.loglikelihood(requests(1, 6), disable_tqdm=True)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    monkeypatch.setattr(lm, "_forward", lambda *args, **options: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(PftoolsError, match="does not fit the device's memory"):
+        lm.loglikelihood(requests(1, 2), disable_tqdm=True)
+
+
+def test_a_model_that_returns_nan_is_named():
+    model = tiny_llama()
+    model.lm_head.weight.data[5] = torch.nan
+    with pytest.raises(PftoolsError, match="returned NaN on a question"):
+        evaluate.evaluate_tasks(model, tiny_tokenizer(), ["facts"], limit=2, progress=False)
+    lm = evaluate.PrefixCachedLM(pretrained=model, tokenizer=tiny_tokenizer())
+    with pytest.raises(PftoolsError, match="returned NaN on a question"):
+        lm.generate_until(prompts({"until": [], "max_gen_toks": 2}), disable_tqdm=True)
+
+
+def test_blocks_longer_than_the_context_are_refused():
+    with pytest.raises(PftoolsError, match="longer than the model's context of 8"):
+        evaluate.perplexity(tiny_llama(max_position_embeddings=8), tiny_blocks(), progress=False)
+
+
 @pytest.mark.smollm2
 def test_the_embedded_tasks_have_signal_and_equal_hflm(smollm2):
     model, tokenizer = smollm2
     found = evaluate.evaluate_tasks(model, tokenizer, ["facts", "reading"], limit=60)
     assert (found.scores["low"] > found.scores["chance"]).all(), found.scores
     expected = lm_eval.simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16), tasks=list(load_tasks(["facts"]).values()), limit=20, bootstrap_iters=0
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16), tasks=load_tasks(["facts"])["facts"], limit=20, bootstrap_iters=0
     )
     ours = found.samples[found.samples["task"] == "facts"].set_index("question")["choice_scores"]
     for sample in expected["samples"]["facts"]:

@@ -52,6 +52,9 @@ CHARTS = {
     "accuracy": (
         lambda: figures.metric_by_sparsity(RESULTS, "facts", title="Facts", percent=True, chance=0.25), ["Facts", "base"],
     ),
+    "orderings": (
+        lambda: figures.metric_by_ordering(RESULTS, "facts", title="Facts", percent=True, chance=0.25), ["prune_finetune", "60.0%"],
+    ),
     "pairs": (lambda: figures.pair_ratios(PAIRS, title="Pairs"), ["a / b", "cannot be told apart"]),
     "sparsity": (lambda: figures.asked_and_measured(RESULTS), ["asked", "measured"]),
     "ordering": (lambda: figures.ordering_chart(parse_ordering("(P F)*3").steps(0.6)), ["step"]),

@@ -194,4 +194,4 @@ def test_only_what_changes_results_changes_the_key(kind):
         value = getattr(plain, name)
         changed = plain.model_copy(update={name: other[type(value)](value)})
         same_key = runs.run_key(changed) == runs.run_key(plain)
-        assert same_key == (name in {"device", "runs", "batch_size", "gradient_checkpointing", "save_every"}), name
+        assert same_key == (name in {"device", "runs", "batch_size", "gradient_checkpointing", "save_every", "data"}), name

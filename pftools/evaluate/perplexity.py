@@ -36,10 +36,13 @@ def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: int | None
         batch_size: blocks a forward; None: chosen by size.
 
     Raises:
-        PftoolsError: no blocks, or a model whose loss is not a number (the block is named).
+        PftoolsError: no blocks, blocks longer than the model's context, or a loss that is not a number (the block is named).
     """
     if blocks.dim() != 2 or not len(blocks) or blocks.shape[1] < 2:
         raise PftoolsError(f"the blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) with at least 2 tokens is needed.")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and blocks.shape[1] > context:
+        raise PftoolsError(f"blocks of {blocks.shape[1]} tokens are longer than the model's context of {context}: choose a block_length up to that.")
     batch_size = batch_size or max(1, _TOKENS_A_FORWARD // blocks.shape[1])
     losses = []
     training = model.training

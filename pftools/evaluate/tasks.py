@@ -1,18 +1,15 @@
 """lm-eval tasks: the embedded and published ones in `data/tasks`, and any other by name.
 
-A task file here is an ordinary lm-eval YAML with one addition: `metadata.files` names its data, either `package:...` (in the
-project's `data/` folder) or `root:...` (in the data root, `PFTOOLS_DATA`), so that nothing is fetched and no path is absolute.
+Where the questions of our own come from is in `questions`; how they are asked, in `prefix_cache`. Here they are found, asked, and the
+answers turned into two tables: a score a task, and a record of every question.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +18,29 @@ import yaml
 from scipy import stats
 from torch import nn
 
-from pftools.corpora import data_root
+from pftools import corpora
 from pftools.errors import PftoolsError, nearest
+from pftools.evaluate.perplexity import perplexity
 from pftools.evaluate.prefix_cache import PrefixCachedLM
+from pftools.evaluate.questions import PACKAGE_DATA, read_rows
 
-DATA = Path(__file__).resolve().parents[2] / "data"
-TASKS = DATA / "tasks"
+TASKS = PACKAGE_DATA / "tasks"
 # The metric that a task is judged by, where it has several: the first of these that it reports.
-_METRICS = ("acc_norm", "acc", "exact_match", "mcc", "f1", "word_perplexity")
+_ACCURACIES = ("acc_norm", "acc", "exact_match")
+_METRICS = (*_ACCURACIES, "mcc", "f1", "word_perplexity", "perplexity")
 
 
 @dataclass
 class TaskResults:
-    """scores: a row a task (task, metric, value, stderr, low, high, n, chance). samples: a row a question (task, question,
-    correct, answer, choice_scores). results: lm-eval's own result, JSON-serialisable. truncated: prompts cut to the context."""
+    """What a model made of its tasks.
+
+    Attributes:
+        scores: a row a task: task, metric, value, stderr, low and high (95% interval of an accuracy, Wilson), n (questions), chance.
+        samples: a row a question: task, subject (lm-eval's own task where ``task`` is a group of several, else the same), question (its
+            place), correct (1 or 0; NaN where nothing is right or wrong), target, answer (what was written), choice_scores (log-likelihoods).
+        results: lm-eval's own result file, JSON-serialisable.
+        truncated: how many prompts were longer than the model's context, and cut at their beginning.
+    """
 
     scores: pd.DataFrame
     samples: pd.DataFrame
@@ -44,33 +50,42 @@ class TaskResults:
 
 def evaluate_tasks(
     model: nn.Module, tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None, seed: int = 0,
-    batch_size: int | None = None,
+    batch_size: int | None = None, data: str | Path | None = None, progress: bool = True,
 ) -> TaskResults:  # fmt: skip
     """Ask a model the questions of lm-eval tasks.
 
     Args:
         tasks: names; an unknown one is an error that offers the nearest.
-        limit: questions a task, the first ones; None: all.
+        limit: questions a task, the first ones (of a group, for each of its tasks; of a block perplexity, blocks); None: all.
+        seed: draws few-shot examples, where a task draws them.
         batch_size: questions a forward; None: chosen by size.
+        data: the data root; None: `PFTOOLS_DATA`.
 
     Raises:
         PftoolsError: unknown task, missing data or columns, or a model that returns NaN.
     """
-    import lm_eval
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    loaded = load_tasks(tasks)
-    lm = PrefixCachedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 8)
-    found = lm_eval.simple_evaluate(
-        lm, tasks=list(loaded.values()), limit=limit, bootstrap_iters=0, log_samples=True, random_seed=seed,
-        numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-    )  # fmt: skip
-    samples = _samples(found["samples"])
-    scores = pd.DataFrame([_score(task, found, samples) for task in found["samples"]])
-    if lm.truncated:
-        logging.getLogger(__name__).warning("%d prompts were longer than the model's context and cut at their beginning", lm.truncated)
-    results = {key: found[key] for key in ("results", "n-shot", "versions", "n-samples", "higher_is_better") if key in found}
-    return TaskResults(scores, samples, _strict_json({**results, "truncated_prompts": lm.truncated}), lm.truncated)
+    tasks = list(dict.fromkeys(tasks))
+    blocks = {name: settings for name in tasks if (settings := _block_perplexity(name))}
+    loaded = load_tasks([name for name in tasks if name not in blocks], data=data)
+    scores, samples, results, truncated = [], [], {}, 0
+    if loaded:
+        lm = PrefixCachedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto", progress=progress)
+        results = _ask(lm, loaded, limit, seed)
+        for task, leaves in _leaves(loaded, results).items():
+            answers = _samples(task, leaves, results)
+            scores.append(_score(task, leaves, results, answers))
+            samples.append(answers)
+        truncated = lm.truncated
+    for name, settings in blocks.items():
+        score, losses = _score_blocks(model, tokenizer, name, settings, limit=limit, batch_size=batch_size, data=data, progress=progress)
+        scores.append(score)
+        samples.append(losses)
+    if truncated:
+        logging.getLogger(__name__).warning("%d prompts were longer than the model's context and cut at their beginning", truncated)
+    results = {name: value for name, value in results.items() if name != "samples"}
+    record = _strict_json({**results, "truncated_prompts": truncated})
+    return TaskResults(pd.DataFrame(scores), pd.concat(samples, ignore_index=True), record, truncated)
 
 
 def scores_as_json(scores: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -79,121 +94,183 @@ def scores_as_json(scores: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return _strict_json({row["task"]: {name: row[name] for name in kept} for row in scores.to_dict("records")})
 
 
+def _ask(lm: PrefixCachedLM, loaded: dict[str, Any], limit: int | None, seed: int) -> dict[str, Any]:
+    """lm-eval's result, with a record of every question under `samples`."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    found = TaskManager(include_defaults=False).load([part for parts in loaded.values() for part in parts])
+    for task in found["tasks"].values():
+        task.set_fewshot_seed(seed=seed)
+    results = lm_eval.evaluate(lm, found, limit=limit, bootstrap_iters=0, log_samples=True)
+    settings = {"model": "PrefixCachedLM", "limit": limit, "fewshot_seed": seed, "model_dtype": str(lm.model.dtype)}
+    return {**results, "config": settings, "lm_eval_version": lm_eval.__version__}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding tasks
 
 
-def load_tasks(names: Sequence[str]) -> dict[str, Any]:
-    """{name: what `simple_evaluate` takes}: our own tasks as configurations with their data, others by name."""
-    own = {path.stem: path for path in TASKS.glob("*.yaml")}
-    unknown = [name for name in names if name not in own]
-    if unknown:
-        from lm_eval.tasks import TaskManager
+def own_tasks() -> dict[str, Path]:
+    """{name: file} of the tasks in `data/tasks`."""
+    return {path.stem: path for path in sorted(TASKS.glob("*.yaml"))}
 
-        known = TaskManager().all_tasks
-        for name in unknown:
-            if name not in known:
-                raise PftoolsError(f"unknown task {name!r}: {_nearest_task(name, [*own, *known])}.")
-    return {name: _configuration(own[name]) if name in own else name for name in names}
+
+def load_tasks(names: Sequence[str], *, data: str | Path | None = None) -> dict[str, list[Any]]:
+    """{name: its lm-eval Task or Group, or several Tasks where lm-eval's name is a tag}.
+
+    Our own files win over lm-eval's tasks of the same name: the same questions, from the data root.
+    """
+    from lm_eval.tasks import TaskManager
+
+    own = own_tasks()
+    foreign = [name for name in names if name not in own]
+    managers = {}
+    if len(foreign) < len(names):
+        managers[True] = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(data) if data else None})
+    if foreign:  # reading the index of lm-eval's thousands of tasks takes seconds
+        managers[False] = TaskManager()
+        for name in foreign:
+            if name not in managers[False].all_tasks:
+                raise PftoolsError(f"unknown task {name!r}: {_nearest_task(name, [*own, *managers[False].all_tasks])}.")
+    return {name: _load(managers[name in own], name) for name in names}
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    if name in own_tasks():
+        by = (manager.task_index[name].cfg.get("metadata") or {}).get("by")
+        return [_load_group(manager, name, by)] if by else list(manager.load(name)["tasks"].values())
+    try:
+        found = manager.load(name)
+    except Exception as error:  # the hub fails in many ways; the remedy is the same
+        cause = (str(error).strip().splitlines() or [""])[0]
+        raise PftoolsError(
+            f"lm-eval's task {name!r} could not be loaded ({type(error).__name__}: {cause}): its data comes from the hub, which needs "
+            f"network or the hub's cache; the tasks of this kit read the data root ({', '.join(own_tasks())})."
+        ) from error
+    group = found["groups"].get(name)
+    return [group] if group else list(found["tasks"].values())
+
+
+def _load_group(manager: Any, name: str, by: str) -> Any:
+    """A task for each value of a column, and their mean over all questions."""
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import AggMetricConfig
+
+    from pftools.evaluate import questions
+
+    cfg = manager.task_index[name].cfg
+    metrics = [AggMetricConfig(metric["metric"]) for metric in cfg["metric_list"]]
+    group = Group(name, aggregate_metric_list=metrics, metadata={"version": cfg["metadata"]["version"]})
+    rows = read_rows(cfg["metadata"]["files"]["test"], (manager.metadata or {}).get("data"))
+    for value in dict.fromkeys(row[by] for row in rows):
+        own = {**cfg, "task": f"{name}_{value}", "custom_dataset": questions.splits}
+        own["metadata"] = {**cfg["metadata"], "only": {by: value}}
+        for task in manager.load(own)["tasks"].values():
+            group.add(task)
+    return group
 
 
 def _nearest_task(name: str, known: list[str]) -> str:
     """lm-eval has thousands of tasks: offer the nearest, and list only our own."""
     offered = nearest(name, known).partition("(")[0].strip()
-    own = ", ".join(sorted(path.stem for path in TASKS.glob("*.yaml")))
-    return f"{offered if 'did you mean' in offered else 'no task has a similar name'} (tasks of this kit: {own}; `lm-eval ls tasks` lists the others)"
+    found = offered if "did you mean" in offered else "no task has a similar name"
+    return f"{found} (tasks of this kit: {', '.join(own_tasks())}; `lm-eval ls tasks` lists the others)"
 
 
-def _configuration(path: Path) -> dict[str, Any]:
-    configuration = yaml.safe_load(path.read_text(encoding="utf-8"))
-    metadata = configuration["metadata"]
-    configuration["custom_dataset"] = partial(_dataset, configuration["task"], _columns(configuration))
-    configuration["metadata"] = metadata
-    return configuration
+# ---------------------------------------------------------------------------------------------------------------------
+# The papers' perplexity, as a task
 
 
-def _columns(configuration: dict[str, Any]) -> list[str]:
-    return configuration["metadata"].get("columns", [])
+def _block_perplexity(name: str) -> dict[str, Any] | None:
+    """The settings of a task that is a perplexity of blocks, which lm-eval does not know; None for any other."""
+    path = own_tasks().get(name)
+    text = path.read_text(encoding="utf-8") if path else ""
+    return yaml.safe_load(text)["metadata"] if "output_type: block_perplexity" in text else None
 
 
-def _dataset(task: str, columns: list[str], *, files: dict[str, str], examples_from_test: int = 0, **_: Any) -> Any:
-    """The splits of a task, read from its files.
-
-    Args:
-        examples_from_test: the first so many test rows become the split `examples` and are not asked (published protocol).
-    """
-    import datasets
-
-    splits = {}
-    for split, place in files.items():
-        rows = _read_rows(task, place)
-        missing = [column for column in columns if column not in rows[0]]
-        if missing:
-            raise PftoolsError(f"the data of task {task!r}, {place}, has no column {', '.join(missing)}: it has {', '.join(rows[0])}.")
-        splits[split] = rows
-    if examples_from_test:
-        splits["examples"], splits["test"] = splits["test"][:examples_from_test], splits["test"][examples_from_test:]
-    return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
-
-
-def _read_rows(task: str, place: str) -> list[dict[str, Any]]:
-    where, _, name = place.partition(":")
-    root = DATA if where == "package" else data_root()
-    if root is None:
-        raise PftoolsError(f"the task {task!r} needs {name} in the data root: set PFTOOLS_DATA to a folder that has it (`pftools fetch-data` fills one).")
-    path = root / name
-    if not path.exists():
-        raise PftoolsError(f"the task {task!r} needs {path}, which is not there: `pftools fetch-data` fills a data root.")
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    else:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    if not rows:
-        raise PftoolsError(f"{path}, the data of task {task!r}, is empty.")
-    return rows
+def _score_blocks(
+    model: nn.Module, tokenizer: Any, name: str, settings: dict[str, Any], *, limit: int | None, data: str | Path | None, **options: Any
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    length = min(settings["block_length"], getattr(model.config, "max_position_embeddings", settings["block_length"]))
+    blocks = corpora.token_blocks(tokenizer, settings["corpus"], split=settings["split"], block_length=length, data=data)[:limit]
+    found = perplexity(model, blocks, **options)
+    score = _row(name, "perplexity", found.perplexity, len(blocks))
+    rows = [_record(name, name, place, math.nan, choice_scores=[float(-loss)]) for place, loss in enumerate(found.block_nll)]
+    return score, pd.DataFrame(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading lm-eval's answer
 
 
-def _samples(by_task: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
+def _leaves(loaded: dict[str, list[Any]], results: dict[str, Any]) -> dict[str, list[str]]:
+    """{row of the score table: lm-eval's tasks in it}. A group is one row where all its tasks count right answers in the same way."""
+    rows: dict[str, list[str]] = {}
+    for name, parts in loaded.items():
+        names = [task.task_name for part in parts for task in (part.get_all_tasks() if hasattr(part, "get_all_tasks") else [part])]
+        metrics = {_metric(task, results) for task in names}
+        if len(names) == 1 or (len(metrics) == 1 and metrics.pop()[0] in _ACCURACIES):
+            rows[name] = names
+        else:
+            rows |= {task: [task] for task in names}
+    return rows
+
+
+def _metric(task: str, results: dict[str, Any]) -> tuple[str, str]:
+    """The metric that a task is judged by, and the filter before it.
+
+    Raises:
+        PftoolsError: the task reports none that pftools knows.
+    """
+    reported = [tuple(key.split(",", 1)) for key, value in results["results"][task].items() if "," in key and isinstance(value, (int, float))]
+    for wanted in _METRICS:
+        for metric, chosen in reported:
+            if metric == wanted:
+                return metric, chosen
+    raise PftoolsError(f"the task {task!r} reports none of {', '.join(_METRICS)}: pftools does not know how to judge it.")
+
+
+def _samples(task: str, leaves: list[str], results: dict[str, Any]) -> pd.DataFrame:
     rows = []
-    for task, samples in by_task.items():
-        for sample in samples:
-            value = next((sample[metric] for metric in _METRICS if metric in sample), math.nan)
-            responses = sample.get("filtered_resps", [])
+    for leaf in leaves:
+        metric, chosen = _metric(leaf, results)
+        for sample in results["samples"][leaf]:
+            if sample["filter"] != chosen:
+                continue
+            responses = sample["filtered_resps"]
             choices = [float(response[0]) for response in responses if isinstance(response, (tuple, list))]
-            rows.append(
-                {
-                    "task": task, "question": int(sample["doc_id"]), "correct": float(value) if isinstance(value, (int, float, bool)) else math.nan,
-                    "target": str(sample.get("target", "")), "answer": "" if choices else str(responses[0] if responses else ""),
-                    "choice_scores": choices,
-                }
-            )  # fmt: skip
-    return pd.DataFrame(rows).sort_values(["task", "question"], ignore_index=True)
+            correct = float(sample[metric]) if isinstance(sample[metric], (int, float, bool)) else math.nan
+            answer = "" if choices or not isinstance(responses[0], str) else responses[0]
+            rows.append(_record(task, leaf, sample["doc_id"], correct, target=sample["target"], answer=answer, choice_scores=choices))
+    return pd.DataFrame(rows).sort_values(["subject", "question"], ignore_index=True)
 
 
-def _score(task: str, found: dict[str, Any], samples: pd.DataFrame) -> dict[str, Any]:
-    reported = {key.partition(",")[0]: value for key, value in found["results"][task].items() if isinstance(value, (int, float))}
-    metric = next((metric for metric in _METRICS if metric in reported), None)
-    if metric is None:
-        raise PftoolsError(f"the task {task!r} reports none of {', '.join(_METRICS)}: pftools does not know how to judge it.")
-    own = samples[samples["task"] == task]
-    n, value = len(own), float(reported[metric])
-    row = {"task": task, "metric": metric, "value": value, "stderr": math.nan, "low": math.nan, "high": math.nan, "n": n, "chance": math.nan}
-    if metric in ("acc", "acc_norm", "exact_match"):
-        interval = stats.binomtest(round(value * n), n).proportion_ci(method="wilson")
-        row |= {"stderr": math.sqrt(value * (1 - value) / n), "low": interval.low, "high": interval.high}
-        row["chance"] = _chance(found["configs"][task], own)
-    return row
+def _record(task: str, subject: str, question: int, correct: float, *, target: Any = "", answer: str = "", choice_scores: Sequence[float] = ()) -> dict[str, Any]:
+    return {
+        "task": task, "subject": subject, "question": int(question), "correct": correct, "target": str(target), "answer": answer,
+        "choice_scores": list(choice_scores),
+    }  # fmt: skip
 
 
-def _chance(configuration: dict[str, Any], samples: pd.DataFrame) -> float:
-    """The level of guessing: what the task states, else one over the mean number of choices."""
+def _score(task: str, leaves: list[str], results: dict[str, Any], answers: pd.DataFrame) -> dict[str, Any]:
+    metric, chosen = _metric(leaves[0], results)
+    if metric not in _ACCURACIES:
+        return _row(task, metric, float(results["results"][task][f"{metric},{chosen}"]), len(answers))
+    n, value = len(answers), float(answers["correct"].mean())
+    interval = stats.binomtest(round(value * n), n).proportion_ci(method="wilson")
+    chance = sum(_chance(results["configs"][leaf], own) * len(own) for leaf, own in answers.groupby("subject")) / n
+    return _row(task, metric, value, n, stderr=math.sqrt(value * (1 - value) / n), low=interval.low, high=interval.high, chance=chance)
+
+
+def _row(task: str, metric: str, value: float, n: int, *, stderr: float = math.nan, low: float = math.nan, high: float = math.nan, chance: float = math.nan) -> dict[str, Any]:
+    return {"task": task, "metric": metric, "value": value, "stderr": stderr, "low": low, "high": high, "n": n, "chance": chance}
+
+
+def _chance(configuration: dict[str, Any], answers: pd.DataFrame) -> float:
+    """The level of guessing: what the task states, else the mean of one over the number of choices; none for free answers."""
     stated = (configuration.get("metadata") or {}).get("chance")
-    counts = [1 / len(scores) for scores in samples["choice_scores"] if len(scores) > 1]
+    counts = [1 / len(scores) for scores in answers["choice_scores"] if len(scores) > 1]
     if stated is not None:
         return float(stated)
     return sum(counts) / len(counts) if counts else 0.0
@@ -205,6 +282,8 @@ def _strict_json(value: Any) -> Any:
         return {str(key): _strict_json(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_strict_json(inner) for inner in value]
+    if callable(value):
+        return getattr(value, "__name__", str(value))
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
