@@ -80,6 +80,8 @@ def _write_manifest(run: runs.Run, delta: dict[str, str]) -> None:
     if runs.is_finished(parent):
         # Relative, so that a folder of runs can be moved or copied whole.
         parent = f"../{Path(parent).name}" if _same_folder(run.folder.parent, Path(parent).parent) else str(Path(parent).resolve())
+    elif Path(parent).expanduser().is_dir():
+        parent = str(Path(parent).expanduser().resolve())  # a base model's folder, wherever the run is loaded from
     runs.write_json(run.path(MANIFEST), {"parent": parent, **delta})
 
 
@@ -119,10 +121,15 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a finished prune or finetune run, and its tokenizer: the base with all deltas replayed.
 
+    Args:
+        dtype: `auto` is the one that the run was made in: its merge was rounded to that.
+
     Raises:
         PftoolsError: a run of the chain is missing, unfinished or damaged, or does not fit the base.
     """
     base, chain = lineage(folder)
+    if dtype == "auto":
+        dtype = runs.read_record(folder)["results"].get("dtype", dtype)
     model, tokenizer = models.load_pretrained(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     for run_folder in chain:
         model = _replay(model, run_folder)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pftools import runs as run_folders
+from pftools import settings
 from pftools import study as studies
 from pftools.errors import PftoolsError
 
@@ -218,13 +219,13 @@ def _print_results(planned: studies.Plan) -> None:
     tasks = [name for name in found.columns if name in _task_names(planned)]
     table = Table("ordering", "asked", "measured", "perplexity", *tasks, title="Results", title_justify="left")
     for row in found.to_dict("records"):
-        scores = [f"{row[task]:.1%}" for task in tasks]
+        scores = [f"{row[task]:.1%}" if row[task] <= 1 else f"{row[task]:.2f}" for task in tasks]  # accuracies, and perplexities
         table.add_row(row["ordering"], f"{row['asked']:.0%}", f"{row['measured']:.2%}", f"{row['perplexity']:.2f}", *scores)
     out.print(table)
 
 
 def _task_names(planned: studies.Plan) -> list[str]:
-    return planned.study.evaluate.get("tasks", [])
+    return planned.study.evaluate.get("tasks", settings.Evaluate.model_fields["tasks"].default)
 
 
 def _write_report(study: Path, runs: Path, output: Path | None, figures: Path | None) -> None:

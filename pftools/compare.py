@@ -199,13 +199,16 @@ class _Pair:
 def _pairs(results: pd.DataFrame) -> Iterator[_Pair]:
     """Every two orderings with the same method, pattern, merge and asked sparsity, and at least one seed in common."""
     varied = [name for name in _CHOICES if results[name].nunique() > 1]
+    seen = set()  # orderings that do not differ by method or merge are the same runs for all of them: one comparison, not several
     for (*choices, asked), group in results.groupby([*_CHOICES, "asked"], sort=False):
         named = [choice for name, choice in zip(_CHOICES, choices) if name in varied]
         where = " with ".join([f"{asked:.0%}", ", ".join(named)]) if named else f"{asked:.0%}"
         for first, second in itertools.combinations(dict.fromkeys(group["ordering"]), 2):
             one, other = (_last_of(group, name) for name in (first, second))
             seeds = sorted(set(one.index) & set(other.index))
-            if seeds:
+            same = (*one.loc[seeds, "run"], *other.loc[seeds, "run"])
+            if seeds and same not in seen:
+                seen.add(same)
                 yield _Pair(first, second, asked, where, one.loc[seeds], other.loc[seeds])
 
 

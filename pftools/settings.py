@@ -64,6 +64,26 @@ class _Blocks(Step):
     batch_size: int | None = local(None, "blocks a forward; None: chosen by size", ge=1)
 
 
+def parse_nm(pattern: str) -> tuple[int, int] | None:
+    """(N, M) of an N:M pattern: of every M neighbours in a row, N are kept (Mishra et al. 2021, arXiv 2104.08378). None for `unstructured`.
+
+    Raises:
+        PftoolsError: neither of the two.
+    """
+    if pattern == "unstructured":
+        return None
+    found = re.fullmatch(r"([1-9]\d*):(\d+)", pattern)
+    if not found or int(found[1]) >= int(found[2]):
+        raise PftoolsError(f"the pattern {pattern!r} is unknown: give 'unstructured', or N:M with N < M such as '2:4'.")
+    return int(found[1]), int(found[2])
+
+
+def pattern_sparsity(pattern: str) -> float | None:
+    """The sparsity that an N:M pattern fixes; None for `unstructured`, which leaves it open."""
+    numbers = parse_nm(pattern)
+    return 1 - numbers[0] / numbers[1] if numbers else None
+
+
 class Calibrate(_Blocks):
     """01: choose the calibration blocks, and look at the activations they cause."""
 
@@ -90,6 +110,15 @@ class Prune(_Blocks):
     owl_m: float = Field(5.0, gt=1, description="OWL: an outlier is this many times the layer's mean")
     reconstruct_steps: int = Field(0, ge=0, description="Adam steps of block reconstruction a layer; 0: none")
 
+    @model_validator(mode="after")
+    def _pattern_fits(self) -> Prune:
+        fixed = pattern_sparsity(self.pattern)
+        if fixed is not None and abs(self.sparsity - fixed) > 1e-6:
+            raise ValueError(f"the pattern {self.pattern} fixes the sparsity at {fixed:g}, and {self.sparsity:g} is asked: ask for that.")
+        if fixed is not None and self.allocation == "owl":
+            raise ValueError(f"the pattern {self.pattern} fixes the sparsity of every layer, so that allocation 'owl' has no room: use 'uniform'.")
+        return self
+
 
 # The study's settings (Prune-Finetune-LLM): PEFT's LoRA on q and v of an 8-bit fp16 base, padded lines, batches of 4, four of them
 # a step, the dense merge; and a tenth of an epoch, where no other budget is given.
@@ -109,7 +138,7 @@ class Finetune(_Blocks):
 
     step = "finetune"
     resumes = True
-    preset: Literal["", "published"] = Field("", description="'published': the study's settings, others given win")
+    preset: Literal["", "published"] = Field("", description="'published': the study's settings, wherever a parameter has its default")
     tokens: int | None = Field(None, ge=1, description="budget in real tokens (give one of tokens, steps, epochs)")
     steps: int | None = Field(None, ge=1, description="budget in optimizer steps")
     epochs: float | None = Field(None, gt=0, description="budget in passes over the train split")
@@ -121,8 +150,8 @@ class Finetune(_Blocks):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
     targets: str = Field("all-linear", description="all-linear, attention, published (q and v), or names with commas")
     learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
-    warmup_steps: int = Field(4, ge=0, description="optimizer steps of linear warm-up")
-    schedule: str = Field("linear", description="learning-rate schedule of transformers: linear, cosine, constant")
+    warmup_steps: int = Field(4, ge=0, description="optimizer steps of linear warm-up, at most a third of all")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="of the learning rate, after warm-up")
     blocks_per_step: int = Field(8, ge=1, description="blocks an optimizer step (batch x accumulation)")
     base: Literal["plain", "8bit", "nf4"] = Field("plain", description="how the frozen base is held while training")
     gradient_checkpointing: bool = local(False, "trade time for memory")

@@ -78,27 +78,42 @@ class Study(BaseModel):
                 raise PftoolsError(f"unknown pruning method {method!r}: {says}.", where=("methods", number))
         for number, pattern in enumerate(self.patterns):
             with _at("patterns", number):
-                pattern_sparsity(pattern)
+                settings.pattern_sparsity(pattern)
         for number, entry in enumerate(self.orderings):
             with _at("orderings", number):
                 self._check_ordering(entry)
         for section in _PLANNED:
             with _at(section):
-                _step(section, self, getattr(self, section))
+                checked = _step(section, self, getattr(self, section))
+                if section == "finetune" and checked.preset and (checked.merge not in self.merges or checked.dtype != self.dtype):
+                    raise PftoolsError(
+                        f"the preset {checked.preset!r} merges {checked.merge} and computes in {checked.dtype}, which is not what the rest "
+                        f"of the study says: add 'merges: [{checked.merge}]' and 'dtype: {checked.dtype}'."
+                    )
         return self
 
     def _check_ordering(self, entry: _OrderingEntry) -> None:
         ordering = parse_ordering(entry.ordering)
         for sparsity in entry.sparsities or self.sparsities:
             ordering.steps(sparsity, schedule=self.schedule)
-        structured = [pattern for pattern in self.patterns if pattern_sparsity(pattern) is not None]
+        structured = [pattern for pattern in self.patterns if settings.pattern_sparsity(pattern) is not None]
         if ordering.n_prunes > 1 and structured:
             raise PftoolsError(
                 f"the ordering {ordering.name!r} has several P's, which raise the sparsity step by step, and the pattern "
                 f"{structured[0]} fixes it: leave one of them out of the study {self.name!r}."
             )
-        if self.budget == "total" and self.tokens < ordering.n_finetunes:
-            raise PftoolsError(f"{self.tokens} fine-tuning tokens cannot be split over the {ordering.n_finetunes} F's of {ordering.name!r}.")
+        if self.budget == "total" and ordering.n_finetunes and 0 in self.shares(ordering.n_finetunes):
+            raise PftoolsError(
+                f"{self.tokens} fine-tuning tokens cannot be split over the {ordering.n_finetunes} F's of {ordering.name!r}, "
+                f"of which each needs at least one block: raise tokens, or lower the block_length under finetune."
+            )
+
+    def shares(self, n_finetunes: int) -> list[int]:
+        """The total budget split over F's, as even as whole blocks allow, so that every ordering is trained on the same number of tokens."""
+        parameters = _step("finetune", self, self.finetune)
+        unit = parameters.block_length if parameters.packing else 1
+        whole, rest = divmod(self.tokens // unit, n_finetunes)
+        return [unit * (whole + (number < rest)) for number in range(n_finetunes)]
 
 
 @contextmanager
@@ -111,21 +126,11 @@ def _at(*place: str | int) -> Iterator[None]:
         raise
 
 
-def pattern_sparsity(pattern: str) -> float | None:
-    """The sparsity that an N:M pattern fixes (N of every M weights are kept); None for `unstructured`."""
-    if pattern == "unstructured":
-        return None
-    kept, _, group = pattern.partition(":")
-    if not (kept.isdigit() and group.isdigit() and 0 < int(kept) < int(group)):
-        raise PftoolsError(f"the pattern {pattern!r} is not N:M with N < M, such as 2:4, and not 'unstructured'.")
-    return 1 - int(kept) / int(group)
-
-
 # What a plan sets itself, and a study's sections therefore cannot.
 _PLANNED = {
     "calibrate": {"model", "seed", "runs"},
     "prune": {"model", "calibration", "method", "sparsity", "pattern", "seed", "runs", "corpus", "n_blocks", "block_length"},
-    "finetune": {"model", "seed", "tokens", "merge", "runs"},
+    "finetune": {"model", "seed", "tokens", "steps", "epochs", "merge", "runs"},
     "evaluate": {"model", "seed", "runs"},
 }
 
@@ -305,7 +310,7 @@ def _plan_ordering(plan: Plan, entry: _OrderingEntry, method: str, pattern: str,
 def _targets(study: Study, entry: _OrderingEntry, ordering: Ordering, pattern: str) -> list[float]:
     if not ordering.n_prunes:
         return [0.0]
-    fixed = pattern_sparsity(pattern)
+    fixed = settings.pattern_sparsity(pattern)
     return (entry.sparsities or study.sparsities) if fixed is None else [fixed]
 
 
@@ -318,10 +323,11 @@ class _Chain:
         self.model, self.tokens, self.finetunes = plan.study.model, 0, 0
 
     def prune(self, step: OrderingStep) -> None:
-        dense_inputs = self.study.prune.get("inputs") == "dense"
+        # Dense inputs and OWL read the statistics that 01 keeps, which have to be of the model that is pruned.
+        needs_statistics = self.study.prune.get("inputs") == "dense" or self.study.prune.get("allocation") == "owl"
         calibration = self._add(
             "calibrate", "calibration blocks", self.study.calibrate,
-            model=self.model if dense_inputs else self.study.model, seed=self.seed,
+            model=self.model if needs_statistics else self.study.model, seed=self.seed,
         )  # fmt: skip
         self.model = self._add(
             "prune", f"{self.method} {step.sparsity:.0%}" + (f" {self.pattern}" if ":" in self.pattern else ""), self.study.prune,
@@ -331,9 +337,8 @@ class _Chain:
 
     def finetune(self, step: OrderingStep) -> None:
         share = self.study.tokens
-        if self.study.budget == "total":  # in whole tokens, that add up to the total
-            share, rest = divmod(share, self.ordering.n_finetunes)
-            share += step.number <= rest
+        if self.study.budget == "total":
+            share = self.study.shares(self.ordering.n_finetunes)[step.number - 1]
         merge = "auto" if step.sparsity == 0 else self.merge  # no zeros to keep yet, so all merges share this step
         self.model = self._add(
             "finetune", f"F{step.number}, {share:,} tokens", self.study.finetune,

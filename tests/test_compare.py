@@ -122,6 +122,11 @@ def test_seeds_are_pooled_by_block():
     assert len(pairs) == 3 and (pairs["seeds"] == 2).all()
 
 
+def test_one_comparison_is_tested_once():
+    twice = pd.concat([results(merge="masked"), results(merge="dense")], ignore_index=True)  # the same runs under two merges
+    assert len(compare.compare_orderings(twice, losses())) == len(compare.compare_orderings(results(), losses())) == 3
+
+
 def test_tasks_say_what_could_have_been_seen():
     generator = np.random.default_rng(0)
     samples = {run: pd.DataFrame({"task": "facts", "question": range(200), "correct": (generator.random(200) < 0.5) * 1.0}) for run in "abc"}

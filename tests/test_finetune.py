@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from pftools.errors import PftoolsError
 from pftools.finetune import finetune_model, merge_adapter, padded_rows
 from pftools.finetune.quantize import quantized
-from pftools.finetune.recipe import find_targets, steps_of_budget
+from pftools.finetune.recipe import find_targets, rows_of_budget, warmup_of
 from pftools.finetune.rows import training_order
 from pftools.finetune.update import dense_weight, kept_of, remember_kept, updated_linear, updated_weight
 from pftools.models import linear_modules, measured_sparsity
@@ -344,10 +344,19 @@ def test_the_published_preset_is_complete_and_gives_way_to_what_is_given():
     assert (other.epochs, other.tokens, other.rank, other.dtype) == (None, 100, 4, "bfloat16")
 
 
+def test_a_budget_that_is_no_multiple_of_a_step_is_met_to_the_row_and_trains_from_its_first_step():
+    result = finetune_model(pruned_llama(), tiny_blocks(), tokens=7 * 16, blocks_per_step=4, progress=False)
+    assert result.losses["tokens"].tolist() == [4 * 16, 7 * 16] and result.summary["tokens"] == 7 * 16
+    assert (result.losses["learning_rate"] > 0).all()
+    once = finetune_model(pruned_llama(), tiny_blocks(), tokens=16, progress=False)
+    assert once.summary["steps"] == 1 and any(b.abs().max() > 0 for _, b in once.adapter.factors.values())
+
+
 def test_budgets():
-    assert steps_of_budget(100, 512, 8, tokens=49_152, steps=None, epochs=None) == 12
-    assert steps_of_budget(100, 512, 8, tokens=None, steps=None, epochs=0.5) == 7
-    assert steps_of_budget(100, 512, 8, tokens=None, steps=5, epochs=None) == 5
+    assert rows_of_budget(100, 512, 8, tokens=49_152, steps=None, epochs=None) == 96
+    assert rows_of_budget(100, 512, 8, tokens=None, steps=None, epochs=0.5) == 50
+    assert rows_of_budget(100, 512, 8, tokens=None, steps=5, epochs=None) == 40
+    assert [warmup_of(4, steps) for steps in (1, 2, 12, 100)] == [0, 0, 4, 4]
 
 
 def test_targets_by_name():

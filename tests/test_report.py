@@ -11,7 +11,7 @@ from pftools import report, runs, study
 from pftools.errors import PftoolsError
 
 GAIN = {"prune": 0.25, "finetune_prune": 0.12, "prune_finetune": 0.02}
-WORDS = {"name": "made_up", "description": "Does it matter?", "evaluate": {"tasks": ["facts", "wikitext2"]}, "tokens": 1000}
+WORDS = {"name": "made_up", "description": "Does it matter?", "evaluate": {"tasks": ["facts", "wikitext2"]}, "tokens": 1000, "finetune": {"block_length": 10}}
 
 
 def made_up(folder, **words):

@@ -50,6 +50,20 @@ def test_a_chain_of_deltas_replays(sealed):
     assert base.endswith("tiny") and [path.name for path in chain] == [folder.name, last.name]
 
 
+def test_a_base_with_a_relative_path_is_found_from_anywhere(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "models" / "tiny")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    parameters = settings.Prune(model="../models/tiny", dtype="bfloat16", runs="runs")
+    run = runs.start(parameters)
+    model, _ = models.load_for(parameters)
+    folder = run.seal(checkpoints.save_prune(run, prune_model(model, tiny_blocks(), progress=False).masks), dtype="bfloat16").resolve()
+    monkeypatch.chdir(tmp_path)
+    again, _ = checkpoints.load(folder)
+    assert again.dtype == torch.bfloat16  # a run is loaded in the dtype that it was made in
+    assert models.measured_sparsity(again) == pytest.approx(0.5)
+
+
 def test_runs_can_be_moved_together(sealed, tmp_path):
     last = tuned(sealed)
     moved = tmp_path / "elsewhere"

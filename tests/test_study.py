@@ -56,17 +56,21 @@ def test_the_published_grid_shares_its_prefixes():
 
 
 def test_a_total_budget_is_split_and_a_step_budget_is_not():
-    total = plan_study(study(orderings=["F*4"], tokens=1000))
-    each = plan_study(study(orderings=["F*4"], tokens=1000, budget="per_step"))
+    blocks = {"block_length": 50}
+    total = plan_study(study(orderings=["F*4"], tokens=1000, finetune=blocks))
+    each = plan_study(study(orderings=["F*4"], tokens=1000, finetune=blocks, budget="per_step"))
     assert {step.parameters.tokens for step in total.steps.values() if step.parameters.step == "finetune"} == {250}
     assert {step.parameters.tokens for step in each.steps.values() if step.parameters.step == "finetune"} == {1000}
     assert (total.rows[0].finetune_tokens, each.rows[0].finetune_tokens) == (1000, 4000)
 
 
 def test_a_split_budget_adds_up_to_the_token():
-    plan = plan_study(study(orderings=["(P F)*3"], tokens=1000))
-    assert sorted(step.parameters.tokens for step in plan.steps.values() if step.parameters.step == "finetune") == [333, 333, 334]
-    assert plan.rows[0].finetune_tokens == 1000
+    plan = plan_study(study(orderings=["(P F)*3", "P F"], tokens=1000, finetune={"block_length": 10}))
+    shares = [step.parameters.tokens for step in plan.steps.values() if step.parameters.step == "finetune"]
+    assert sorted(shares) == [330, 330, 340, 1000]  # whole blocks, so that what is planned is what is trained
+    assert [row.finetune_tokens for row in plan.rows] == [1000, 1000]
+    with pytest.raises(PftoolsError, match="each needs at least one block"):
+        study(orderings=["F*3"], tokens=1000, finetune={"block_length": 500})
 
 
 def test_everything_is_crossed_with_everything():
@@ -91,7 +95,7 @@ def test_planning_loads_no_library_that_takes_seconds_to_load():
 
 
 def test_time_is_estimated_from_past_runs_of_the_same_kind_and_model(tmp_path):
-    plan = plan_study(study(orderings=["P", "P F"], tokens=1000), runs=tmp_path)
+    plan = plan_study(study(orderings=["P", "P F"], tokens=1000, finetune={"block_length": 100}), runs=tmp_path)
     assert estimate_seconds(plan) == (0, {"calibrate", "prune", "finetune", "evaluate"})
     for step, seconds in zip(plan.steps.values(), (1, 10, 100, 1000)):  # calibrate, prune, evaluate the pruned model, finetune
         run = runs.start(step.parameters)
@@ -99,7 +103,7 @@ def test_time_is_estimated_from_past_runs_of_the_same_kind_and_model(tmp_path):
         run.seal([])
     assert [step.parameters.step for step in plan.missing()] == ["evaluate"]
     assert estimate_seconds(plan)[0] == pytest.approx(100, rel=0.01)
-    longer = plan_study(study(orderings=["P", "P F"], tokens=3000, sparsities=[0.6]), runs=tmp_path)
+    longer = plan_study(study(orderings=["P", "P F"], tokens=3000, sparsities=[0.6], finetune={"block_length": 100}), runs=tmp_path)
     assert estimate_seconds(longer)[0] == pytest.approx(10 + 2 * 100 + 3 * 1000, rel=0.01)
     elsewhere = plan_study(study(orderings=["P"], model="another/model"), runs=tmp_path)
     assert estimate_seconds(elsewhere) == (0, {"calibrate", "prune", "evaluate"})
@@ -132,9 +136,16 @@ def test_the_kth_finetune_has_seed_k_and_seeds_never_meet():
     assert seeds == [1, 2, 3, 1001, 1002, 1003]
 
 
-def test_dense_inputs_calibrate_every_parent():
-    plan = plan_study(study(orderings=["prune", "finetune_prune"], prune={"inputs": "dense"}))
+@pytest.mark.parametrize("options", [{"inputs": "dense"}, {"allocation": "owl"}])
+def test_what_reads_statistics_calibrates_every_parent(options):
+    plan = plan_study(study(orderings=["prune", "finetune_prune"], prune=options))
     assert steps_of(plan).count("calibrate") == 2
+
+
+def test_a_preset_is_refused_where_the_rest_of_the_study_says_otherwise():
+    with pytest.raises(PftoolsError, match="merges: \\[dense\\].*dtype: float16"):
+        study(finetune={"preset": "published"})
+    study(finetune={"preset": "published"}, merges=["dense"], dtype="float16")
 
 
 def test_a_pattern_fixes_the_sparsity():
@@ -155,7 +166,7 @@ def test_a_pattern_fixes_the_sparsity():
         ("orderings:\n  - P\n  - [P]\n", "line 3.*"),
         ("orderings: [prune]\nmethods:\n  - wanda\n  - wnada\n", "line 4.*did you mean 'wanda'"),
         ("orderings: [prune]\nmethods: [nonsense]\n", "line 2.*unknown pruning method 'nonsense'"),
-        ("orderings: [prune]\npatterns:\n  - '4:2'\n", "line 3.*not N:M"),
+        ("orderings: [prune]\npatterns:\n  - '4:2'\n", "line 3.*N:M with N < M"),
         ("patterns: ['2:4']\norderings:\n  - P\n  - iter_pf\n", "line 4.*several P's"),
         ("orderings: [iter_pf]\ntokens: 5\n", "line 1.*cannot be split over the 7 F's"),
         ("orderings: [prune]\nseeds: [0, -1]\n", "line 2.*seeds"),
@@ -194,4 +205,4 @@ def test_only_what_changes_results_changes_the_key(kind):
         value = getattr(plain, name)
         changed = plain.model_copy(update={name: other[type(value)](value)})
         same_key = runs.run_key(changed) == runs.run_key(plain)
-        assert same_key == (name in {"device", "runs", "batch_size", "gradient_checkpointing", "save_every", "data"}), name
+        assert same_key == (name in {"device", "runs", "batch_size", "gradient_checkpointing", "save_every", "data", "show_dense_cost"}), name

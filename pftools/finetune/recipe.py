@@ -38,19 +38,22 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
     return found
 
 
-def steps_of_budget(
+def rows_of_budget(
     rows: int, tokens_per_row: float, rows_per_step: int, *, tokens: int | None, steps: int | None, epochs: float | None
 ) -> int:
-    """Optimizer steps of a budget given as real tokens, as steps, or as passes over the rows; one of the three.
+    """How many rows are trained on, for a budget in real tokens, in steps, or in passes over the rows; one of the three.
 
     Raises:
-        PftoolsError: none or several are given, or nothing is to be trained.
+        PftoolsError: none or several are given.
     """
     given = {name: value for name, value in {"tokens": tokens, "steps": steps, "epochs": epochs}.items() if value is not None}
     if len(given) != 1:
         raise PftoolsError(f"the training budget is {given or 'not given'}: give exactly one of tokens, steps and epochs.")
     if tokens is not None:
-        steps = round(tokens / (tokens_per_row * rows_per_step))
-    elif epochs is not None:
-        steps = math.ceil(epochs * rows / rows_per_step)
-    return max(1, steps)
+        return max(1, round(tokens / tokens_per_row))
+    return max(1, math.ceil(epochs * rows)) if epochs is not None else steps * rows_per_step
+
+
+def warmup_of(warmup_steps: int, max_steps: int) -> int:
+    """The steps of warm-up: at most a third of all, so that a short training, as one of an ordering's many, has learning rates at all."""
+    return min(warmup_steps, max_steps // 3)

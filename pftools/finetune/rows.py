@@ -37,8 +37,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def training_order(n_rows: int, length: int, seed: int) -> list[int]:
-    """``length`` row numbers: the rows shuffled, then shuffled anew, for as long as it takes. Steps are full across the ends of passes,
-    so that a budget in tokens is met exactly."""
+    """``length`` row numbers: the rows shuffled, then shuffled anew, for as long as it takes. Steps are full across the ends of passes."""
     generator = torch.Generator().manual_seed(seed)
     passes = [torch.randperm(n_rows, generator=generator) for _ in range(-(-length // n_rows))]
     return torch.cat(passes)[:length].tolist()

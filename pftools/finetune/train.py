@@ -26,7 +26,7 @@ from pftools.errors import PftoolsError, nearest
 from pftools.finetune.masked import fuse_hira, masked_modules
 from pftools.finetune.merge import Adapter, factors_of, mark_masked, mask_digest, resolve_merge
 from pftools.finetune.quantize import BASES, check_bitsandbytes, quantized
-from pftools.finetune.recipe import find_targets, steps_of_budget
+from pftools.finetune.recipe import find_targets, rows_of_budget, warmup_of
 from pftools.finetune.rows import Rows, training_order
 from pftools.runs import write_json
 
@@ -76,7 +76,7 @@ def finetune_model(
         keep_sparsity: mask the update wherever the weight is zero, where the model is pruned at all.
         rank, alpha, dropout, targets: of the adapter; HiRA has no alpha.
         tokens, steps, epochs: the budget; one of them (default: one epoch).
-        blocks_per_step: rows an optimizer step. micro_batch_size: rows a forward; None: chosen by size.
+        warmup_steps: at most a third of all steps. blocks_per_step: rows an optimizer step; the last may have fewer. micro_batch_size: rows a forward; None: chosen by size.
         adapter: `lora` or `hira`. base: `plain`, `8bit` or `nf4`: how the frozen weights are held while training. The merge goes into
             the plain weights: then the update is what was trained, and the base is free of rounding again.
         output: a folder. The adapter is saved in `output/adapter`; Trainer's checkpoints in `output/trainer` let a killed
@@ -92,15 +92,16 @@ def finetune_model(
     if tokens is None and steps is None and epochs is None:
         epochs = 1.0
     tokens_per_row = rows.real_tokens / len(rows)
-    if tokens is not None:  # a budget below one step makes a smaller step
-        blocks_per_step = min(blocks_per_step, max(1, round(tokens / tokens_per_row)))
-    max_steps = steps_of_budget(len(rows), tokens_per_row, blocks_per_step, tokens=tokens, steps=steps, epochs=epochs)
+    n_rows = rows_of_budget(len(rows), tokens_per_row, blocks_per_step, tokens=tokens, steps=steps, epochs=epochs)
+    blocks_per_step = min(blocks_per_step, n_rows)
+    max_steps = math.ceil(n_rows / blocks_per_step)  # the last step takes what is left
+    warmup_steps = warmup_of(warmup_steps, max_steps)
     masked = keep_sparsity and adapter == "lora" and resolve_merge("auto", model) == "masked"
     micro = _micro_batch(blocks_per_step, micro_batch_size, rows.input_ids.shape[1])
     digest = mask_digest(model, names) if masked else ""
     recipe = {
         "rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets, "learning_rate": learning_rate, "warmup_steps": warmup_steps,
-        "schedule": schedule, "blocks_per_step": blocks_per_step, "steps": max_steps, "adapter": adapter, "base": base, "seed": seed,
+        "schedule": schedule, "blocks_per_step": blocks_per_step, "steps": max_steps, "trained_rows": n_rows, "adapter": adapter, "base": base, "seed": seed,
         "masked": masked, "zeros": digest, "rows": hashlib.sha256(rows.input_ids.numpy().tobytes()).hexdigest(),
     }  # fmt: skip
 
@@ -120,7 +121,7 @@ def finetune_model(
             fp16=model.dtype == torch.float16 and model.device.type == "cuda",
             include_num_input_tokens_seen="all" if rows.attention_mask is None else "non_padding",
         )  # fmt: skip
-        ordered = torch.utils.data.Subset(rows, training_order(len(rows), max_steps * blocks_per_step, seed))
+        ordered = torch.utils.data.Subset(rows, training_order(len(rows), n_rows, seed))
         trainer = Trainer(peft_model, arguments, train_dataset=ordered, callbacks=[_Watch(max_steps, progress), *callbacks])
         trainer.remove_callback(PrinterCallback)
         if gradient_checkpointing:

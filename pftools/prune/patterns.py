@@ -6,13 +6,13 @@ than torch's `kthvalue`, and its sort thirty times faster than torch's.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from pftools.errors import PftoolsError
+from pftools.settings import parse_nm
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,8 @@ class Pattern:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """`unstructured`, or N:M with 0 < N < M (N of every M weights are kept; Mishra et al. 2021, arXiv 2104.08378).
-
-    Raises:
-        PftoolsError: neither of the two.
-    """
-    if text == "unstructured":
-        return Pattern()
-    found = re.fullmatch(r"(\d+):(\d+)", text.strip())
-    if not found or not 0 < int(found[1]) < int(found[2]):
-        raise PftoolsError(f"the pattern {text!r} is unknown: give 'unstructured', or N:M with N < M such as '2:4'.")
-    return Pattern(int(found[1]), int(found[2]))
+    """`unstructured`, or N:M with 0 < N < M; see `settings.parse_nm`."""
+    return Pattern(*(parse_nm(text) or ()))
 
 
 def check_width(name: str, columns: int, pattern: Pattern) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from pftools import runs
+from pftools.errors import PftoolsError
+
 
 @dataclass
 class ActivationStatistics:
@@ -37,6 +40,22 @@ class ActivationStatistics:
             notes = file.metadata()
             routed = {key.removeprefix("tokens "): int(count) for key, count in notes.items() if key.startswith("tokens ")}
             return cls({name: file.get_tensor(name) for name in file.keys()}, int(notes["n_tokens"]), routed)
+
+    @classmethod
+    def of_run(cls, folder: str | Path, model: str) -> ActivationStatistics:
+        """Those that the calibrate run ``folder`` kept, which have to be of the model that is to be pruned.
+
+        Raises:
+            PftoolsError: they are of another model.
+        """
+        measured = runs.read_record(folder)["parameters"]["model"]
+        same_run = runs.is_finished(model) and Path(measured).name == Path(model).name
+        if measured != model and not same_run:
+            raise PftoolsError(
+                f"the statistics in {folder} are of {measured!r}, and {model!r} is to be pruned: run 01_calibrate on that model, "
+                "or leave calibration empty."
+            )
+        return cls.load(Path(folder) / "statistics.safetensors")
 
     def table(self) -> pd.DataFrame:
         """A row a linear module: layer, module, mean_norm and max_norm of its input columns (root mean square a token), and
