@@ -150,7 +150,7 @@ class Finetune(_Blocks):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
     targets: str = Field("all-linear", description="all-linear, attention, published (q and v), or names with commas")
     learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
-    warmup_steps: int = Field(4, ge=0, description="optimizer steps of linear warm-up, at most a third of all")
+    warmup_steps: int = Field(4, ge=0, description="optimizer steps of linear warm-up, less than half of all")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="of the learning rate, after warm-up")
     blocks_per_step: int = Field(8, ge=1, description="blocks an optimizer step (batch x accumulation)")
     base: Literal["plain", "8bit", "nf4"] = Field("plain", description="how the frozen base is held while training")

@@ -55,5 +55,5 @@ def rows_of_budget(
 
 
 def warmup_of(warmup_steps: int, max_steps: int) -> int:
-    """The steps of warm-up: at most a third of all, so that a short training, as one of an ordering's many, has learning rates at all."""
-    return min(warmup_steps, max_steps // 3)
+    """The steps of warm-up: less than half of all, so that a short training, as one of an ordering's many, has learning rates at all."""
+    return min(warmup_steps, (max_steps - 1) // 2)

@@ -76,7 +76,7 @@ def finetune_model(
         keep_sparsity: mask the update wherever the weight is zero, where the model is pruned at all.
         rank, alpha, dropout, targets: of the adapter; HiRA has no alpha.
         tokens, steps, epochs: the budget; one of them (default: one epoch).
-        warmup_steps: at most a third of all steps. blocks_per_step: rows an optimizer step; the last may have fewer. micro_batch_size: rows a forward; None: chosen by size.
+        warmup_steps: less than half of all steps are. blocks_per_step: rows an optimizer step; the last may have fewer. micro_batch_size: rows a forward; None: chosen by size.
         adapter: `lora` or `hira`. base: `plain`, `8bit` or `nf4`: how the frozen weights are held while training. The merge goes into
             the plain weights: then the update is what was trained, and the base is free of rounding again.
         output: a folder. The adapter is saved in `output/adapter`; Trainer's checkpoints in `output/trainer` let a killed

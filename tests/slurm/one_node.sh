@@ -9,12 +9,14 @@
 set -euo pipefail
 
 install() {
-  command -v slurmctld slurmd munged >/dev/null && return
+  command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && return
   export DEBIAN_FRONTEND=noninteractive
   apt-get -qq update
   # Neither package may start its service here.
-  printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d
-  trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+  if [ ! -e /usr/sbin/policy-rc.d ]; then
+    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d
+    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+  fi
   apt-get -qq install -y --no-install-recommends slurm-wlm munge >/dev/null
 }
 
