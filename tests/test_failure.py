@@ -37,7 +37,11 @@ sys.exit(len(failures))
 
 def drive(root: Path, notebooks: Path, jobs: int = 1) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", _DRIVER, str(root), str(notebooks), str(jobs)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # Background jobs of a shell ignore Ctrl-C and hand that on to what they start; at a keyboard nothing does.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def kernels_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
