@@ -360,7 +360,8 @@ def render(study: str | Path, *, runs: str | Path = "runs", output: str | Path |
         executed = Path(scratch) / "report.ipynb"
         try:
             papermill.execute_notebook(
-                str(NOTEBOOKS / "06_compare_orderings.ipynb"), str(executed), parameters, kernel_name="python3", progress_bar=False
+                str(NOTEBOOKS / "06_compare_orderings.ipynb"), str(executed), parameters, kernel_name="python3", progress_bar=False,
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warning about encryption would stand before the answer
             )
         except papermill.PapermillExecutionError as error:
             raise PftoolsError(f"the report of {study} could not be made: {error.evalue}") from None
