@@ -183,7 +183,9 @@ def _fitting(parameters: dict[str, torch.Tensor], name: str, shape: torch.Size, 
     return weight
 
 
-def export(run_folder: str | Path, folder: str | Path, *, dtype: str = "auto", device: str = "auto") -> Path:
+def export(
+    run_folder: str | Path, folder: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Path:
     """Write the model of a run as a plain Hugging Face folder that needs no pftools, and check it.
 
     The written folder is loaded again with plain transformers and must give the same logits on a short text.
@@ -199,14 +201,14 @@ def export(run_folder: str | Path, folder: str | Path, *, dtype: str = "auto", d
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise PftoolsError(f"the folder {folder} is not empty: choose another, or remove it first.")
-    model, tokenizer = load(run_folder, dtype=dtype, device=device)
+    model, tokenizer = load(run_folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         runs.write_json(partial / "pftools.json", {"exported_from": Path(run_folder).name, "sparsity": models.measured_sparsity(model)})
-        again = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype).to(model.device).eval()
+        again = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype, trust_remote_code=trust_remote_code).to(model.device).eval()
         tokens = torch.arange(64, device=model.device)[None] % model.config.vocab_size
         with torch.no_grad():
             if not torch.equal(model(tokens).logits, again(tokens).logits):

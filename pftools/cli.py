@@ -136,12 +136,13 @@ def report(
 def export(
     run: Annotated[Path, typer.Argument(help="The run folder of a prune or finetune step", metavar="RUN")],
     folder: Annotated[Path, typer.Argument(help="The folder to write", metavar="FOLDER")],
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the run's own), float32, bfloat16 or float16")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let a hub model run its own code")] = False,
 ) -> None:
     """Write a run's model as a plain Hugging Face folder, and check that it gives the same logits."""
     from pftools import checkpoints
 
-    out.print(f"Exported to {checkpoints.export(run, folder, dtype=dtype)}; its logits equal the run's.", highlight=False)
+    out.print(f"Exported to {checkpoints.export(run, folder, dtype=dtype, trust_remote_code=trust_remote_code)}; its logits equal the run's.", highlight=False)
 
 
 @app.command("prune-runs")

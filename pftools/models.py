@@ -151,6 +151,8 @@ def model_source(name: str) -> str:
         return str(embedded_model_folder())
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if (folder / "run.json").exists():
+            raise PftoolsError(f"{name!r} is a pftools run, and a plain model is needed here: write one with `pftools export {name} FOLDER`.")
         if not (folder / "config.json").exists():
             raise PftoolsError(
                 f"the folder {name!r} holds no model: it has neither config.json (Hugging Face format) nor run.json "

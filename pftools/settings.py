@@ -24,6 +24,8 @@ PruningMethod = Literal[
     "ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter",
 ]  # fmt: skip
 PRUNING_METHODS = get_args(PruningMethod)
+# Those that also change the weights they keep, which then have to be stored whole.
+UPDATING_METHODS = tuple(name for name in PRUNING_METHODS if name == "sparsegpt" or name.startswith("ablate_"))
 
 
 def local(default: Any, description: str, **limits: Any) -> Any:

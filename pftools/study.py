@@ -388,7 +388,7 @@ def estimate_disk(plan: Plan) -> dict[str, int] | None:
     for step in plan.steps.values():
         parameters = step.parameters
         if isinstance(parameters, settings.Prune):
-            changed = parameters.method not in ("magnitude", "wanda", "wanda_variant", "ria") or parameters.reconstruct_steps
+            changed = parameters.method in settings.UPDATING_METHODS or parameters.reconstruct_steps
             deltas += linear // 8 + (2 * linear if changed else 0)
             copies += 2 * total
         elif isinstance(parameters, settings.Finetune):

@@ -16,7 +16,7 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
     """Full names of the linear modules that get an adapter.
 
     Args:
-        targets: `all-linear` (every linear weight of the decoder layers), `attention`, `published` (q and v), or
+        targets: `all-linear` (every `nn.Linear` of the decoder layers; fused experts are none), `attention`, `published` (q and v), or
             module names with commas between.
 
     Raises:

@@ -2,7 +2,7 @@
 
 A criterion takes a weight W (rows are outputs, columns inputs; float32) and one number for every input column, and gives scores of
 W's shape: the lowest go. The number is the Euclidean norm of the column over all calibration tokens, ||X_j||, or what SparseGPT
-knows instead. A new criterion is one function here, its name in `settings.PRUNING_METHODS`, and one test against a naive
+knows instead. A new criterion is one function here, its name in `settings.PruningMethod`, and one test against a naive
 restatement in `tests/oracles.py`.
 """
 
