@@ -117,6 +117,14 @@ def tidy_finished(plan: Plan) -> None:
                     runs.tidy(step.folder)
 
 
+def kernel_options() -> dict[str, Any]:
+    """How papermill starts kernels here: they talk over sockets in the file system. A TCP port is chosen before the kernel takes it, and
+    of hundreds of kernels one would find its port taken."""
+    from traitlets.config import Config
+
+    return {"kernel_name": "python3", "progress_bar": False, "config": Config({"KernelManager": {"transport": "ipc"}})}
+
+
 def _execute_notebook(step: dict[str, Any], folder: Path) -> Failure | None:
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -125,9 +133,8 @@ def _execute_notebook(step: dict[str, Any], folder: Path) -> Failure | None:
     draft = runs.draft_path(folder)
     try:
         papermill.execute_notebook(
-            step["notebook"], str(draft), step["parameters"],
-            kernel_name="python3", progress_bar=False, cwd=os.getcwd(), start_timeout=300,
-        )  # fmt: skip
+            step["notebook"], str(draft), step["parameters"], cwd=os.getcwd(), start_timeout=300, **kernel_options()
+        )
     except PapermillExecutionError as error:
         cause = error.evalue if error.ename == "PftoolsError" else f"{error.ename}: {error.evalue}"
         return Failure(folder.name, error.cell_index + 1, redact(cause.strip() or error.ename))

@@ -12,7 +12,7 @@ import pandas as pd
 
 from pftools import compare, runs
 from pftools.errors import PftoolsError
-from pftools.executors import NOTEBOOKS, redact
+from pftools.executors import NOTEBOOKS, kernel_options, redact
 from pftools.orderings import parse_ordering
 from pftools.study import Plan, load_study, plan_study, results, run_state
 
@@ -360,8 +360,7 @@ def render(study: str | Path, *, runs: str | Path = "runs", output: str | Path |
         executed = Path(scratch) / "report.ipynb"
         try:
             papermill.execute_notebook(
-                str(NOTEBOOKS / "06_compare_orderings.ipynb"), str(executed), parameters, kernel_name="python3", progress_bar=False,
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warning about encryption would stand before the answer
+                str(NOTEBOOKS / "06_compare_orderings.ipynb"), str(executed), parameters, **kernel_options()
             )
         except papermill.PapermillExecutionError as error:
             raise PftoolsError(f"the report of {study} could not be made: {error.evalue}") from None
