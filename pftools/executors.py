@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import select
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -118,11 +120,12 @@ def tidy_finished(plan: Plan) -> None:
 
 
 def kernel_options() -> dict[str, Any]:
-    """How papermill starts kernels here: they talk over sockets in the file system. A TCP port is chosen before the kernel takes it, and
-    of hundreds of kernels one would find its port taken."""
+    """How papermill starts a kernel here: it talks over sockets in the file system, with names of its own. A TCP port is chosen before the
+    kernel takes it, and of hundreds of kernels one would find its port taken."""
     from traitlets.config import Config
 
-    return {"kernel_name": "python3", "progress_bar": False, "config": Config({"KernelManager": {"transport": "ipc"}})}
+    sockets = str(Path(tempfile.gettempdir()) / f"pftools-{secrets.token_hex(8)}")
+    return {"kernel_name": "python3", "progress_bar": False, "config": Config({"KernelManager": {"transport": "ipc", "ip": sockets}})}
 
 
 def _execute_notebook(step: dict[str, Any], folder: Path) -> Failure | None:
@@ -349,7 +352,9 @@ def _work() -> None:
     """What a worker does until its driver closes the pipe: fork, and let the fork execute the step that a line asks for."""
     # jsonschema can check a format of web addresses that nothing here has, with a grammar that takes most of a second to load.
     sys.modules.setdefault("rfc3987_syntax", None)
-    import papermill  # noqa: F401  (once, here: it takes longer to load than a small step takes to run)
+    # Once, here, what every fork needs: it takes longer to load than a small step takes to run.
+    import ipykernel.kernelspec  # noqa: F401
+    import papermill  # noqa: F401
 
     for line in sys.stdin:
         order = json.loads(line)
