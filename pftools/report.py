@@ -67,9 +67,9 @@ def _winner(table: pd.DataFrame) -> str:
     best = sparse.iloc[0]
     dense = pooled[pooled["ordering"] == "base"]
     against = f" (dense: {dense['perplexity'].iloc[0]:.2f})" if len(dense) else ""
-    named = "".join(f", {best[name]}" for name in _varied(table))
-    sentence = f"At {best['measured']:.0%} measured sparsity `{best['ordering']}`{named} has the lowest perplexity, {best['perplexity']:.2f}{against}."
     varied = _varied(table)
+    named = "".join(f", {best[name]}" for name in varied)
+    sentence = f"At {best['measured']:.0%} measured sparsity `{best['ordering']}`{named} has the lowest perplexity, {best['perplexity']:.2f}{against}."
     alike = sparse[(sparse[varied] == best[varied]).all(axis=1)]  # rivals by ordering alone
     if len(alike) < 2:
         return sentence
