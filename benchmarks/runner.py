@@ -34,8 +34,9 @@ assert not run_plan(plan_study(load_study(sys.argv[1]), runs=sys.argv[2]), noteb
 _LOOP = """
 import json, sys
 import papermill
+from pftools.executors import kernel_options
 for notebook, parameters, output in json.load(open(sys.argv[1])):
-    papermill.execute_notebook(notebook, output, parameters, kernel_name="python3", progress_bar=False)
+    papermill.execute_notebook(notebook, output, parameters, **kernel_options())
 """
 
 

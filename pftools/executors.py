@@ -352,9 +352,7 @@ def _work() -> None:
     """What a worker does until its driver closes the pipe: fork, and let the fork execute the step that a line asks for."""
     # jsonschema can check a format of web addresses that nothing here has, with a grammar that takes most of a second to load.
     sys.modules.setdefault("rfc3987_syntax", None)
-    # Once, here, what every fork needs: it takes longer to load than a small step takes to run.
-    import ipykernel.kernelspec  # noqa: F401
-    import papermill  # noqa: F401
+    _warm_up()
 
     for line in sys.stdin:
         order = json.loads(line)
@@ -372,6 +370,18 @@ def _work() -> None:
             print(json.dumps({"code": code, "failure": json.loads(failure) if failure else None}), flush=True)
         except BrokenPipeError:  # the driver was killed, and so there is nobody to tell
             os._exit(1)
+
+
+def _warm_up() -> None:
+    """Once, here, what every fork would do anew: load what executes a notebook, compile the schema of notebooks, look up the kernel."""
+    import nbformat
+    import papermill  # noqa: F401
+    import psutil  # noqa: F401
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    nbformat.validate(nbformat.v4.new_notebook())
+    with suppress(NoSuchKernel):  # the step says so
+        KernelSpecManager().get_kernel_spec("python3")
 
 
 def _execute_in_fork(order: dict[str, Any], answer: int) -> int:

@@ -449,7 +449,7 @@ def _circumstances() -> dict[str, Any]:
 def _machine() -> dict[str, Any]:
     torch = sys.modules.get("torch")  # a step that needs no torch does not load it for this
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
-    return {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}
+    return {"platform": f"{platform.system()} {platform.release()}", "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
