@@ -352,6 +352,7 @@ def _work() -> None:
     """What a worker does until its driver closes the pipe: fork, and let the fork execute the step that a line asks for."""
     # jsonschema can check a format of web addresses that nothing here has, with a grammar that takes most of a second to load.
     sys.modules.setdefault("rfc3987_syntax", None)
+    sys.modules.setdefault("pyarrow", None)  # papermill would load it, to reach a file system of Hadoop; and a small process forks sooner
     _warm_up()
 
     for line in sys.stdin:

@@ -17,6 +17,7 @@ from pftools.study import Plan, Study, plan_study
 _BODY = """
 import hashlib, json, os, time
 from pathlib import Path
+{before}
 from pftools import settings
 parameters = settings.read(settings.STEPS[{step!r}], globals())
 started = time.perf_counter()
@@ -38,6 +39,9 @@ run.seal(["result.txt"], perplexity=float(len(found)), measured=0.5, tasks={{}})
 in_seal = time.perf_counter() - started
 journal("sealed")
 """
+# A kernel has nearly 64 files open, and with the 64th Linux grows its table, once, and waits about 10 ms for all its threads. A step that
+# reads a model has that behind it when it seals; here it would be taken for a cost of sealing.
+_MANY_FILES = "files = [os.dup(0) for _ in range(16)]"
 _TIMED = '(run.folder / "seconds.json").write_text(json.dumps(in_start + in_seal))'
 _PLAIN = """
 import hashlib, json
@@ -59,7 +63,7 @@ def write_notebooks(folder: Path, *, timed: bool = False, plain: bool = False, *
     folder.mkdir(parents=True, exist_ok=True)
     for step, kind in settings.STEPS.items():
         defaults = [f"{name} = {field.default!r}" for name, field in kind.model_fields.items()]
-        body = (_PLAIN if plain else _BODY).format(step=step, work=work.get(step, "")).strip()
+        body = (_PLAIN if plain else _BODY).format(step=step, work=work.get(step, ""), before=_MANY_FILES if timed else "").strip()
         cells = [
             nbformat.v4.new_code_cell("# Parameters\n" + "\n".join(defaults), metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell(body + ("\n" + _TIMED if timed else "")),
