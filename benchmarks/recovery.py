@@ -1,12 +1,11 @@
 """How much of what pruning cost each kind of fine-tuning wins back, and at which sparsity it ends.
 
-    python benchmarks/recovery.py --store                      (about 8 minutes a sparsity on 2 cores with bf16)
+    python benchmarks/recovery.py --store                      (about 20 minutes a sparsity on 2 cores with bf16)
 
 The embedded model is pruned with Wanda, then trained on the same tokens of `pydocs` with LoRA merged densely (the published way), masked LoRA and HiRA;
-the dense merge is also pruned again to the sparsity that was asked. Perplexity is that of the test split, whose topics no other split shares.
-"Unmerged" is the model as it stood at the end of training, adapter beside: the merge should not change it. Recovery is what a way wins back of the
-perplexity that pruning cost, beside what the dense merge wins back. Dense and masked LoRA share one learning rate; HiRA's update is a small
-share of each weight, and so it takes a larger one.
+the dense merge is also pruned again to the sparsity that was asked. Every way is tried at several learning rates, and the validation split chooses
+one: at a rate that suits one of them alone, nothing could be said of the others. Perplexity is that of the test split; no two splits share a topic.
+Recovery is what a way wins back of the perplexity that pruning cost, beside what the dense merge wins back.
 
 With `--store`, ways that are not asked for (`--methods`) keep what is stored, if it was measured with the same settings.
 """
@@ -22,10 +21,11 @@ from pftools import corpora, evaluate, finetune, models, prune
 options = arguments(__doc__)
 options.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.6])
 options.add_argument("--tokens", type=int, default=49_152)
-options.add_argument("--learning-rate", type=float, default=5e-4, help="of dense and masked LoRA")
-options.add_argument("--hira-learning-rate", type=float, default=1e-2)
 options.add_argument("--methods", nargs="*", default=["dense", "masked", "HiRA"])
+options.add_argument("--learning-rates", type=float, nargs="*", default=[1e-3, 2e-3], help="to choose from, of dense and masked LoRA")
+options.add_argument("--hira-learning-rates", type=float, nargs="*", default=[1e-2, 2e-2], help="its update is a share of each weight")
 options.add_argument("--test-blocks", type=int, default=40, help="blocks of 512 tokens of the test split")
+options.add_argument("--validation-blocks", type=int, default=10)
 options = options.parse_args()
 
 
@@ -33,23 +33,40 @@ class AtTheEnd(TrainerCallback):
     """Perplexity of the unmerged model at the end of its training."""
 
     def on_train_end(self, args, state, control, model, **_):
-        self.perplexity = perplexity(model)
+        self.perplexity = perplexity(model, validation)
 
 
-def perplexity(model):
-    return round(evaluate.perplexity(model, test, progress=False).perplexity, 3)
+def perplexity(model, blocks):
+    return round(evaluate.perplexity(model, blocks, progress=False).perplexity, 3)
 
 
 def described(model):
-    return {"perplexity": perplexity(model), "sparsity": round(models.measured_sparsity(model), 6)}
+    return {"perplexity": perplexity(model, test), "sparsity": round(models.measured_sparsity(model), 6)}
+
+
+def trained(pruned, method, learning_rate):
+    """One try: the merged model, and what is known of it."""
+    end = AtTheEnd()
+    result = finetune.finetune_model(
+        pruned, train, tokens=options.tokens, learning_rate=learning_rate, keep_sparsity=method != "dense",
+        adapter="hira" if method == "HiRA" else "lora", progress=False, callbacks=[end],
+    )  # fmt: skip
+    merged = finetune.merge_adapter(copy.deepcopy(pruned), result.adapter, merge="dense" if method == "dense" else "masked")
+    known = {
+        "learning_rate": learning_rate, "validation": perplexity(merged, validation), "validation, unmerged": end.perplexity,
+        "tokens_per_second": result.summary["tokens_per_second"],
+    }  # fmt: skip
+    print(f"{method}: {known}", flush=True)
+    return merged, known
 
 
 model, tokenizer = models.load_model("smollm2-135m", device=options.device)
-test = corpora.token_blocks(tokenizer, "pydocs", split="test", block_length=512, n_blocks=options.test_blocks)
-train = corpora.token_blocks(tokenizer, "pydocs", split="train", block_length=512)
-calibration = corpora.token_blocks(tokenizer, "pydocs", split="calibration", block_length=512, n_blocks=64)
+blocks_of = {"test": options.test_blocks, "validation": options.validation_blocks, "train": None, "calibration": 64}
+test, validation, train, calibration = (
+    corpora.token_blocks(tokenizer, "pydocs", split=split, block_length=512, n_blocks=n_blocks) for split, n_blocks in blocks_of.items()
+)
 settings = {"model": "smollm2-135m", "dtype": str(model.dtype).removeprefix("torch."), "corpus": "pydocs", "test_blocks": len(test),
-            "tokens": options.tokens, "rank": 8, "targets": "all-linear"}  # fmt: skip
+            "validation_blocks": len(validation), "tokens": options.tokens, "rank": 8, "targets": "all-linear"}  # fmt: skip
 
 for sparsity in options.sparsity:
     claim = f"After Wanda at {sparsity:.0%}, masked LoRA recovers at least 90% of what a dense merge recovers, at full sparsity"
@@ -58,17 +75,15 @@ for sparsity in options.sparsity:
     prune.prune_model(pruned, calibration, sparsity=sparsity, progress=False)
     rows["pruned"] = described(pruned)
     for method in options.methods:
-        end, learning_rate = AtTheEnd(), options.hira_learning_rate if method == "HiRA" else options.learning_rate
-        result = finetune.finetune_model(
-            pruned, train, tokens=options.tokens, learning_rate=learning_rate, keep_sparsity=method != "dense",
-            adapter="hira" if method == "HiRA" else "lora", progress=False, callbacks=[end],
-        )  # fmt: skip
-        merged = finetune.merge_adapter(copy.deepcopy(pruned), result.adapter, merge="dense" if method == "dense" else "masked")
-        rows[method if method == "HiRA" else f"{method} merge"] = {
-            **described(merged), "unmerged": end.perplexity, "learning_rate": learning_rate,
-            "tokens_per_second": result.summary["tokens_per_second"],
-        }  # fmt: skip
-        print(rows, flush=True)
+        rates = options.hira_learning_rates if method == "HiRA" else options.learning_rates
+        best, tried = None, {}
+        for rate in rates:
+            merged, known = trained(pruned, method, rate)
+            tried[f"{rate:g}"] = known["validation"]
+            if best is None or known["validation"] < best[1]["validation"]:
+                best = merged, known
+        merged, known = best
+        rows[method if method == "HiRA" else f"{method} merge"] = {**described(merged), **known, "validation by learning rate": tried}
         if method == "dense":
             prune.prune_model(merged, calibration, sparsity=sparsity, progress=False)
             rows["dense merge, pruned again"] = described(merged)
