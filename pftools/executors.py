@@ -276,6 +276,7 @@ def _run_local(plan: Plan, jobs: int, progress: bool, notebooks: str | Path | No
         finally:
             for worker in workers:  # Ctrl-C, or an error here: leave no step behind
                 worker.end()
+    tidy_finished(plan)  # again: what a driver had left that was killed just before this one began was still locked then
     return failures
 
 

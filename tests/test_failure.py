@@ -93,6 +93,8 @@ def test_a_study_survives_being_killed_twenty_times(tmp_path):
             assert not again & finished, "a finished step was computed twice"
             finished = {name for name, step in plan.steps.items() if runs.is_finished(step.folder)}
             assert executors.unusable(plan) == {}
+        # What a killed driver had started ends a moment after it, and holds its run until then.
+        wait_for(lambda plan=plan: not any(runs.is_locked(step.folder) for step in plan.steps.values()))
         assert executors.run_plan(plan, notebooks=notebooks, progress=False) == []
         assert contents(plan) == {name: (tmp_path / "undisturbed" / name / "result.txt").read_text() for name in plan.steps}
         assert leftovers(root) == []
