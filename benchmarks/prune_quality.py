@@ -2,9 +2,11 @@
 
     inputs        masks of three layers beside those of float64 arithmetic and full sorts on the same inputs
     agreement     masks of `prune_model` beside those of the published walk (restated in prune.py), through all 30 layers, fp32
-    perplexity    every method at 50%, 64 x 512 calibration tokens, on the test split of Python's language reference
+    perplexity    every method at 50%, 16 x 512 calibration tokens, on the test split of Python's language reference
 
-    python benchmarks/prune_quality.py [--part inputs agreement perplexity] [--dtype bfloat16] [--store]
+    python benchmarks/prune_quality.py [--part inputs agreement perplexity] [--dtype bfloat16] [--methods wanda ria] [--store]
+
+With `--store`, methods that are not asked for keep the perplexity that is stored, if it was measured with the same settings.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from _harness import arguments, report, seconds
+from _harness import arguments, report, seconds, stored
 from prune import published_walk
 
 from pftools import prune
@@ -82,26 +84,29 @@ def perplexities(options):
     model, tokenizer = load_model("smollm2-135m", dtype=options.dtype, device="cpu")
     calibration = token_blocks(tokenizer, "pydocs", split="calibration", n_blocks=options.calibration_blocks, block_length=512)
     test = token_blocks(tokenizer, "pydocs", split="test", n_blocks=options.test_blocks, block_length=512)
-    found = {"dense": {"perplexity": round(perplexity(model, test, progress=False).perplexity, 2)}}
+    claim = f"perplexity of SmolLM2-135M at 50% sparsity, {options.dtype}"
+    settings = {"calibration": f"{len(calibration)} x 512 tokens of pydocs", "test": f"{len(test)} x 512 tokens of pydocs",
+                "reconstruction": "32 Adam steps of 2,048 tokens a layer"}  # fmt: skip
+    found = stored(claim, script=__file__, device="cpu", settings=settings) if options.store else {}
+    found["dense"] = {"perplexity": round(perplexity(model, test, progress=False).perplexity, 2)}
     try:
-        for name, choice in METHODS.items():
+        for name in options.methods:
             twin = copy.deepcopy(model)
-            took = seconds(lambda twin=twin, choice=choice: prune.prune_model(twin, calibration, progress=False, **choice))
+            took = seconds(lambda twin=twin, choice=METHODS[name]: prune.prune_model(twin, calibration, progress=False, **choice))
             found[name] = {"perplexity": round(perplexity(twin, test, progress=False).perplexity, 2), "seconds": round(took, 1)}
             print(name, found[name], flush=True)
     finally:
-        report(f"perplexity of SmolLM2-135M at 50% sparsity, {options.dtype}", found, script=__file__, device="cpu", store=options.store,
-               settings={"calibration": f"{len(calibration)} x 512 tokens of pydocs", "test": f"{len(test)} x 512 tokens of pydocs",
-                         "reconstruction": "32 Adam steps of 2,048 tokens a layer"})  # fmt: skip
+        report(claim, found, script=__file__, device="cpu", store=options.store, settings=settings)
 
 
 if __name__ == "__main__":
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--part", nargs="+", default=["inputs", "agreement", "perplexity"], choices=["inputs", "agreement", "perplexity"])
     parser.add_argument("--dtype", default="bfloat16", help="of the perplexities")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="of the perplexities")
     parser.add_argument("--blocks", type=int, default=16, help="calibration blocks of the agreement")
-    parser.add_argument("--calibration-blocks", type=int, default=64, help="of the perplexities")
-    parser.add_argument("--test-blocks", type=int, default=24)
+    parser.add_argument("--calibration-blocks", type=int, default=16, help="of the perplexities")
+    parser.add_argument("--test-blocks", type=int, default=16)
     options = parser.parse_args()
     if "inputs" in options.part:
         same_inputs(options)

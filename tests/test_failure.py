@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -318,6 +319,20 @@ def test_the_notebook_of_a_driver_killed_after_the_seal_is_kept_if_it_is_whole(p
         assert ("notebook.ipynb" in runs.verify(folder)["outputs"]) == kept
         assert not kept or "hf_" not in (folder / "notebook.ipynb").read_text()
         assert leftovers(folder.parent) == []
+
+
+def test_what_a_dying_process_still_holds_is_put_in_order_at_the_end(tmp_path):
+    notebooks = write_notebooks(tmp_path / "notebooks")
+    plan = trivial_plan(tmp_path / "runs", orderings=["P"])
+    assert executors.run_plan(plan, notebooks=notebooks, progress=False) == []
+    first, *_, last = [step.folder for step in plan.steps.values()]
+    runs.remove(last)
+    runs.draft_path(first).write_text('{"cells": [')
+    held = runs._lock(first, "driver")
+    held.acquire()
+    threading.Timer(0.2, held.release).start()
+    assert executors.run_plan(plan, notebooks=notebooks, progress=False) == []
+    assert runs.is_whole(last) and leftovers(tmp_path / "runs") == []
 
 
 def test_a_clock_that_is_set_back_changes_nothing(parameters, monkeypatch):
