@@ -1,13 +1,14 @@
 """How much of what pruning cost each kind of fine-tuning wins back, and at which sparsity it ends.
 
-    python benchmarks/recovery.py --store                      (about 20 minutes a sparsity on 2 cores with bf16)
+    python benchmarks/recovery.py --store                      (about half an hour a sparsity on 2 cores with bf16)
 
 The embedded model is pruned with Wanda, then trained on the same tokens of `pydocs` with LoRA merged densely (the published way), masked LoRA and HiRA;
 the dense merge is also pruned again to the sparsity that was asked. Every way is tried at several learning rates, and the validation split chooses
 one: at a rate that suits one of them alone, nothing could be said of the others. Perplexity is that of the test split; no two splits share a topic.
 Recovery is what a way wins back of the perplexity that pruning cost, beside what the dense merge wins back.
 
-With `--store`, ways that are not asked for (`--methods`) keep what is stored, if it was measured with the same settings.
+With `--store`, what is stored stays in the choice, if it was measured with the same settings: ways that are not asked for (`--methods`) and learning
+rates that were tried before.
 """
 
 import copy
@@ -22,8 +23,8 @@ options = arguments(__doc__)
 options.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.6])
 options.add_argument("--tokens", type=int, default=49_152)
 options.add_argument("--methods", nargs="*", default=["dense", "masked", "HiRA"])
-options.add_argument("--learning-rates", type=float, nargs="*", default=[4e-3, 8e-3], help="to choose from, of dense and masked LoRA")
-options.add_argument("--hira-learning-rates", type=float, nargs="*", default=[1e-2, 2e-2], help="its update is a share of each weight")
+options.add_argument("--learning-rates", type=float, nargs="*", default=[4e-3, 8e-3, 1.6e-2], help="to choose from, of dense and masked LoRA")
+options.add_argument("--hira-learning-rates", type=float, nargs="*", default=[1e-2, 2e-2, 4e-2], help="its update is a share of each weight")
 options.add_argument("--test-blocks", type=int, default=40, help="blocks of 512 tokens of the test split")
 options.add_argument("--validation-blocks", type=int, default=10)
 options = options.parse_args()
@@ -75,18 +76,16 @@ for sparsity in options.sparsity:
     prune.prune_model(pruned, calibration, sparsity=sparsity, progress=False)
     rows["pruned"] = described(pruned)
     for method in options.methods:
-        rates = options.hira_learning_rates if method == "HiRA" else options.learning_rates
-        best, tried = None, {}
-        for rate in rates:
+        name = method if method == "HiRA" else f"{method} merge"
+        for rate in options.hira_learning_rates if method == "HiRA" else options.learning_rates:
             merged, known = trained(pruned, method, rate)
-            tried[f"{rate:g}"] = known["validation"]
-            if best is None or known["validation"] < best[1]["validation"]:
-                best = merged, known
-        merged, known = best
-        rows[method if method == "HiRA" else f"{method} merge"] = {**described(merged), **known, "validation by learning rate": tried}
-        if method == "dense":
-            prune.prune_model(merged, calibration, sparsity=sparsity, progress=False)
-            rows["dense merge, pruned again"] = described(merged)
+            tried = {**rows.get(name, {}).get("validation by learning rate", {}), f"{rate:g}": known["validation"]}
+            if known["validation"] == min(tried.values()):
+                rows[name] = {**described(merged), **known}
+                if method == "dense":
+                    prune.prune_model(merged, calibration, sparsity=sparsity, progress=False)
+                    rows["dense merge, pruned again"] = described(merged)
+            rows[name]["validation by learning rate"] = tried
     if "dense merge" in rows:
         lost, dense = rows["pruned"]["perplexity"], rows["dense merge"]["perplexity"]
         for row in rows.values():

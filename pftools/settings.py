@@ -151,7 +151,7 @@ class Finetune(_Blocks):
     alpha: float = Field(16, gt=0, description="scale of the adapter is alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
     targets: str = Field("all-linear", description="all-linear, attention, published (q and v), or names with commas")
-    learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
+    learning_rate: float = Field(2e-3, gt=0, allow_inf_nan=False, description="peak learning rate; billions of weights want less, HiRA more")
     warmup_steps: int = Field(4, ge=0, description="optimizer steps of linear warm-up, less than half of all")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="of the learning rate, after warm-up")
     blocks_per_step: int = Field(8, ge=1, description="blocks an optimizer step (batch x accumulation)")

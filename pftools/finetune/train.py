@@ -51,7 +51,7 @@ def finetune_model(
     alpha: float = 16,
     dropout: float = 0.0,
     targets: str = "all-linear",
-    learning_rate: float = 5e-4,
+    learning_rate: float = 2e-3,
     warmup_steps: int = 4,
     schedule: str = "linear",
     blocks_per_step: int = 8,
