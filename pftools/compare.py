@@ -362,8 +362,13 @@ def _task_verdict(row: dict) -> str:
     )
 
 
+def p_in_words(p: float) -> str:
+    """A p-value as it is written: "0.017", or "< 0.001"."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def _p(p: float) -> str:
-    return "corrected p < 0.001" if p < 0.001 else f"corrected p {p:.3f}"
+    return f"corrected p {p_in_words(p)}"
 
 
 def _seeds(row: dict) -> str:

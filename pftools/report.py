@@ -129,7 +129,8 @@ def result_table(table: pd.DataFrame) -> Any:
 
 
 def _styled(table: pd.DataFrame, formats: dict[str, Any]) -> Any:
-    return table.style.format(formats, na_rep="").hide(axis="index")
+    numbers = list(table.columns[1:])  # a number that wraps is hard to read
+    return table.style.format(formats, na_rep="").hide(axis="index").set_properties(numbers, **{"white-space": "nowrap"})
 
 
 def task_names(table: pd.DataFrame) -> list[str]:
@@ -282,7 +283,7 @@ def visible_differences(compared: pd.DataFrame) -> Any:
         }
     )  # fmt: skip
     bold = lambda row: ["font-weight: 600" if row["told apart"] == "yes" else ""] * len(row)  # noqa: E731
-    return _styled(shown, {"difference": "{:+.1f}", "corrected p": "{:.3f}", "visible from": "{:.1f}", "questions": "{:,}"}).apply(bold, axis=1)
+    return _styled(shown, {"difference": "{:+.1f}", "corrected p": compare.p_in_words, "visible from": "{:.1f}", "questions": "{:,}"}).apply(bold, axis=1)
 
 
 def circumstances(table: pd.DataFrame) -> str:
