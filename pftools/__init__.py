@@ -9,7 +9,7 @@ The helper package behind the notebooks. A module is one idea; a module imports 
     prune, finetune, evaluate              the three steps
     checkpoints, corpora, models           what steps read and write
     orderings, runs, settings, errors      words of P and F; run folders; validated parameters
-    data_root                              local data sets for machines without a hub
+    data_root, contents                    local data sets for machines without a hub; digests of inputs
 
 Importing pftools imports nothing heavy: torch and its friends come with the module that needs them.
 """

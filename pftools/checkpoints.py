@@ -17,7 +17,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pftools import models, runs
+from pftools import contents, models, runs
 from pftools.errors import PftoolsError
 
 if TYPE_CHECKING:
@@ -76,13 +76,14 @@ def save_finetune(run: runs.Run, merge: Literal["masked", "dense"]) -> list[str]
 
 
 def _write_manifest(run: runs.Run, delta: dict[str, str]) -> None:
-    parent = run.parameters.model
+    parent, held = run.parameters.model, {}
     if runs.is_finished(parent):
         # Relative, so that a folder of runs can be moved or copied whole.
         parent = f"../{Path(parent).name}" if _same_folder(run.folder.parent, Path(parent).parent) else str(Path(parent).resolve())
     elif Path(parent).expanduser().is_dir():
         parent = str(Path(parent).expanduser().resolve())  # a base model's folder, wherever the run is loaded from
-    runs.write_json(run.path(MANIFEST), {"parent": parent, **delta})
+        held = {"contents": contents.digest(parent)}
+    runs.write_json(run.path(MANIFEST), {"parent": parent, **held, **delta})
 
 
 def _same_folder(one: Path, other: Path) -> bool:
@@ -113,6 +114,9 @@ def lineage(folder: str | Path) -> tuple[str, list[Path]]:
             here = Path()
     if parent.startswith("../"):
         raise PftoolsError(f"{chain[0]} starts from the run {here / parent}, which is not there: run its step again.")
+    held = read_manifest(chain[0]).get("contents") if chain else None
+    if held and contents.digest(parent) != held:
+        raise PftoolsError(f"{chain[0]} was made from the model in {parent}, which is gone or was changed since: put it back, or run the step again.")
     return parent, chain
 
 

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pftools import runs
+from pftools import contents, runs
 from pftools.data_root import check_columns, data_root, read_json_lines, read_split
 from pftools.errors import PftoolsError, nearest
 
@@ -166,7 +166,7 @@ def _documents_of(corpus: str, split: str, root: Path | None) -> list[str]:
 
 
 def _local_path(corpus: str, root: Path | None) -> Path | None:
-    candidates = [Path(corpus).expanduser()] if "/" in corpus or corpus.endswith((".txt", ".jsonl")) else []
+    candidates = [Path(corpus).expanduser()] if contents.is_path(corpus) else []
     if root:
         candidates.append(root / corpus)
     return next((path for path in candidates if path.exists()), None)

@@ -33,7 +33,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from pftools import RECIPE_VERSION
+from pftools import RECIPE_VERSION, contents
 from pftools.errors import PftoolsError
 from pftools.settings import Step
 
@@ -43,12 +43,23 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "accele
 
 
 def run_key(parameters: Step) -> str:
-    """The hash that names a run. Parents count by their keys, so the place of the runs folder does not matter."""
+    """The hash that names a run. Parents count by their keys, so the place of the runs folder does not matter; a model's folder and a
+    corpus of files count by what they hold, too, so that a run of what was there before is never taken for one of what is there now."""
     decisive = {name: getattr(parameters, name) for name in parameters.key_fields()}
     for name in parameters.parents:
         decisive[name] = _key_of_reference(decisive[name])
-    text = json.dumps([parameters.step, decisive, RECIPE_VERSION], sort_keys=True)
+    held = _held_by_inputs(parameters)
+    text = json.dumps([parameters.step, decisive, RECIPE_VERSION, *([held] if held else [])], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _held_by_inputs(parameters: Step) -> dict[str, str]:
+    """{parameter: digest} of the model's folder and the corpus, where they are paths."""
+    model, corpus = parameters.model, getattr(parameters, "corpus", "")
+    found = {"corpus": contents.digest(corpus) if contents.is_path(corpus) else None}
+    if model != type(parameters).model_fields["model"].default and _key_of_reference(model) == model:
+        found["model"] = contents.digest(model)
+    return {name: digest for name, digest in found.items() if digest}
 
 
 def _key_of_reference(reference: str) -> str:
@@ -299,7 +310,7 @@ def _refuse_orphans(folder: Path) -> None:
         return  # stepping through a notebook by hand
     name = attempt.partition(":")[0]
     if name != folder.name:
-        raise PftoolsError(f"this notebook was started for the run {name}, and its parameters make {folder.name}: is the plan of an older pftools?")
+        raise PftoolsError(f"this notebook was started for the run {name}, and its parameters make {folder.name}: was a file that it reads changed, or is the plan of an older pftools?")
     if _note(folder).get("attempt") != attempt:
         raise PftoolsError(f"another attempt at {folder} has taken over from this one, which stops and seals nothing.")
 

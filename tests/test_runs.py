@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -6,7 +7,7 @@ import time
 import pytest
 import torch
 
-from pftools import checkpoints, models, runs, settings
+from pftools import checkpoints, contents, models, runs, settings
 from pftools.errors import PftoolsError
 from pftools.finetune import finetune_model
 from pftools.prune import prune_model
@@ -62,6 +63,43 @@ def test_a_base_with_a_relative_path_is_found_from_anywhere(tmp_path, monkeypatc
     again, _ = checkpoints.load(folder)
     assert again.dtype == torch.bfloat16  # a run is loaded in the dtype that it was made in
     assert models.measured_sparsity(again) == pytest.approx(0.5)
+
+
+def test_what_a_path_holds_counts_in_the_key_and_not_when_it_was_written(tmp_path, monkeypatch):
+    model, corpus = save_tiny(tmp_path / "tiny"), tmp_path / "text.txt"
+    corpus.write_text("some text")
+    key = lambda: runs.run_key(settings.Finetune(model=str(model), corpus=str(corpus)))  # noqa: E731
+    first = key()
+    for path in (model / "model.safetensors", corpus):
+        os.utime(path, (0, 0))
+        (tmp_path / "tiny" / ".notes.json").write_text("not the model's")
+        assert key() == first
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        os.utime(path, (1, 1))
+        assert key() != first
+        path.write_bytes(whole)
+        os.utime(path, (2, 2))
+        assert key() == first
+    monkeypatch.setattr(contents, "_WHOLE", 1000)  # so that it is read in pieces
+    monkeypatch.setattr(contents, "_PIECE", 100)
+    contents._read.cache_clear()
+    in_pieces = key()
+    save_tiny(model, seed=1)
+    assert len({first, in_pieces, key()}) == 3
+    monkeypatch.chdir(tmp_path)
+    embedded = runs.run_key(settings.Finetune())
+    for name in ("smollm2-135m", "pydocs"):  # folders that have the name of what is embedded
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.txt").write_text("some text")
+    assert runs.run_key(settings.Finetune()) == embedded
+
+
+def test_a_run_is_not_replayed_on_a_base_that_was_changed(sealed, tmp_path):
+    last = tuned(sealed)
+    save_tiny(tmp_path / "tiny", seed=1)
+    with pytest.raises(PftoolsError, match="was made from the model in .*tiny, which is gone or was changed since"):
+        checkpoints.load(last)
 
 
 def test_runs_can_be_moved_together(sealed, tmp_path):
