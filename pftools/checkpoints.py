@@ -4,7 +4,7 @@ A prune step leaves packed masks (one bit a weight), a finetune step leaves its 
 kept weights (SparseGPT, reconstruction) leaves full weights. `load` replays these deltas on the base, oldest first.
 Files are safetensors and JSON, never pickles; every file is checked against the sha256 in its run's record.
 
-    runs/prune-4f.../checkpoint.json      {"parent": "smollm2-135m", "kind": "masks"}
+    runs/prune-4f.../checkpoint.json      {"parent": "smollm2-135m", "kind": "masks"}; "contents", a digest, of a parent that is a folder
                      masks.safetensors    uint8, eight weights a byte, shapes in the header
     runs/finetune-a1.../checkpoint.json   {"parent": "../prune-4f...", "kind": "adapter", "merge": "masked"}
                         adapter/          a PEFT adapter folder
@@ -103,18 +103,23 @@ def read_manifest(folder: str | Path) -> dict[str, str]:
 
 
 def lineage(folder: str | Path) -> tuple[str, list[Path]]:
-    """The base model's name and the run folders to replay on it, oldest first."""
+    """The base model's name and the run folders to replay on it, oldest first.
+
+    Raises:
+        PftoolsError: a run of the chain is missing, unfinished or damaged, or the base is a folder that holds something else now.
+    """
     chain: list[Path] = []
-    parent, here = str(folder), Path()
+    manifest, parent, here = {}, str(folder), Path()
     while (here / parent / "run.json").exists():
         here = here / parent
         chain.insert(0, here)
-        parent = read_manifest(here)["parent"]
+        manifest = read_manifest(here)
+        parent = manifest["parent"]
         if not parent.startswith(".."):
             here = Path()
     if parent.startswith("../"):
         raise PftoolsError(f"{chain[0]} starts from the run {here / parent}, which is not there: run its step again.")
-    held = read_manifest(chain[0]).get("contents") if chain else None
+    held = manifest.get("contents")  # of the oldest run
     if held and contents.digest(parent) != held:
         raise PftoolsError(f"{chain[0]} was made from the model in {parent}, which is gone or was changed since: put it back, or run the step again.")
     return parent, chain

@@ -35,7 +35,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from pftools import RECIPE_VERSION, contents
 from pftools.errors import PftoolsError
-from pftools.settings import Step
+from pftools.settings import EMBEDDED_MODEL, Step
 
 KEY_LENGTH = 12
 _REMEDY = "its step has to run again, which `pftools run` sees to; by hand, remove the run's folder first"
@@ -57,7 +57,7 @@ def _held_by_inputs(parameters: Step) -> dict[str, str]:
     """{parameter: digest} of the model's folder and the corpus, where they are paths."""
     model, corpus = parameters.model, getattr(parameters, "corpus", "")
     found = {"corpus": contents.digest(corpus) if contents.is_path(corpus) else None}
-    if model != type(parameters).model_fields["model"].default and _key_of_reference(model) == model:
+    if model != EMBEDDED_MODEL and _key_of_reference(model) == model:
         found["model"] = contents.digest(model)
     return {name: digest for name, digest in found.items() if digest}
 
@@ -310,7 +310,10 @@ def _refuse_orphans(folder: Path) -> None:
         return  # stepping through a notebook by hand
     name = attempt.partition(":")[0]
     if name != folder.name:
-        raise PftoolsError(f"this notebook was started for the run {name}, and its parameters make {folder.name}: was a file that it reads changed, or is the plan of an older pftools?")
+        raise PftoolsError(
+            f"this notebook was started for the run {name}, and its parameters make {folder.name}: was a file that it reads changed, or is the "
+            "plan of an older pftools?"
+        )
     if _note(folder).get("attempt") != attempt:
         raise PftoolsError(f"another attempt at {folder} has taken over from this one, which stops and seals nothing.")
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pftools.errors import PftoolsError, nearest
 
+EMBEDDED_MODEL = "smollm2-135m"  # what this name stands for is made by `models`, and a folder of the name is not it
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 # The names of `prune.METHODS`, here as well so that a plan is checked without torch; a test keeps the two in step.
 PruningMethod = Literal[
@@ -44,7 +45,7 @@ class Step(BaseModel):
     # Whether an attempt goes on from what a killed one left in `work/`; all others begin with an empty one.
     resumes: ClassVar[bool] = False
 
-    model: str = Field("smollm2-135m", min_length=1, description="embedded name, hub id, folder, or a run folder")
+    model: str = Field(EMBEDDED_MODEL, min_length=1, description="embedded name, hub id, folder, or a run folder")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice of the step")
     dtype: DtypeName = Field("auto", description="number format; auto: bf16 where the hardware computes in it")
     device: str = local("auto", "auto, cpu, cuda, cuda:1, mps")

@@ -419,9 +419,9 @@ def _adapted(targets: str) -> list[str]:
 
 
 def _local_shape(model: str) -> dict[str, int]:
-    from pftools.models import EMBEDDED_MODEL, cache_folder
+    from pftools.models import cache_folder
 
-    folder = cache_folder() / "models" / model if model == EMBEDDED_MODEL else Path(model)
+    folder = cache_folder() / "models" / model if model == settings.EMBEDDED_MODEL else Path(model)
     path = folder / "config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
