@@ -38,7 +38,9 @@ def seconds(work: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - started
 
 
-def in_turns(contestants: dict[str, Callable[[], Any]], *, rounds: int = 3, device: str = "cpu") -> dict[str, float]:
+def in_turns(
+    contestants: dict[str, Callable[[], Any]], *, rounds: int = 3, device: str = "cpu"
+) -> dict[str, float]:
     """The median wall time of each contestant. They run in turns, so that a slow minute of the machine slows them all."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds):
@@ -48,7 +50,9 @@ def in_turns(contestants: dict[str, Callable[[], Any]], *, rounds: int = 3, devi
     return {name: median(values) for name, values in times.items()}
 
 
-def report(claim: str, measured: dict[str, Any], *, script: str, device: str, store: bool, settings: dict[str, Any]) -> None:
+def report(
+    claim: str, measured: dict[str, Any], *, script: str, device: str, store: bool, settings: dict[str, Any]
+) -> None:
     """Print a result, and keep it where ``store`` says so: `results/<script>-<device>.json`, one entry a claim."""
     print(f"{claim}\n{json.dumps(measured, indent=1)}", flush=True)
     if not store:
@@ -75,7 +79,10 @@ def circumstances(device: str) -> dict[str, Any]:
     return {
         "device": name,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in _PACKAGES},
+        },
         "date": time.strftime("%Y-%m-%d"),
     }
 

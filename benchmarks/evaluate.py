@@ -33,7 +33,9 @@ SUBJECTS = ("anatomy", "astronomy", "management", "sociology")
 WORDS = "the of a in red blue house tree run walk green city river sun moon book paper stone light dark hand wind salt".split()
 
 
-def few_shot_requests(tokenizer: Any, *, prefixes: int = 4, questions: int = 25, shared: int = 680, own: int = 75) -> list[Instance]:
+def few_shot_requests(
+    tokenizer: Any, *, prefixes: int = 4, questions: int = 25, shared: int = 680, own: int = 75
+) -> list[Instance]:
     """A 5-shot choice task as MMLU by subject is: every question after one of four beginnings of about 680 tokens."""
     chooser = random.Random(0)
     requests = []
@@ -41,7 +43,9 @@ def few_shot_requests(tokenizer: Any, *, prefixes: int = 4, questions: int = 25,
         beginning = _text(chooser, tokenizer, shared)
         for _ in range(questions):
             context = f"{beginning}\n\n{_text(chooser, tokenizer, own - 5)}\nAnswer:"
-            requests += [Instance("loglikelihood", {}, (context, f" {letter}"), len(requests)) for letter in "ABCD"]
+            requests += [
+                Instance("loglikelihood", {}, (context, f" {letter}"), len(requests)) for letter in "ABCD"
+            ]
     return requests
 
 
@@ -73,10 +77,19 @@ def speed(model: Any, tokenizer: Any, args: Any) -> None:
     for name, requests in contests.items():
         settings = {"dtype": args.dtype, "batch": BATCH, "requests": len(requests), "rounds": args.rounds}
         measured = contest(model, tokenizer, requests, rounds=args.rounds, device=args.device)
-        report(f"{name}, {args.dtype}", measured, script=__file__, device=args.device, store=args.store, settings=settings)
+        report(
+            f"{name}, {args.dtype}",
+            measured,
+            script=__file__,
+            device=args.device,
+            store=args.store,
+            settings=settings,
+        )
 
 
-def contest(model: Any, tokenizer: Any, requests: list[Instance], *, rounds: int, device: str) -> dict[str, Any]:
+def contest(
+    model: Any, tokenizer: Any, requests: list[Instance], *, rounds: int, device: str
+) -> dict[str, Any]:
     """The same requests through both, in turns."""
     ours = PrefixCachedLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, progress=False)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
@@ -88,8 +101,9 @@ def contest(model: Any, tokenizer: Any, requests: list[Instance], *, rounds: int
             "HFLM": lambda: found.update(theirs=theirs.loglikelihood(requests, disable_tqdm=True)),
             "PrefixCachedLM": lambda: found.update(ours=ours.loglikelihood(requests, disable_tqdm=True)),
         },
-        rounds=rounds, device=device,
-    )  # fmt: skip
+        rounds=rounds,
+        device=device,
+    )
     return {
         "ratio of requests a second": round(times["HFLM"] / times["PrefixCachedLM"], 2),
         "ratio of tokens read": round(ours.tokens_asked / ours.tokens_read, 2),
@@ -104,31 +118,72 @@ def equality(model: Any, tokenizer: Any, args: Any) -> None:
     if root is None:
         raise SystemExit("set PFTOOLS_DATA to a data root that has mmlu and bbh")
     cases = {
-        "BBH logical deduction, 3-shot": (load_tasks(["bbh_logical_deduction_five_objects"])["bbh_logical_deduction_five_objects"], 10),
+        "BBH logical deduction, 3-shot": (
+            load_tasks(["bbh_logical_deduction_five_objects"])["bbh_logical_deduction_five_objects"],
+            10,
+        ),
         "lm-eval's leaderboard_bbh_logical_deduction_three_objects": (
-            shipped("leaderboard/bbh_mc", "leaderboard_bbh_logical_deduction_three_objects", {"test": "root:bbh/logical_deduction_three_objects/test"}), 10),
+            shipped(
+                "leaderboard/bbh_mc",
+                "leaderboard_bbh_logical_deduction_three_objects",
+                {"test": "root:bbh/logical_deduction_three_objects/test"},
+            ),
+            10,
+        ),
         "lm-eval's leaderboard_bbh_logical_deduction_seven_objects": (
-            shipped("leaderboard/bbh_mc", "leaderboard_bbh_logical_deduction_seven_objects", {"test": "root:bbh/logical_deduction_seven_objects/test"}), 10),
+            shipped(
+                "leaderboard/bbh_mc",
+                "leaderboard_bbh_logical_deduction_seven_objects",
+                {"test": "root:bbh/logical_deduction_seven_objects/test"},
+            ),
+            10,
+        ),
         "MMLU 5-shot, 57 subjects": (mmlu_tasks(), args.limit),
-    }  # fmt: skip
+    }
     for name, (tasks, limit) in cases.items():
         if args.only not in name:
             continue
         scores, values = {}, {}
-        for kind, lm in (("HFLM", HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)),  # small: its logits of a long prompt fill the memory
-                         ("PrefixCachedLM", PrefixCachedLM(pretrained=model, tokenizer=tokenizer, progress=False))):  # fmt: skip
-            found = lm_eval.evaluate(lm, TaskManager(include_defaults=False).load(tasks), limit=limit, bootstrap_iters=0)
+        for kind, lm in (
+            (
+                "HFLM",
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2),
+            ),  # small: its logits of a long prompt fill the memory
+            ("PrefixCachedLM", PrefixCachedLM(pretrained=model, tokenizer=tokenizer, progress=False)),
+        ):
+            found = lm_eval.evaluate(
+                lm, TaskManager(include_defaults=False).load(tasks), limit=limit, bootstrap_iters=0
+            )
             values[kind] = likelihoods(found)
-            scores[kind] = np.mean([value for task in found["results"].values() for key, value in task.items() if key in ("acc,none", "acc_norm,none")])  # fmt: skip
-        measured = {**spread(values["PrefixCachedLM"], values["HFLM"]), "score": {kind: float(score) for kind, score in scores.items()}}
+            scores[kind] = np.mean(
+                [
+                    value
+                    for task in found["results"].values()
+                    for key, value in task.items()
+                    if key in ("acc,none", "acc_norm,none")
+                ]
+            )
+        measured = {
+            **spread(values["PrefixCachedLM"], values["HFLM"]),
+            "score": {kind: float(score) for kind, score in scores.items()},
+        }
         measured["log-likelihoods compared"] = len(values["HFLM"])
         settings = {"dtype": args.dtype, "limit": limit, "batch": 2}
-        report(f"equality, {name}, {args.dtype}", measured, script=__file__, device=args.device, store=args.store, settings=settings)
+        report(
+            f"equality, {name}, {args.dtype}",
+            measured,
+            script=__file__,
+            device=args.device,
+            store=args.store,
+            settings=settings,
+        )
 
 
 def shipped(folder: str, name: str, files: dict[str, str]) -> list[Any]:
     """A task as lm-eval ships it, on rows of the data root."""
-    manager = TaskManager(include_path=str(Path(lm_eval.__file__).parent / "tasks" / folder), include_defaults=False)
+    manager = TaskManager(
+        include_path=str(Path(lm_eval.__file__).parent / "tasks" / folder), include_defaults=False
+    )
     changes = {"custom_dataset": questions.splits, "metadata": {"files": files}}
     return list(manager.load({"group": "shipped", "task": [{"task": name, **changes}]})["tasks"].values())
 

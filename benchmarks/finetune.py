@@ -76,7 +76,14 @@ def in_turns(contestants):
 options = arguments(__doc__)
 options.add_argument("--model", default="smollm2-135m")
 options = options.parse_args()
-settings = {"model": options.model, "blocks": 8, "block_length": 512, "rank": 8, "targets": "all-linear", "counted_steps": CALLS * (STEPS_A_CALL - 1)}
+settings = {
+    "model": options.model,
+    "blocks": 8,
+    "block_length": 512,
+    "rank": 8,
+    "targets": "all-linear",
+    "counted_steps": CALLS * (STEPS_A_CALL - 1),
+}
 
 
 def store(claim, measured):
@@ -105,23 +112,30 @@ step = in_turns(
 )
 tokens = 8 * 512
 seconds = {f"{name}, seconds a step": round(value, 3) for name, value in step.items()}
-masked, plain, frozen, full = (step[name] for name in ("masked LoRA", "plain LoRA", "bare, frozen weights", "bare, all gradients"))
+masked, plain, frozen, full = (
+    step[name] for name in ("masked LoRA", "plain LoRA", "bare, frozen weights", "bare, all gradients")
+)
 store(
     "A step of masked LoRA takes at most 1.5 x one of plain LoRA; a step of plain LoRA at most 1.3 x the bare model",
     {
-        **seconds, "masked / plain LoRA": round(masked / plain, 2), "HiRA / plain LoRA": round(step["HiRA"] / plain, 2),
-        "plain LoRA / bare with frozen weights": round(plain / frozen, 2), "masked LoRA / bare with frozen weights": round(masked / frozen, 2),
-        "masked LoRA / bare with all gradients": round(masked / full, 2), "masked LoRA, tokens a second": round(tokens / masked),
+        **seconds,
+        "masked / plain LoRA": round(masked / plain, 2),
+        "HiRA / plain LoRA": round(step["HiRA"] / plain, 2),
+        "plain LoRA / bare with frozen weights": round(plain / frozen, 2),
+        "masked LoRA / bare with frozen weights": round(masked / frozen, 2),
+        "masked LoRA / bare with all gradients": round(masked / full, 2),
+        "masked LoRA, tokens a second": round(tokens / masked),
     },
-)  # fmt: skip
+)
 store(
     "Packed rows train at least 4 x the real tokens a second of WikiText-2 lines padded to 512",
     {
-        "packed, tokens a second": round(tokens / plain), "padded, real tokens a second": round(8 * real / step["plain LoRA, padded rows"]),
+        "packed, tokens a second": round(tokens / plain),
+        "padded, real tokens a second": round(8 * real / step["plain LoRA, padded rows"]),
         "real tokens a padded row": round(real, 1),
         "packed / padded": round(tokens / plain / (8 * real / step["plain LoRA, padded rows"]), 2),
     },
-)  # fmt: skip
+)
 if options.device == "cpu" and model.dtype == torch.bfloat16:
     slow = models.load_model(options.model, dtype="float32", device="cpu")[0]
     prune.prune_model(slow, packed[:2], method="magnitude", sparsity=0.5, progress=False)

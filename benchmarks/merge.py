@@ -16,7 +16,9 @@ from pftools import corpora, evaluate, finetune, models, prune
 from pftools.finetune.update import dense_weight
 
 options = arguments(__doc__)
-options.add_argument("--cases", nargs="*", default=["float32 plain", "bfloat16 plain", "bfloat16 8bit", "bfloat16 nf4"])
+options.add_argument(
+    "--cases", nargs="*", default=["float32 plain", "bfloat16 plain", "bfloat16 8bit", "bfloat16 nf4"]
+)
 options.add_argument("--steps", type=int, default=4)
 options.add_argument("--learning-rate", type=float, default=2e-3)
 options = options.parse_args()
@@ -40,8 +42,9 @@ class AtTheEnd(TrainerCallback):
         self.perplexity = perplexity(model)
         self.base = {
             name.removeprefix("base_model.model."): dense_weight(module.base_layer).clone()
-            for name, module in model.named_modules() if hasattr(module, "base_layer")
-        }  # fmt: skip
+            for name, module in model.named_modules()
+            if hasattr(module, "base_layer")
+        }
 
 
 measured = {}
@@ -54,26 +57,47 @@ for case in options.cases:
     row = {"pruned": perplexity(model), "zeros before": zeros(model)}
     end = AtTheEnd()
     result = finetune.finetune_model(
-        model, train, steps=options.steps, base=base, learning_rate=options.learning_rate, progress=False, callbacks=[end]
+        model,
+        train,
+        steps=options.steps,
+        base=base,
+        learning_rate=options.learning_rate,
+        progress=False,
+        callbacks=[end],
     )
     if base != "plain":
         rounded = copy.deepcopy(model)
         for name, (a, b) in result.adapter.factors.items():
             weight = rounded.get_submodule(name).weight
-            new = finetune.updated_weight(end.base[name], a, b, result.adapter.scaling, kept=weight != 0, dtype=weight.dtype)
+            new = finetune.updated_weight(
+                end.base[name], a, b, result.adapter.scaling, kept=weight != 0, dtype=weight.dtype
+            )
             weight.data.copy_(new)
-        row |= {"rounded base, before training": end.before, "merged into the rounded base": perplexity(rounded)}
+        row |= {
+            "rounded base, before training": end.before,
+            "merged into the rounded base": perplexity(rounded),
+        }
     finetune.merge_adapter(model, result.adapter)
     row |= {"unmerged": end.perplexity, "merged": perplexity(model), "zeros after": zeros(model)}
     row["merged / unmerged - 1"] = round(row["merged"] / row["unmerged"] - 1, 7)
     if base != "plain":
-        row["merged into the rounded base / unmerged - 1"] = round(row["merged into the rounded base"] / row["unmerged"] - 1, 7)
+        row["merged into the rounded base / unmerged - 1"] = round(
+            row["merged into the rounded base"] / row["unmerged"] - 1, 7
+        )
     row["tokens_per_second"] = result.summary["tokens_per_second"]
     measured[case] = row
     print(case, row, flush=True)
 
 report(
     "The merged model is the trained one: within 0.5% of perplexity in bf16, 1e-4 in float32; the number of zeros is the same",
-    measured, script=__file__, device=options.device, store=options.store,
-    settings={"model": "smollm2-135m", "pruned": "wanda 50%", "tokens": options.steps * 8 * 256, "learning_rate": options.learning_rate},
-)  # fmt: skip
+    measured,
+    script=__file__,
+    device=options.device,
+    store=options.store,
+    settings={
+        "model": "smollm2-135m",
+        "pruned": "wanda 50%",
+        "tokens": options.steps * 8 * 256,
+        "learning_rate": options.learning_rate,
+    },
+)

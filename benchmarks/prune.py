@@ -64,7 +64,9 @@ def seven_sparsities(model, blocks):
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     statistics = prune.measure_activations(model, blocks, progress=False)
     for sparsity in SPARSITIES:
-        prune.prune_model(model, blocks, sparsity=sparsity, inputs="dense", statistics=statistics, progress=False)
+        prune.prune_model(
+            model, blocks, sparsity=sparsity, inputs="dense", statistics=statistics, progress=False
+        )
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 weight.copy_(before[name])
@@ -82,8 +84,14 @@ def published_walk(model, blocks, *, sparsity=0.5, group=0, sparsegpt=False):
         states = list(inputs.first_hidden_states(model, blocks, 1).split(1))
         for call, layer in zip(calls, layers):
             modules = inputs.linears_of(layer)
-            seen = {name: torch.zeros(2 * (module.in_features,)) if sparsegpt else torch.zeros(module.in_features) for name, module in modules.items()}
-            hooks = [module.register_forward_hook(_published_hook(seen, name, sparsegpt)) for name, module in modules.items()]
+            seen = {
+                name: torch.zeros(2 * (module.in_features,)) if sparsegpt else torch.zeros(module.in_features)
+                for name, module in modules.items()
+            }
+            hooks = [
+                module.register_forward_hook(_published_hook(seen, name, sparsegpt))
+                for name, module in modules.items()
+            ]
             for state in states:
                 call(layer, state)
             for hook in hooks:
@@ -168,37 +176,84 @@ def on_cpu(options, dtype):
         "published": lambda: published_walk(afresh(), blocks),
         "published sparsegpt": lambda: published_walk(afresh(), blocks, sparsegpt=True),
     }
-    contestants = {name: work for name, work in contestants.items() if not options.only or name in options.only}
+    contestants = {
+        name: work for name, work in contestants.items() if not options.only or name in options.only
+    }
     plain_forwards(model, blocks[:2], 1, 1)
     found = in_turns(contestants, rounds=options.rounds)
-    pairs = [("wanda", "floor"), ("wanda", "layerwise"), ("seven", "floor"), ("seven", "layerwise"), ("published", "floor"), ("published", "wanda"), ("sparsegpt", "published sparsegpt")]
-    ratios = {f"{one} / {other}": round(found[one] / found[other], 3) for one, other in pairs if one in found and other in found}
+    pairs = [
+        ("wanda", "floor"),
+        ("wanda", "layerwise"),
+        ("seven", "floor"),
+        ("seven", "layerwise"),
+        ("published", "floor"),
+        ("published", "wanda"),
+        ("sparsegpt", "published sparsegpt"),
+    ]
+    ratios = {
+        f"{one} / {other}": round(found[one] / found[other], 3)
+        for one, other in pairs
+        if one in found and other in found
+    }
     report(
-        f"pruning SmolLM2-135M in {dtype}{', a part' if options.only else ''}: seconds and ratios", {"seconds": {name: round(value, 2) for name, value in found.items()}, **ratios},
-        script=__file__, device="cpu", store=options.store,
-        settings={"blocks": options.blocks, "block_length": 512, "batch_size": batch_size, "layers": len(model.model.layers), "rounds": options.rounds},
-    )  # fmt: skip
+        f"pruning SmolLM2-135M in {dtype}{', a part' if options.only else ''}: seconds and ratios",
+        {"seconds": {name: round(value, 2) for name, value in found.items()}, **ratios},
+        script=__file__,
+        device="cpu",
+        store=options.store,
+        settings={
+            "blocks": options.blocks,
+            "block_length": 512,
+            "batch_size": batch_size,
+            "layers": len(model.model.layers),
+            "rounds": options.rounds,
+        },
+    )
 
 
 def on_cuda(options):
     """A Llama-2-7B shape with random weights, layer by layer from disk."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_random_llama(
-            Path(scratch) / "llama", torch.float16, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096,
-        )  # fmt: skip
+            Path(scratch) / "llama",
+            torch.float16,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            vocab_size=32000,
+            max_position_embeddings=4096,
+        )
         blocks = torch.randint(0, 32000, (128, 2048), generator=torch.Generator().manual_seed(0))
         torch.cuda.reset_peak_memory_stats()
         took = seconds(
-            lambda: prune.prune_checkpoint(folder, blocks, Path(scratch) / "pruned", write="masks", device="cuda", batch_size=1, progress=False), "cuda"
+            lambda: prune.prune_checkpoint(
+                folder,
+                blocks,
+                Path(scratch) / "pruned",
+                write="masks",
+                device="cuda",
+                batch_size=1,
+                progress=False,
+            ),
+            "cuda",
         )
         peak = torch.cuda.max_memory_allocated()
         floor = 2 * _seconds_of_a_forward(folder, blocks)
     report(
         "a Llama-2-7B shape in fp16, streamed: seconds, ratio to two forwards, peak GPU memory",
-        {"seconds": round(took, 1), "two forwards": round(floor, 1), "ratio": round(took / floor, 2), "peak_GiB": round(peak / 2**30, 2)},
-        script=__file__, device="cuda", store=options.store, settings={"blocks": 128, "block_length": 2048, "batch_size": 1},
-    )  # fmt: skip
+        {
+            "seconds": round(took, 1),
+            "two forwards": round(floor, 1),
+            "ratio": round(took / floor, 2),
+            "peak_GiB": round(peak / 2**30, 2),
+        },
+        script=__file__,
+        device="cuda",
+        store=options.store,
+        settings={"blocks": 128, "block_length": 2048, "batch_size": 1},
+    )
 
 
 def _seconds_of_a_forward(folder, blocks):
@@ -220,8 +275,14 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--blocks", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=30, help="the first so many decoder layers only, for development")
-    parser.add_argument("--only", nargs="+", help="some of: floor, layerwise, wanda, sparsegpt, seven, published, 'published sparsegpt'")
+    parser.add_argument(
+        "--layers", type=int, default=30, help="the first so many decoder layers only, for development"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        help="some of: floor, layerwise, wanda, sparsegpt, seven, published, 'published sparsegpt'",
+    )
     options = parser.parse_args()
     if options.device.startswith("cuda"):
         on_cuda(options)

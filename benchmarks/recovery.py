@@ -23,8 +23,20 @@ options = arguments(__doc__)
 options.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.6])
 options.add_argument("--tokens", type=int, default=49_152)
 options.add_argument("--methods", nargs="*", default=["dense", "masked", "HiRA"])
-options.add_argument("--learning-rates", type=float, nargs="*", default=[4e-3, 8e-3, 1.6e-2], help="to choose from, of dense and masked LoRA")
-options.add_argument("--hira-learning-rates", type=float, nargs="*", default=[2e-2, 4e-2, 8e-2], help="its update is a share of each weight")
+options.add_argument(
+    "--learning-rates",
+    type=float,
+    nargs="*",
+    default=[4e-3, 8e-3, 1.6e-2],
+    help="to choose from, of dense and masked LoRA",
+)
+options.add_argument(
+    "--hira-learning-rates",
+    type=float,
+    nargs="*",
+    default=[2e-2, 4e-2, 8e-2],
+    help="its update is a share of each weight",
+)
 options.add_argument("--test-blocks", type=int, default=40, help="blocks of 512 tokens of the test split")
 options.add_argument("--validation-blocks", type=int, default=10)
 options = options.parse_args()
@@ -49,25 +61,49 @@ def trained(pruned, method, learning_rate):
     """One try: the merged model, and what is known of it."""
     end = AtTheEnd()
     result = finetune.finetune_model(
-        pruned, train, tokens=options.tokens, learning_rate=learning_rate, keep_sparsity=method != "dense",
-        adapter="hira" if method == "HiRA" else "lora", progress=False, callbacks=[end],
-    )  # fmt: skip
-    merged = finetune.merge_adapter(copy.deepcopy(pruned), result.adapter, merge="dense" if method == "dense" else "masked")
+        pruned,
+        train,
+        tokens=options.tokens,
+        learning_rate=learning_rate,
+        keep_sparsity=method != "dense",
+        adapter="hira" if method == "HiRA" else "lora",
+        progress=False,
+        callbacks=[end],
+    )
+    merged = finetune.merge_adapter(
+        copy.deepcopy(pruned), result.adapter, merge="dense" if method == "dense" else "masked"
+    )
     known = {
-        "learning_rate": learning_rate, "validation": perplexity(merged, validation), "validation, unmerged": end.perplexity,
+        "learning_rate": learning_rate,
+        "validation": perplexity(merged, validation),
+        "validation, unmerged": end.perplexity,
         "tokens_per_second": result.summary["tokens_per_second"],
-    }  # fmt: skip
+    }
     print(f"{method}: {known}", flush=True)
     return merged, known
 
 
 model, tokenizer = models.load_model("smollm2-135m", device=options.device)
-blocks_of = {"test": options.test_blocks, "validation": options.validation_blocks, "train": None, "calibration": 64}
+blocks_of = {
+    "test": options.test_blocks,
+    "validation": options.validation_blocks,
+    "train": None,
+    "calibration": 64,
+}
 test, validation, train, calibration = (
-    corpora.token_blocks(tokenizer, "pydocs", split=split, block_length=512, n_blocks=n_blocks) for split, n_blocks in blocks_of.items()
+    corpora.token_blocks(tokenizer, "pydocs", split=split, block_length=512, n_blocks=n_blocks)
+    for split, n_blocks in blocks_of.items()
 )
-settings = {"model": "smollm2-135m", "dtype": str(model.dtype).removeprefix("torch."), "corpus": "pydocs", "test_blocks": len(test),
-            "validation_blocks": len(validation), "tokens": options.tokens, "rank": 8, "targets": "all-linear"}  # fmt: skip
+settings = {
+    "model": "smollm2-135m",
+    "dtype": str(model.dtype).removeprefix("torch."),
+    "corpus": "pydocs",
+    "test_blocks": len(test),
+    "validation_blocks": len(validation),
+    "tokens": options.tokens,
+    "rank": 8,
+    "targets": "all-linear",
+}
 
 for sparsity in options.sparsity:
     claim = f"After Wanda at {sparsity:.0%}, masked LoRA recovers at least 90% of what a dense merge recovers, at full sparsity"
@@ -79,7 +115,10 @@ for sparsity in options.sparsity:
         name = method if method == "HiRA" else f"{method} merge"
         for rate in options.hira_learning_rates if method == "HiRA" else options.learning_rates:
             merged, known = trained(pruned, method, rate)
-            tried = {**rows.get(name, {}).get("validation by learning rate", {}), f"{rate:g}": known["validation"]}
+            tried = {
+                **rows.get(name, {}).get("validation by learning rate", {}),
+                f"{rate:g}": known["validation"],
+            }
             if known["validation"] == min(tried.values()):
                 rows[name] = {**described(merged), **known}
                 if method == "dense":
@@ -90,6 +129,8 @@ for sparsity in options.sparsity:
         lost, dense = rows["pruned"]["perplexity"], rows["dense merge"]["perplexity"]
         for row in rows.values():
             row["recovery"] = round((lost - row["perplexity"]) / (lost - dense), 3)
-            row["recovery, in log perplexity"] = round(math.log(lost / row["perplexity"]) / math.log(lost / dense), 3)
+            row["recovery, in log perplexity"] = round(
+                math.log(lost / row["perplexity"]) / math.log(lost / dense), 3
+            )
     rows["unpruned"] = described(model)
     report(claim, rows, script=__file__, device=options.device, store=options.store, settings=settings)

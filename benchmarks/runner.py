@@ -42,14 +42,23 @@ for notebook, parameters, output in json.load(open(sys.argv[1])):
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--targets", type=int, default=50, help="sparsities of the study; it has 4 steps for each, and one more")
+    parser.add_argument(
+        "--targets",
+        type=int,
+        default=50,
+        help="sparsities of the study; it has 4 steps for each, and one more",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(Path(folder), options.targets)
     report(
-        "the runner's own cost is under 5% of a study of 200 trivial steps", measured,
-        script=__file__, device=options.device, store=options.store, settings={"targets": options.targets},
-    )  # fmt: skip
+        "the runner's own cost is under 5% of a study of 200 trivial steps",
+        measured,
+        script=__file__,
+        device=options.device,
+        store=options.store,
+        settings={"targets": options.targets},
+    )
 
 
 def measure(folder: Path, targets: int) -> dict[str, float]:
@@ -61,7 +70,9 @@ def measure(folder: Path, targets: int) -> dict[str, float]:
     wall = seconds(lambda: call("-c", _DRIVE, study, plan.runs, notebooks))
     in_papermill = in_kernels = 0.0
     for step in plan.steps.values():
-        in_papermill += json.loads((step.folder / "notebook.ipynb").read_text())["metadata"]["papermill"]["duration"]
+        in_papermill += json.loads((step.folder / "notebook.ipynb").read_text())["metadata"]["papermill"][
+            "duration"
+        ]
         in_kernels += json.loads((step.folder / "seconds.json").read_text())
         runs.verify(step.folder)
     loop = seconds(lambda: call("-c", _LOOP, written_orders(plan, folder)))
@@ -75,10 +86,17 @@ def measure(folder: Path, targets: int) -> dict[str, float]:
         "own_seconds": round(own, 2),
         "own_share": round(own / wall, 4),
         "own_milliseconds_a_step": round(1000 * own / len(plan.steps), 1),
-        "rerun_when_finished_seconds": round(seconds(lambda: call(*pftools, "run", study, "--runs", plan.runs, "--no-report")), 2),
+        "rerun_when_finished_seconds": round(
+            seconds(lambda: call(*pftools, "run", study, "--runs", plan.runs, "--no-report")), 2
+        ),
         "status_seconds": round(seconds(lambda: call(*pftools, "status", study, "--runs", plan.runs)), 2),
         "plan_published_grid_seconds": round(
-            seconds(lambda: call(*pftools, "plan", ROOT / "data/studies/published.yaml", "--runs", folder / "none")), 2
+            seconds(
+                lambda: call(
+                    *pftools, "plan", ROOT / "data/studies/published.yaml", "--runs", folder / "none"
+                )
+            ),
+            2,
         ),
     }
 
@@ -91,7 +109,9 @@ def written_orders(plan: object, folder: Path) -> Path:
         output = folder / "outputs" / f"{step.name}.ipynb"
         output.parent.mkdir(exist_ok=True)
         notebook = next(plain.glob(f"0*_{step.parameters.step}*.ipynb"))
-        orders.append([str(notebook), {**step.parameters.model_dump(mode="json"), "runs": str(output)}, str(output)])
+        orders.append(
+            [str(notebook), {**step.parameters.model_dump(mode="json"), "runs": str(output)}, str(output)]
+        )
     path = folder / "orders.json"
     path.write_text(json.dumps(orders))
     return path

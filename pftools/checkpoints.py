@@ -52,7 +52,9 @@ def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
     return masks
 
 
-def save_prune(run: runs.Run, masks: dict[str, torch.Tensor], weights: dict[str, torch.Tensor] | None = None) -> list[str]:
+def save_prune(
+    run: runs.Run, masks: dict[str, torch.Tensor], weights: dict[str, torch.Tensor] | None = None
+) -> list[str]:
     """Write the delta of a prune step; returns the names of the outputs to seal.
 
     Args:
@@ -63,7 +65,9 @@ def save_prune(run: runs.Run, masks: dict[str, torch.Tensor], weights: dict[str,
     save_masks(run.path(MASKS), masks)
     outputs = [MASKS, MANIFEST]
     if weights:
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, run.path(WEIGHTS))
+        save_file(
+            {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, run.path(WEIGHTS)
+        )
         outputs.append(WEIGHTS)
     _write_manifest(run, {"kind": "masks"})
     return outputs
@@ -79,9 +83,15 @@ def _write_manifest(run: runs.Run, delta: dict[str, str]) -> None:
     parent, held = run.parameters.model, {}
     if runs.is_finished(parent):
         # Relative, so that a folder of runs can be moved or copied whole.
-        parent = f"../{Path(parent).name}" if _same_folder(run.folder.parent, Path(parent).parent) else str(Path(parent).resolve())
+        parent = (
+            f"../{Path(parent).name}"
+            if _same_folder(run.folder.parent, Path(parent).parent)
+            else str(Path(parent).resolve())
+        )
     elif Path(parent).expanduser().is_dir():
-        parent = str(Path(parent).expanduser().resolve())  # a base model's folder, wherever the run is loaded from
+        parent = str(
+            Path(parent).expanduser().resolve()
+        )  # a base model's folder, wherever the run is loaded from
         held = {"contents": contents.digest(parent)}
     runs.write_json(run.path(MANIFEST), {"parent": parent, **held, **delta})
 
@@ -98,7 +108,9 @@ def read_manifest(folder: str | Path) -> dict[str, str]:
     """
     record = runs.verify(folder)
     if MANIFEST not in record["outputs"]:
-        raise PftoolsError(f"{folder} is a {record['step']} run and holds no model: give a prune or finetune run.")
+        raise PftoolsError(
+            f"{folder} is a {record['step']} run and holds no model: give a prune or finetune run."
+        )
     return json.loads((Path(folder) / MANIFEST).read_text())
 
 
@@ -118,10 +130,14 @@ def lineage(folder: str | Path) -> tuple[str, list[Path]]:
         if not parent.startswith(".."):
             here = Path()
     if parent.startswith("../"):
-        raise PftoolsError(f"{chain[0]} starts from the run {here / parent}, which is not there: run its step again.")
+        raise PftoolsError(
+            f"{chain[0]} starts from the run {here / parent}, which is not there: run its step again."
+        )
     held = manifest.get("contents")  # of the oldest run
     if held and contents.digest(parent) != held:
-        raise PftoolsError(f"{chain[0]} was made from the model in {parent}, which is gone or was changed since: put it back, or run the step again.")
+        raise PftoolsError(
+            f"{chain[0]} was made from the model in {parent}, which is gone or was changed since: put it back, or run the step again."
+        )
     return parent, chain
 
 
@@ -139,7 +155,9 @@ def load(
     base, chain = lineage(folder)
     if dtype == "auto":
         dtype = runs.read_record(folder)["results"].get("dtype", dtype)
-    model, tokenizer = models.load_pretrained(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model, tokenizer = models.load_pretrained(
+        base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     for run_folder in chain:
         model = _replay(model, run_folder)
     return model, tokenizer
@@ -188,12 +206,19 @@ def _fitting(parameters: dict[str, torch.Tensor], name: str, shape: torch.Size, 
     weight = parameters.get(name)
     if weight is None or weight.shape != shape:
         found = "has no such weight" if weight is None else f"has {tuple(weight.shape)} there"
-        raise PftoolsError(f"{place} does not fit the model: it holds {name} of shape {tuple(shape)}, and the model {found}.")
+        raise PftoolsError(
+            f"{place} does not fit the model: it holds {name} of shape {tuple(shape)}, and the model {found}."
+        )
     return weight
 
 
 def export(
-    run_folder: str | Path, folder: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    run_folder: str | Path,
+    folder: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the model of a run as a plain Hugging Face folder that needs no pftools, and check it.
 
@@ -216,12 +241,23 @@ def export(
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        runs.write_json(partial / "pftools.json", {"exported_from": Path(run_folder).name, "sparsity": models.measured_sparsity(model)})
-        again = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype, trust_remote_code=trust_remote_code).to(model.device).eval()
+        runs.write_json(
+            partial / "pftools.json",
+            {"exported_from": Path(run_folder).name, "sparsity": models.measured_sparsity(model)},
+        )
+        again = (
+            AutoModelForCausalLM.from_pretrained(
+                partial, dtype=model.dtype, trust_remote_code=trust_remote_code
+            )
+            .to(model.device)
+            .eval()
+        )
         tokens = torch.arange(64, device=model.device)[None] % model.config.vocab_size
         with torch.no_grad():
             if not torch.equal(model(tokens).logits, again(tokens).logits):
-                raise PftoolsError(f"the export of {run_folder} failed its check: its logits differ from the run's.")
+                raise PftoolsError(
+                    f"the export of {run_folder} failed its check: its logits differ from the run's."
+                )
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)

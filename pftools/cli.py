@@ -26,7 +26,9 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
-StudyFile = Annotated[Path, typer.Argument(help="The study file, such as data/studies/quick.yaml", metavar="STUDY.yaml")]
+StudyFile = Annotated[
+    Path, typer.Argument(help="The study file, such as data/studies/quick.yaml", metavar="STUDY.yaml")
+]
 Runs = Annotated[Path, typer.Option(help="The folder of run folders")]
 
 
@@ -43,10 +45,19 @@ def main() -> None:
 def plan(study: StudyFile, runs: Runs = Path("runs")) -> None:
     """Show the steps of a study, what is shared, what earlier runs hold, and what it will cost."""
     planned = _plan(study, runs)
-    table = Table("", "step", "does", "run", "shared by", "state", title=planned.study.name, title_justify="left")
+    table = Table(
+        "", "step", "does", "run", "shared by", "state", title=planned.study.name, title_justify="left"
+    )
     for number, step in enumerate(planned.steps.values(), 1):
         state = studies.run_state(step.folder)
-        table.add_row(str(number), step.parameters.step, step.label, step.name, str(len(step.orderings)), _coloured(state))
+        table.add_row(
+            str(number),
+            step.parameters.step,
+            step.label,
+            step.name,
+            str(len(step.orderings)),
+            _coloured(state),
+        )
     out.print(table)
     for line in planned.summary():
         out.print(line, highlight=False)
@@ -58,8 +69,12 @@ def run(
     runs: Runs = Path("runs"),
     executor: Annotated[str, typer.Option(help="local or slurm")] = "local",
     jobs: Annotated[int, typer.Option(help="local: how many steps at a time")] = 1,
-    detach: Annotated[bool, typer.Option("--detach", help="slurm: leave once all jobs are submitted")] = False,
-    slurm: Annotated[list[str] | None, typer.Option(help="slurm: an option of sbatch, NAME=VALUE; repeatable")] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="slurm: leave once all jobs are submitted")
+    ] = False,
+    slurm: Annotated[
+        list[str] | None, typer.Option(help="slurm: an option of sbatch, NAME=VALUE; repeatable")
+    ] = None,
     report: Annotated[bool, typer.Option(help="Write the report at the end")] = True,
 ) -> None:
     """Execute the missing steps of a study, then write its report."""
@@ -70,10 +85,18 @@ def run(
         out.print(line, highlight=False)
     options = dict(option.partition("=")[::2] for option in slurm or [])
     try:
-        failures = executors.run_plan(planned, executor=executor, jobs=jobs, wait=not detach, slurm=options, progress=out.is_terminal)
+        failures = executors.run_plan(
+            planned, executor=executor, jobs=jobs, wait=not detach, slurm=options, progress=out.is_terminal
+        )
     except KeyboardInterrupt:
-        rest = "the jobs go on without it" if executor == "slurm" else "steps at work were ended, what is finished is kept"
-        err.print(f"Stopped; {rest}: `pftools run {study}` goes on from there.", highlight=False, soft_wrap=True)
+        rest = (
+            "the jobs go on without it"
+            if executor == "slurm"
+            else "steps at work were ended, what is finished is kept"
+        )
+        err.print(
+            f"Stopped; {rest}: `pftools run {study}` goes on from there.", highlight=False, soft_wrap=True
+        )
         raise typer.Exit(130) from None
     for failure in failures:
         err.print(f"[bold red]failed:[/] {escape(str(failure))}", highlight=False, soft_wrap=True)
@@ -85,7 +108,9 @@ def run(
         _write_report(study, runs, None, None)
     if failures:
         left = len(planned.missing())
-        raise PftoolsError(f"{left} steps are not finished; what is finished is kept: mend the cause and call `pftools run {study}` again.")
+        raise PftoolsError(
+            f"{left} steps are not finished; what is finished is kept: mend the cause and call `pftools run {study}` again."
+        )
 
 
 @app.command()
@@ -103,7 +128,9 @@ def status(study: StudyFile, runs: Runs = Path("runs")) -> None:
         if name in queue and state != "finished":
             job = queue[name]
             state = "running" if job.state in ("RUNNING", "COMPLETING") else "queued"
-            remark = f"SLURM job {job.id}, {job.state.lower()}" + (f" ({job.reason})" if job.reason != "None" else "")
+            remark = f"SLURM job {job.id}, {job.state.lower()}" + (
+                f" ({job.reason})" if job.reason != "None" else ""
+            )
         elif state == "running":
             remark = run_folders.owner(step.folder)
         elif state == "failed":
@@ -126,7 +153,9 @@ def report(
     study: StudyFile,
     runs: Runs = Path("runs"),
     output: Annotated[Path | None, typer.Option(help="The HTML file; default: reports/STUDY.html")] = None,
-    figures: Annotated[Path | None, typer.Option(help="Also write the figures as files into this folder")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write the figures as files into this folder")
+    ] = None,
 ) -> None:
     """Render the comparison of a study's finished orderings to one HTML file that needs no network."""
     _write_report(study, runs, output, figures)
@@ -137,17 +166,24 @@ def export(
     run: Annotated[Path, typer.Argument(help="The run folder of a prune or finetune step", metavar="RUN")],
     folder: Annotated[Path, typer.Argument(help="The folder to write", metavar="FOLDER")],
     dtype: Annotated[str, typer.Option(help="auto (the run's own), float32, bfloat16 or float16")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let a hub model run its own code")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a hub model run its own code")
+    ] = False,
 ) -> None:
     """Write a run's model as a plain Hugging Face folder, and check that it gives the same logits."""
     from pftools import checkpoints
 
-    out.print(f"Exported to {checkpoints.export(run, folder, dtype=dtype, trust_remote_code=trust_remote_code)}; its logits equal the run's.", highlight=False)
+    out.print(
+        f"Exported to {checkpoints.export(run, folder, dtype=dtype, trust_remote_code=trust_remote_code)}; its logits equal the run's.",
+        highlight=False,
+    )
 
 
 @app.command("prune-runs")
 def prune_runs(
-    keep: Annotated[list[Path], typer.Argument(help="The study files whose runs are kept", metavar="STUDY.yaml...")],
+    keep: Annotated[
+        list[Path], typer.Argument(help="The study files whose runs are kept", metavar="STUDY.yaml...")
+    ],
     runs: Runs = Path("runs"),
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
 ) -> None:
@@ -169,15 +205,27 @@ def prune_runs(
 
 @app.command("fetch-data")
 def fetch_data(
-    folder: Annotated[Path | None, typer.Argument(help="The folder to fill; default: PFTOOLS_DATA", metavar="[FOLDER]")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="A data set, such as mmlu; repeatable; default: all")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="The folder to fill; default: PFTOOLS_DATA", metavar="[FOLDER]")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A data set, such as mmlu; repeatable; default: all")
+    ] = None,
 ) -> None:
     """Fill a data root from the hub, for machines without network: WikiText-2, C4, MMLU, BBH, Belebele, FreebaseQA."""
     from pftools import data_root
 
     for path, rows in data_root.fetch(only or (), data=folder):
-        out.print(f"{path}: {'there already' if rows is None else f'{rows:,} rows'}", highlight=False, soft_wrap=True)
-    out.print(f"Set PFTOOLS_DATA={data_root.data_root(folder)}, or the parameter data of a step.", highlight=False, soft_wrap=True)
+        out.print(
+            f"{path}: {'there already' if rows is None else f'{rows:,} rows'}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    out.print(
+        f"Set PFTOOLS_DATA={data_root.data_root(folder)}, or the parameter data of a step.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -218,10 +266,20 @@ def _print_results(planned: studies.Plan) -> None:
     if not len(found):
         return
     tasks = [name for name in found.columns if name in _task_names(planned)]
-    table = Table("ordering", "asked", "measured", "perplexity", *tasks, title="Results", title_justify="left")
+    table = Table(
+        "ordering", "asked", "measured", "perplexity", *tasks, title="Results", title_justify="left"
+    )
     for row in found.to_dict("records"):
-        scores = [f"{row[task]:.1%}" if row[task] <= 1 else f"{row[task]:.2f}" for task in tasks]  # accuracies, and perplexities
-        table.add_row(row["ordering"], f"{row['asked']:.0%}", f"{row['measured']:.2%}", f"{row['perplexity']:.2f}", *scores)
+        scores = [
+            f"{row[task]:.1%}" if row[task] <= 1 else f"{row[task]:.2f}" for task in tasks
+        ]  # accuracies, and perplexities
+        table.add_row(
+            row["ordering"],
+            f"{row['asked']:.0%}",
+            f"{row['measured']:.2%}",
+            f"{row['perplexity']:.2f}",
+            *scores,
+        )
     out.print(table)
 
 

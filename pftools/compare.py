@@ -54,7 +54,9 @@ def compare_perplexity(first: ArrayLike, second: ArrayLike, *, seed: int = 0) ->
     """
     a, b = _paired(first, second)
     if len(a) < _FEWEST_BLOCKS:
-        raise PftoolsError(f"{len(a)} blocks are too few to compare two perplexities: evaluate on at least {_FEWEST_BLOCKS}.")
+        raise PftoolsError(
+            f"{len(a)} blocks are too few to compare two perplexities: evaluate on at least {_FEWEST_BLOCKS}."
+        )
     d = a - b
     mean, error = d.mean(), d.std(ddof=1) / math.sqrt(len(d))
     if error == 0:
@@ -66,7 +68,9 @@ def compare_perplexity(first: ArrayLike, second: ArrayLike, *, seed: int = 0) ->
     t = (resampled.mean(axis=1) - mean) / spread
     low, high = np.quantile(t, [ALPHA / 2, 1 - ALPHA / 2])
     p = (1 + (np.abs(t) >= abs(mean / error)).sum()) / (_RESAMPLES + 1)
-    return Comparison(math.exp(mean), math.exp(mean - high * error), math.exp(mean - low * error), float(p), len(d))
+    return Comparison(
+        math.exp(mean), math.exp(mean - high * error), math.exp(mean - low * error), float(p), len(d)
+    )
 
 
 def compare_accuracy(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Comparison:
@@ -104,7 +108,11 @@ def _sign_flip_p(d: np.ndarray) -> float:
         many = int((np.abs(d) == size).sum())
         own = np.zeros(2 * many * size + 1)
         own[:: 2 * size] = stats.binom.pmf(np.arange(many + 1), many, 0.5)
-        distribution = signal.fftconvolve(distribution, own) if min(len(distribution), len(own)) > 64 else np.convolve(distribution, own)
+        distribution = (
+            signal.fftconvolve(distribution, own)
+            if min(len(distribution), len(own)) > 64
+            else np.convolve(distribution, own)
+        )
         reach += many * int(size)
     sums = np.abs(np.arange(-reach, reach + 1))
     return float(min(1.0, np.clip(distribution[sums >= abs(d.sum())], 0, None).sum()))
@@ -113,7 +121,9 @@ def _sign_flip_p(d: np.ndarray) -> float:
 def _paired(first: ArrayLike, second: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise PftoolsError(f"{a.size} and {b.size} results cannot be paired: both orderings must be evaluated on the same blocks and questions.")
+        raise PftoolsError(
+            f"{a.size} and {b.size} results cannot be paired: both orderings must be evaluated on the same blocks and questions."
+        )
     return a, b
 
 
@@ -132,7 +142,9 @@ def chance_interval(chance: float, n: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def smallest_visible_difference(n: int, *, disagreement: float = 0.2, power: float = 0.8, alpha: float = ALPHA) -> float:
+def smallest_visible_difference(
+    n: int, *, disagreement: float = 0.2, power: float = 0.8, alpha: float = ALPHA
+) -> float:
     """The smallest difference in accuracy that a McNemar test on n questions sees with the given power.
 
     Args:
@@ -159,7 +171,9 @@ def smallest_visible_difference(n: int, *, disagreement: float = 0.2, power: flo
     return min(1.0, max(high, least))
 
 
-def smallest_visible_ratio(first: ArrayLike, second: ArrayLike, *, power: float = 0.8, alpha: float = ALPHA) -> float:
+def smallest_visible_ratio(
+    first: ArrayLike, second: ArrayLike, *, power: float = 0.8, alpha: float = ALPHA
+) -> float:
     """The smallest ratio of perplexities above 1 that these blocks show with the given power, from the spread of their differences."""
     a, b = _paired(first, second)
     error = (a - b).std(ddof=1) / math.sqrt(len(a))
@@ -188,12 +202,21 @@ class _Pair:
     def row(self) -> dict:
         """What every table of pairs begins with."""
         return {
-            "first": self.first, "second": self.second, "pair": f"{self.first} / {self.second}, {self.where}", "asked": self.asked,
+            "first": self.first,
+            "second": self.second,
+            "pair": f"{self.first} / {self.second}, {self.where}",
+            "asked": self.asked,
             "where": self.where,
-            "measured_first": self.one["measured"].mean(), "measured_second": self.other["measured"].mean(),
-            "tokens_first": int(self.one["finetune_tokens"].iloc[0]), "tokens_second": int(self.other["finetune_tokens"].iloc[0]),
-            "seeds": len(self.one), "low": math.nan, "high": math.nan, "p": math.nan, "p_holm": math.nan,
-        }  # fmt: skip
+            "measured_first": self.one["measured"].mean(),
+            "measured_second": self.other["measured"].mean(),
+            "tokens_first": int(self.one["finetune_tokens"].iloc[0]),
+            "tokens_second": int(self.other["finetune_tokens"].iloc[0]),
+            "seeds": len(self.one),
+            "low": math.nan,
+            "high": math.nan,
+            "p": math.nan,
+            "p_holm": math.nan,
+        }
 
 
 def _pairs(results: pd.DataFrame) -> Iterator[_Pair]:
@@ -232,7 +255,10 @@ def compare_orderings(results: pd.DataFrame, block_nll: Mapping[str, ArrayLike])
     """
     rows = []
     for pair in _pairs(results):
-        perplexities = {"perplexity_first": _geometric(pair.one["perplexity"]), "perplexity_second": _geometric(pair.other["perplexity"])}
+        perplexities = {
+            "perplexity_first": _geometric(pair.one["perplexity"]),
+            "perplexity_second": _geometric(pair.other["perplexity"]),
+        }
         row = {**pair.row(), **perplexities, "ratio": math.nan, "n": 0, "agree": 0}
         losses = [_stacked([block_nll[run] for run in frame["run"]]) for frame in (pair.one, pair.other)]
         row["n"] = losses[0].shape[1]
@@ -248,7 +274,11 @@ def compare_orderings(results: pd.DataFrame, block_nll: Mapping[str, ArrayLike])
     family = sum(not math.isnan(row["p"]) for row in rows)
     for row in rows:
         losses = row.pop("_losses", None)
-        row["visible"] = math.nan if losses is None else smallest_visible_ratio(*(part.mean(axis=0) for part in losses), alpha=ALPHA / family)
+        row["visible"] = (
+            math.nan
+            if losses is None
+            else smallest_visible_ratio(*(part.mean(axis=0) for part in losses), alpha=ALPHA / family)
+        )
     pairs = _corrected(pd.DataFrame(rows))
     return pairs.assign(verdict=[_perplexity_verdict(row) for row in pairs.to_dict("records")])
 
@@ -272,7 +302,10 @@ def _corrected(pairs: pd.DataFrame) -> pd.DataFrame:
     """The table with Holm's p-values over its tested pairs, and what they say."""
     tested = pairs["p"].notna()
     pairs.loc[tested, "p_holm"] = holm(pairs.loc[tested, "p"].tolist())
-    kinds = ["not comparable" if math.isnan(p) else "differs" if p < ALPHA else "cannot be told apart" for p in pairs["p_holm"]]
+    kinds = [
+        "not comparable" if math.isnan(p) else "differs" if p < ALPHA else "cannot be told apart"
+        for p in pairs["p_holm"]
+    ]
     return pairs.assign(verdict_kind=kinds)
 
 
@@ -291,24 +324,59 @@ def compare_tasks(results: pd.DataFrame, samples: Mapping[str, pd.DataFrame]) ->
     for pair in _pairs(results):
         if not pair.comparable:
             continue
-        answers = [pd.concat([_answers(samples[run], place) for place, run in enumerate(frame["run"])]) for frame in (pair.one, pair.other)]
+        answers = [
+            pd.concat([_answers(samples[run], place) for place, run in enumerate(frame["run"])])
+            for frame in (pair.one, pair.other)
+        ]
         both = answers[0].join(answers[1], how="inner", lsuffix="_first", rsuffix="_second")
         for task, asked in both.groupby(level="task", sort=False):
             # Questions that every seed has answered, under both orderings: (seeds, n).
-            first, second = (asked[f"correct_{side}"].unstack("seed").dropna().T for side in ("first", "second"))
+            first, second = (
+                asked[f"correct_{side}"].unstack("seed").dropna().T for side in ("first", "second")
+            )
             found = compare_accuracy(first, second)
             mean_square = float(((first.mean() - second.mean()) ** 2).mean())
-            accuracies = {"accuracy_first": float(first.to_numpy().mean()), "accuracy_second": float(second.to_numpy().mean())}
+            accuracies = {
+                "accuracy_first": float(first.to_numpy().mean()),
+                "accuracy_second": float(second.to_numpy().mean()),
+            }
             agree = _agreeing((first - second).mean(axis=1).to_numpy())
-            rows.append({**pair.row(), "task": task, **accuracies, "difference": found.estimate, "low": found.low, "high": found.high,
-                         "p": found.p, "n": found.n, "agree": agree, "visible": mean_square})  # fmt: skip
+            rows.append(
+                {
+                    **pair.row(),
+                    "task": task,
+                    **accuracies,
+                    "difference": found.estimate,
+                    "low": found.low,
+                    "high": found.high,
+                    "p": found.p,
+                    "n": found.n,
+                    "agree": agree,
+                    "visible": mean_square,
+                }
+            )
     if not rows:
-        return pd.DataFrame(columns=["pair", "task", "n", "difference", "low", "high", "p", "p_holm", "visible", "verdict_kind", "verdict"])
+        return pd.DataFrame(
+            columns=[
+                "pair",
+                "task",
+                "n",
+                "difference",
+                "low",
+                "high",
+                "p",
+                "p_holm",
+                "visible",
+                "verdict_kind",
+                "verdict",
+            ]
+        )
     tables = []
     for _, table in pd.DataFrame(rows).groupby("task", sort=False):
         table = _corrected(table.reset_index(drop=True))
         table["visible"] = [
-            smallest_visible_difference(n, disagreement=mean_square, alpha=ALPHA / len(table)) for n, mean_square in zip(table["n"], table["visible"])
+            smallest_visible_difference(n, disagreement=mean_square, alpha=ALPHA / len(table))
+            for n, mean_square in zip(table["n"], table["visible"])
         ]
         tables.append(table)
     compared = pd.concat(tables, ignore_index=True)
@@ -319,7 +387,9 @@ def _answers(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
     """The outcomes of one run, by task, subject, question and seed."""
     kept = samples.dropna(subset=["correct"])
     subject = kept["subject"] if "subject" in kept else kept["task"]
-    return kept.assign(subject=subject, seed=seed).set_index(["task", "subject", "question", "seed"])[["correct"]]
+    return kept.assign(subject=subject, seed=seed).set_index(["task", "subject", "question", "seed"])[
+        ["correct"]
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,7 +410,9 @@ def _perplexity_verdict(row: dict) -> str:
     values = sorted((row["perplexity_first"], row["perplexity_second"]))
     numbers = f"{values[0]:.2f} vs {values[1]:.2f}, ratio {min(row['ratio'], 1 / row['ratio']):.3f} [{low:.3f}, {high:.3f}]"
     if row["verdict_kind"] == "differs":
-        return f"{better} beats {worse} at {at} ({numbers}, {_p(row['p_holm'])}{_seeds(row)}); {_budgets(row)}."
+        return (
+            f"{better} beats {worse} at {at} ({numbers}, {_p(row['p_holm'])}{_seeds(row)}); {_budgets(row)}."
+        )
     return (
         f"{better} and {worse} cannot be told apart at {at} on {row['n']} blocks ({numbers}, {_p(row['p_holm'])}{_seeds(row)}): "
         f"a difference under {row['visible'] - 1:.1%} is not visible; {_budgets(row)}."
@@ -380,5 +452,9 @@ def _budgets(row: dict) -> str:
     if not first and not second:
         return "neither was fine-tuned"
     if abs(first - second) <= _EQUAL_BUDGETS * max(first, second):
-        return f"both were fine-tuned on {first:,} tokens" if first == second else f"both were fine-tuned on about {max(first, second):,} tokens"
+        return (
+            f"both were fine-tuned on {first:,} tokens"
+            if first == second
+            else f"both were fine-tuned on about {max(first, second):,} tokens"
+        )
     return f"their training was not equal ({first:,} and {second:,} tokens)"

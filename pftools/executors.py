@@ -72,9 +72,12 @@ def request(step: PlannedStep, notebooks: str | Path | None = None) -> dict[str,
     """Everything that another process needs to execute a step, as JSON."""
     notebook = Path(notebooks or NOTEBOOKS) / NOTEBOOK_OF[step.parameters.step]
     return {
-        "notebook": str(notebook), "folder": str(step.folder), "parameters": step.parameters.model_dump(mode="json"),
-        "resumes": step.parameters.resumes, "parents": [str(step.folder.parent / name) for name in step.parents],
-    }  # fmt: skip
+        "notebook": str(notebook),
+        "folder": str(step.folder),
+        "parameters": step.parameters.model_dump(mode="json"),
+        "resumes": step.parameters.resumes,
+        "parents": [str(step.folder.parent / name) for name in step.parents],
+    }
 
 
 def execute_step(step: dict[str, Any]) -> None:
@@ -102,8 +105,12 @@ def execute_step(step: dict[str, Any]) -> None:
             _keep_notebook(folder)
         if runs.is_finished(folder):
             return
-        runs.clear(folder, keep_work=step.get("resumes", False), keep=("notebook.ipynb",))  # what it left may be what fills a disk
-        failure = failure or Failure(folder.name, None, "the notebook ended without sealing its run: does it call run.seal?")
+        runs.clear(
+            folder, keep_work=step.get("resumes", False), keep=("notebook.ipynb",)
+        )  # what it left may be what fills a disk
+        failure = failure or Failure(
+            folder.name, None, "the notebook ended without sealing its run: does it call run.seal?"
+        )
         with suppress(OSError):
             runs.write_json(folder / "failure.json", asdict(failure))
         raise StepFailed(failure)
@@ -125,7 +132,11 @@ def kernel_options() -> dict[str, Any]:
     from traitlets.config import Config
 
     sockets = str(Path(tempfile.gettempdir()) / f"pftools-{secrets.token_hex(8)}")
-    return {"kernel_name": "python3", "progress_bar": False, "config": Config({"KernelManager": {"transport": "ipc", "ip": sockets}})}
+    return {
+        "kernel_name": "python3",
+        "progress_bar": False,
+        "config": Config({"KernelManager": {"transport": "ipc", "ip": sockets}}),
+    }
 
 
 def _execute_notebook(step: dict[str, Any], folder: Path) -> Failure | None:
@@ -136,13 +147,22 @@ def _execute_notebook(step: dict[str, Any], folder: Path) -> Failure | None:
     draft = runs.draft_path(folder)
     try:
         papermill.execute_notebook(
-            step["notebook"], str(draft), step["parameters"], cwd=os.getcwd(), start_timeout=300, **kernel_options()
+            step["notebook"],
+            str(draft),
+            step["parameters"],
+            cwd=os.getcwd(),
+            start_timeout=300,
+            **kernel_options(),
         )
     except PapermillExecutionError as error:
         cause = error.evalue if error.ename == "PftoolsError" else f"{error.ename}: {error.evalue}"
         return Failure(folder.name, error.cell_index + 1, redact(cause.strip() or error.ename))
-    except Exception as error:  # a damaged notebook, a full disk: whatever it is, the step has a cause on record
-        if type(error).__name__ == "UncompletedJobError":  # what submitit raises in a job that may not be queued again
+    except (
+        Exception
+    ) as error:  # a damaged notebook, a full disk: whatever it is, the step has a cause on record
+        if (
+            type(error).__name__ == "UncompletedJobError"
+        ):  # what submitit raises in a job that may not be queued again
             cause = "the time limit of its job was reached: give it more with --slurm time=MINUTES."
             return Failure(folder.name, _cell_at_work(draft), cause)
         if isinstance(error, DeadKernelError) or "Kernel died" in str(error):
@@ -177,7 +197,9 @@ def _cell_at_work(notebook: Path) -> int | None:
         cells = json.loads(notebook.read_text())["cells"]
     except (OSError, ValueError, KeyError):
         return None
-    begun = [number for number, cell in enumerate(cells, 1) if cell.get("execution_count") or cell.get("outputs")]
+    begun = [
+        number for number, cell in enumerate(cells, 1) if cell.get("execution_count") or cell.get("outputs")
+    ]
     return begun[-1] if begun else None
 
 
@@ -195,9 +217,15 @@ def redact(text: str) -> str:
 
 
 def run_plan(
-    plan: Plan, *, executor: str = "local", jobs: int = 1, progress: bool = True, notebooks: str | Path | None = None,
-    wait: bool = True, slurm: dict[str, str] | None = None,
-) -> list[Failure]:  # fmt: skip
+    plan: Plan,
+    *,
+    executor: str = "local",
+    jobs: int = 1,
+    progress: bool = True,
+    notebooks: str | Path | None = None,
+    wait: bool = True,
+    slurm: dict[str, str] | None = None,
+) -> list[Failure]:
     """Execute all missing steps of a plan.
 
     Args:
@@ -228,7 +256,9 @@ def unusable(plan: Plan) -> dict[str, str]:
     found: dict[str, str] = {}
     used: set[str] = set()
     to_do = {step.name for step in plan.missing()}
-    for name, step in reversed(plan.steps.items()):  # children first: a damaged run needs its own parents again
+    for name, step in reversed(
+        plan.steps.items()
+    ):  # children first: a damaged run needs its own parents again
         if name not in to_do and (step.parameters.step in ("evaluate", "analyse") or name in used):
             damage = runs.damage(step.folder)
             if damage is not None and not runs.is_locked(step.folder):
@@ -243,7 +273,11 @@ def _run_local(plan: Plan, jobs: int, progress: bool, notebooks: str | Path | No
     damaged = unusable(plan)
     for why in damaged.values():
         print(f"Again: {why}", file=sys.stderr)
-    waiting = {name: step for name, step in plan.steps.items() if name in damaged or not runs.is_finished(step.folder)}
+    waiting = {
+        name: step
+        for name, step in plan.steps.items()
+        if name in damaged or not runs.is_finished(step.folder)
+    }
     unfinished = set(waiting)
     failures: list[Failure] = []
     workers: list[_Worker] = []
@@ -276,7 +310,9 @@ def _run_local(plan: Plan, jobs: int, progress: bool, notebooks: str | Path | No
         finally:
             for worker in workers:  # Ctrl-C, or an error here: leave no step behind
                 worker.end()
-    tidy_finished(plan)  # again: what a driver had left that was killed just before this one began was still locked then
+    tidy_finished(
+        plan
+    )  # again: what a driver had left that was killed just before this one began was still locked then
     return failures
 
 
@@ -314,16 +350,22 @@ class _Worker:
         if jobs > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pftools.executors"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=environment, text=True, start_new_session=True,  # Ctrl-C is for the driver, which then ends its workers
-        )  # fmt: skip
+            [sys.executable, "-m", "pftools.executors"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the driver, which then ends its workers
+        )
         self.answers = self._process.stdout
         self.step: PlannedStep | None = None
 
     def start(self, step: PlannedStep, notebooks: str | Path | None) -> None:
         self.step = step
         with suppress(BrokenPipeError):  # a worker that was killed is noticed in `collect`
-            self._process.stdin.write(json.dumps({"step": request(step, notebooks), "log": str(runs.log_path(step.folder))}) + "\n")
+            self._process.stdin.write(
+                json.dumps({"step": request(step, notebooks), "log": str(runs.log_path(step.folder))}) + "\n"
+            )
             self._process.stdin.flush()
 
     def collect(self) -> Failure | None:
@@ -339,7 +381,9 @@ class _Worker:
             return None
         if answer["failure"]:
             return Failure(**answer["failure"])
-        return read_failure(step.folder, f"its process ended with exit code {answer['code']} before it could say why")
+        return read_failure(
+            step.folder, f"its process ended with exit code {answer['code']} before it could say why"
+        )
 
     def end(self) -> None:
         """End the worker, and the step that it is at, kernel included."""
@@ -353,7 +397,9 @@ def _work() -> None:
     """What a worker does until its driver closes the pipe: fork, and let the fork execute the step that a line asks for."""
     # jsonschema can check a format of web addresses that nothing here has, with a grammar that takes most of a second to load.
     sys.modules.setdefault("rfc3987_syntax", None)
-    sys.modules.setdefault("pyarrow", None)  # papermill would load it, to reach a file system of Hadoop; and a small process forks sooner
+    sys.modules.setdefault(
+        "pyarrow", None
+    )  # papermill would load it, to reach a file system of Hadoop; and a small process forks sooner
     _warm_up()
 
     for line in sys.stdin:
@@ -395,8 +441,12 @@ def _execute_in_fork(order: dict[str, Any], answer: int) -> int:
         execute_step(order["step"])
     except BaseException as error:
         traceback.print_exc()
-        failure = getattr(error, "failure", None) or Failure(Path(order["step"]["folder"]).name, None, f"{type(error).__name__}: {error}")
-        os.write(answer, json.dumps(asdict(failure)).encode())  # also where the disk is too full for failure.json
+        failure = getattr(error, "failure", None) or Failure(
+            Path(order["step"]["folder"]).name, None, f"{type(error).__name__}: {error}"
+        )
+        os.write(
+            answer, json.dumps(asdict(failure)).encode()
+        )  # also where the disk is too full for failure.json
         return 1
     finally:
         with suppress(OSError):
@@ -449,7 +499,13 @@ def progress_bar(total: int, done: int, visible: bool) -> Iterator[Callable[...,
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        TextColumn("steps"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns) as bars:
         task = bars.add_task("", total=total, completed=done)
 

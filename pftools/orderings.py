@@ -73,7 +73,9 @@ class Ordering:
         [('P', 0.25), ('F', 0.25), ('P', 0.5), ('F', 0.5)]
         """
         if not 0 <= sparsity < 1:
-            raise PftoolsError(f"the sparsity of ordering {self.name!r} is {sparsity}: it should be from 0 up to 1.")
+            raise PftoolsError(
+                f"the sparsity of ordering {self.name!r} is {sparsity}: it should be from 0 up to 1."
+            )
         targets = sparsity_schedule(sparsity, self.n_prunes, schedule)
         steps, counts, current = [], {"P": 0, "F": 0}, 0.0
         for place, letter in enumerate(self.letters, start=1):
@@ -108,7 +110,9 @@ def parse_ordering(text: str) -> Ordering:
         word, report = PUBLISHED[name]
         return Ordering(name, _Parser(word).letters(), report)
     if re.search(r"[a-z_]", name) or not name:
-        raise PftoolsError(f"unknown ordering {text!r}: {nearest(name, PUBLISHED)}; or a word such as '(P F)*3'.")
+        raise PftoolsError(
+            f"unknown ordering {text!r}: {nearest(name, PUBLISHED)}; or a word such as '(P F)*3'."
+        )
     return Ordering(name, _Parser(name).letters())
 
 

@@ -42,7 +42,9 @@ def study_results(study: str | Path, *, runs: str | Path = "runs") -> pd.DataFra
     plan = plan_study(load_study(study), runs=runs)
     table = results(plan)
     if not len(table):
-        raise PftoolsError(f"the study {plan.study.name!r} has no finished result in {runs}: run it first, with `pftools run {study}`.")
+        raise PftoolsError(
+            f"the study {plan.study.name!r} has no finished result in {runs}: run it first, with `pftools run {study}`."
+        )
     table.attrs = {"study": plan.study.model_dump(mode="json"), "planned": len(plan.rows), "runs": str(runs)}
     return table
 
@@ -52,7 +54,9 @@ def headline(table: pd.DataFrame) -> str:
     study = table.attrs["study"]
     lines = [f"**{study['description'] or study['name']}**"]
     if len(table) < table.attrs["planned"]:
-        lines.append(f"*{len(table)} of {table.attrs['planned']} results are finished; this is what they say.*")
+        lines.append(
+            f"*{len(table)} of {table.attrs['planned']} results are finished; this is what they say.*"
+        )
     lines.append(f"> {_winner(table)}")
     return "\n\n".join(lines)
 
@@ -76,9 +80,12 @@ def _winner(table: pd.DataFrame) -> str:
     pairs = pair_table(table)
     names = {best["ordering"], alike["ordering"].iloc[1]}
     rival = [
-        row.verdict for row in pairs.itertuples()
-        if row.asked == best["asked"] and {row.first, row.second} == names and all(str(best[name]) in row.where for name in varied)
-    ]  # fmt: skip
+        row.verdict
+        for row in pairs.itertuples()
+        if row.asked == best["asked"]
+        and {row.first, row.second} == names
+        and all(str(best[name]) in row.where for name in varied)
+    ]
     return f"{sentence} Against its nearest rival: {rival[0]}" if rival else sentence
 
 
@@ -86,7 +93,11 @@ def final_states(table: pd.DataFrame) -> pd.DataFrame:
     """The results at the sparsities that orderings end at, of an ordering with several the one with the most training. The states between, which an ordering with several P's passes through,
     are points of its line in the charts; as pairs they would only cost the others power."""
     ends = [parse_ordering(name).n_prunes <= 1 for name in table["ordering"]]
-    asked = set(table["asked"][ends].round(6)) if table["asked"][ends].max() > 0 else set(table.attrs["study"]["sparsities"])
+    asked = (
+        set(table["asked"][ends].round(6))
+        if table["asked"][ends].max() > 0
+        else set(table.attrs["study"]["sparsities"])
+    )
     ends = table[table["asked"].round(6).isin(asked | {0.0})].sort_values("finetune_tokens", kind="stable")
     last = ends.drop_duplicates(["ordering", "asked", "method", "pattern", "merge", "seed"], keep="last")
     return last.sort_index()
@@ -95,8 +106,17 @@ def final_states(table: pd.DataFrame) -> pd.DataFrame:
 def _pooled(table: pd.DataFrame, *, extra: dict[str, str] | None = None) -> pd.DataFrame:
     """One row for the seeds of a result: means, of a perplexity the geometric one, and ``extra`` {column: aggregation}."""
     same = ["ordering", "asked", *_varied(table), "finetune_tokens", "n_finetunes"]
-    means = {"measured": "mean", "perplexity": _geometric_mean, **{task: _geometric_mean if _is_perplexity(table, task) else "mean" for task in task_names(table)}}
-    return table.groupby(same, sort=False, dropna=False).agg({**means, **(extra or {}), "seed": "size"}).reset_index().rename(columns={"seed": "seeds"})
+    means = {
+        "measured": "mean",
+        "perplexity": _geometric_mean,
+        **{task: _geometric_mean if _is_perplexity(table, task) else "mean" for task in task_names(table)},
+    }
+    return (
+        table.groupby(same, sort=False, dropna=False)
+        .agg({**means, **(extra or {}), "seed": "size"})
+        .reset_index()
+        .rename(columns={"seed": "seeds"})
+    )
 
 
 def _varied(table: pd.DataFrame) -> list[str]:
@@ -122,20 +142,37 @@ def result_table(table: pd.DataFrame) -> Any:
     formats = {"asked": "{:.0%}", "measured": "{:.2%}", "perplexity": "{:.2f}", "training tokens": "{:,}"}
     formats |= {task: "{:.2f}" if _is_perplexity(table, task) else "{:.1%}" for task in tasks}
     best = set(shown.groupby("asked")["perplexity"].idxmin())
-    columns = ["ordering", *_varied(table), "asked", "measured", "perplexity", *tasks, "finetune_tokens", *(["seeds"] if shown["seeds"].max() > 1 else [])]
+    columns = [
+        "ordering",
+        *_varied(table),
+        "asked",
+        "measured",
+        "perplexity",
+        *tasks,
+        "finetune_tokens",
+        *(["seeds"] if shown["seeds"].max() > 1 else []),
+    ]
     shown = shown[columns].rename(columns={"finetune_tokens": "training tokens"})
-    bold = lambda column: ["font-weight: 600" if index in best and shown["asked"][index] > 0 else "" for index in column.index]  # noqa: E731
+    bold = lambda column: [
+        "font-weight: 600" if index in best and shown["asked"][index] > 0 else "" for index in column.index
+    ]  # noqa: E731
     return _styled(shown, formats).apply(bold, subset=["ordering", "perplexity"])
 
 
 def _styled(table: pd.DataFrame, formats: dict[str, Any]) -> Any:
     numbers = list(table.columns[1:])  # a number that wraps is hard to read
-    return table.style.format(formats, na_rep="").hide(axis="index").set_properties(numbers, **{"white-space": "nowrap"})
+    return (
+        table.style.format(formats, na_rep="")
+        .hide(axis="index")
+        .set_properties(numbers, **{"white-space": "nowrap"})
+    )
 
 
 def task_names(table: pd.DataFrame) -> list[str]:
     """The tasks that the table has an accuracy of."""
-    return [name for name in table.attrs["study"]["evaluate"].get("tasks", ["facts", "reading"]) if name in table]
+    return [
+        name for name in table.attrs["study"]["evaluate"].get("tasks", ["facts", "reading"]) if name in table
+    ]
 
 
 def pair_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -153,14 +190,18 @@ def verdict_list(pairs: pd.DataFrame) -> str:
     if not len(pairs):
         return "Only one ordering is finished at each sparsity: there is nothing to compare yet."
     parts = []
-    for where, group in sorted(pairs.groupby("where", sort=False), key=lambda item: -item[1]["asked"].iloc[0]):
+    for where, group in sorted(
+        pairs.groupby("where", sort=False), key=lambda item: -item[1]["asked"].iloc[0]
+    ):
         best = _best_of(group)
         own = group[(group["first"] == best) | (group["second"] == best)]
         rest = group.drop(own.index)
         parts.append(f"**At {where}**\n\n" + _bullets(own["verdict"]))
         if len(rest):
             others = f"The other {len(rest)} pairs" if len(rest) > 1 else "The other pair"
-            parts.append(f"<details><summary>{others} at {where}</summary>\n\n{_bullets(rest['verdict'])}\n\n</details>")
+            parts.append(
+                f"<details><summary>{others} at {where}</summary>\n\n{_bullets(rest['verdict'])}\n\n</details>"
+            )
     return "\n\n".join(parts)
 
 
@@ -170,7 +211,10 @@ def _bullets(sentences: Iterable[str]) -> str:
 
 def _best_of(pairs: pd.DataFrame) -> str:
     """The ordering with the lowest perplexity among these pairs."""
-    ends = [pairs[[side, f"perplexity_{side}"]].set_axis(["ordering", "perplexity"], axis=1) for side in ("first", "second")]
+    ends = [
+        pairs[[side, f"perplexity_{side}"]].set_axis(["ordering", "perplexity"], axis=1)
+        for side in ("first", "second")
+    ]
     return str(pd.concat(ends).sort_values("perplexity")["ordering"].iloc[0])
 
 
@@ -181,17 +225,28 @@ def ratio_chart(pairs: pd.DataFrame, *, most: int = 15) -> alt.LayerChart | None
     tested = pairs.dropna(subset=["ratio"]) if len(pairs) else pairs
     if len(tested) > most:
         groups = [group for _, group in tested.groupby("where", sort=False)]
-        tested = pd.concat([group[(group["first"] == _best_of(group)) | (group["second"] == _best_of(group))] for group in groups])
+        tested = pd.concat(
+            [
+                group[(group["first"] == _best_of(group)) | (group["second"] == _best_of(group))]
+                for group in groups
+            ]
+        )
     if not len(tested):
         return None
     # The worse over the better, so that all dots are on one side.
     worse = tested["ratio"] >= 1
     drawn = tested.assign(
-        pair=[f"{row.first if ahead else row.second} / {row.second if ahead else row.first}, {row.where}" for row, ahead in zip(tested.itertuples(), worse)],
-        ratio=tested["ratio"].where(worse, 1 / tested["ratio"]), low=tested["low"].where(worse, 1 / tested["high"]),
+        pair=[
+            f"{row.first if ahead else row.second} / {row.second if ahead else row.first}, {row.where}"
+            for row, ahead in zip(tested.itertuples(), worse)
+        ],
+        ratio=tested["ratio"].where(worse, 1 / tested["ratio"]),
+        low=tested["low"].where(worse, 1 / tested["high"]),
         high=tested["high"].where(worse, 1 / tested["low"]),
-    )  # fmt: skip
-    return figures.pair_ratios(drawn.sort_values(["asked", "ratio"], ascending=[False, True]), title="Which differences are real")
+    )
+    return figures.pair_ratios(
+        drawn.sort_values(["asked", "ratio"], ascending=[False, True]), title="Which differences are real"
+    )
 
 
 def perplexity_subtitle(table: pd.DataFrame) -> str:
@@ -204,7 +259,14 @@ def perplexity_subtitle(table: pd.DataFrame) -> str:
 
 def perplexity_chart(table: pd.DataFrame) -> alt.LayerChart:
     """Perplexity against measured sparsity; where all orderings end at one sparsity, a row an ordering."""
-    return _metric_chart(_pooled(table), "perplexity", title="Perplexity", subtitle=perplexity_subtitle(table), label="perplexity", log=True)
+    return _metric_chart(
+        _pooled(table),
+        "perplexity",
+        title="Perplexity",
+        subtitle=perplexity_subtitle(table),
+        label="perplexity",
+        log=True,
+    )
 
 
 def _metric_chart(table: pd.DataFrame, metric: str, *, title: str, **options: Any) -> alt.LayerChart:
@@ -222,7 +284,15 @@ def task_charts(table: pd.DataFrame) -> list[alt.LayerChart]:
     for task in task_names(table):
         first = _task_record(ends["run"].iloc[0], task)
         if _is_perplexity(table, task):
-            charts.append(_metric_chart(_pooled(ends), task, title=f"{task}, {first['metric'].replace('_', ' ')}", label=first["metric"].replace("_", " "), log=True))
+            charts.append(
+                _metric_chart(
+                    _pooled(ends),
+                    task,
+                    title=f"{task}, {first['metric'].replace('_', ' ')}",
+                    label=first["metric"].replace("_", " "),
+                    log=True,
+                )
+            )
             continue
         scores = [_task_record(run, task) for run in ends["run"]]
         bounds = {f"{task}_{end}": [score.get(end) for score in scores] for end in ("low", "high")}
@@ -231,9 +301,16 @@ def task_charts(table: pd.DataFrame) -> list[alt.LayerChart]:
         chance = first.get("chance") or None
         guessing = "; dashed: the level of guessing" if chance else ""
         charts.append(
-            _metric_chart(shown, task, title=f"{task}, accuracy", percent=True, label="accuracy", chance=chance,
-                          subtitle=f"{first['n']:,} questions, 95% intervals{seeds}{guessing}")
-        )  # fmt: skip
+            _metric_chart(
+                shown,
+                task,
+                title=f"{task}, accuracy",
+                percent=True,
+                label="accuracy",
+                chance=chance,
+                subtitle=f"{first['n']:,} questions, 95% intervals{seeds}{guessing}",
+            )
+        )
     return charts
 
 
@@ -242,22 +319,42 @@ def guessing_table(table: pd.DataFrame) -> Any:
     rows = []
     ends = final_states(table)
     for task in task_names(table):
-        scores = [(name, asked, _task_record(run, task)) for name, asked, run in zip(ends["ordering"], ends["asked"], ends["run"])]
+        scores = [
+            (name, asked, _task_record(run, task))
+            for name, asked, run in zip(ends["ordering"], ends["asked"], ends["run"])
+        ]
         chance, n = scores[0][2].get("chance"), scores[0][2].get("n")
         if not chance:
             continue
         low, high = compare.chance_interval(chance, n)
-        inside = dict.fromkeys(f"{name} at {asked:.0%}" for name, asked, score in scores if score and score["value"] <= high)
-        rows.append({"task": task, "questions": n, "guessing": chance, "95% of guessers": f"{low:.1%} to {high:.1%}",
-                     "not better than guessing": ", ".join(inside) or "none"})  # fmt: skip
+        inside = dict.fromkeys(
+            f"{name} at {asked:.0%}" for name, asked, score in scores if score and score["value"] <= high
+        )
+        rows.append(
+            {
+                "task": task,
+                "questions": n,
+                "guessing": chance,
+                "95% of guessers": f"{low:.1%} to {high:.1%}",
+                "not better than guessing": ", ".join(inside) or "none",
+            }
+        )
     return _styled(pd.DataFrame(rows), {"guessing": "{:.0%}", "questions": "{:,}"}) if rows else None
 
 
 def task_pairs(table: pd.DataFrame) -> pd.DataFrame:
     """`compare.compare_tasks` on the answers that the evaluation runs keep; empty where no task counts right answers."""
     ends = final_states(table)
-    samples = {run: pd.read_parquet(Path(run) / "samples.parquet") for run in ends["run"] if (Path(run) / "samples.parquet").exists()}
-    return compare.compare_tasks(ends, samples) if len(samples) == len(ends) else compare.compare_tasks(ends.iloc[:0], {})
+    samples = {
+        run: pd.read_parquet(Path(run) / "samples.parquet")
+        for run in ends["run"]
+        if (Path(run) / "samples.parquet").exists()
+    }
+    return (
+        compare.compare_tasks(ends, samples)
+        if len(samples) == len(ends)
+        else compare.compare_tasks(ends.iloc[:0], {})
+    )
 
 
 def told_apart(compared: pd.DataFrame) -> str:
@@ -268,7 +365,9 @@ def told_apart(compared: pd.DataFrame) -> str:
     rest = len(compared) - len(real)
     lines = [_bullets(real["verdict"])] if len(real) else []
     if rest:
-        lines.append(f"{rest} of {len(compared)} comparisons cannot be told apart: whatever the dots above suggest, the questions are too few.")
+        lines.append(
+            f"{rest} of {len(compared)} comparisons cannot be told apart: whatever the dots above suggest, the questions are too few."
+        )
     return "\n\n".join(lines)
 
 
@@ -276,14 +375,29 @@ def visible_differences(compared: pd.DataFrame) -> Any:
     """Every comparable pair by every task: the difference, its interval, and what could have been seen. In points of per cent."""
     shown = pd.DataFrame(
         {
-            "pair": compared["pair"], "task": compared["task"], "questions": compared["n"], "difference": compared["difference"] * 100,
-            "95% interval": [f"{low * 100:+.1f} to {high * 100:+.1f}" for low, high in zip(compared["low"], compared["high"])],
-            "corrected p": compared["p_holm"], "visible from": compared["visible"] * 100,
+            "pair": compared["pair"],
+            "task": compared["task"],
+            "questions": compared["n"],
+            "difference": compared["difference"] * 100,
+            "95% interval": [
+                f"{low * 100:+.1f} to {high * 100:+.1f}"
+                for low, high in zip(compared["low"], compared["high"])
+            ],
+            "corrected p": compared["p_holm"],
+            "visible from": compared["visible"] * 100,
             "told apart": ["yes" if kind == "differs" else "no" for kind in compared["verdict_kind"]],
         }
-    )  # fmt: skip
+    )
     bold = lambda row: ["font-weight: 600" if row["told apart"] == "yes" else ""] * len(row)  # noqa: E731
-    return _styled(shown, {"difference": "{:+.1f}", "corrected p": compare.p_in_words, "visible from": "{:.1f}", "questions": "{:,}"}).apply(bold, axis=1)
+    return _styled(
+        shown,
+        {
+            "difference": "{:+.1f}",
+            "corrected p": compare.p_in_words,
+            "visible from": "{:.1f}",
+            "questions": "{:,}",
+        },
+    ).apply(bold, axis=1)
 
 
 def circumstances(table: pd.DataFrame) -> str:
@@ -294,15 +408,20 @@ def circumstances(table: pd.DataFrame) -> str:
     machine, versions = records[0]["machine"], records[0]["versions"]
     cut = max(record["results"].get("truncated", 0) for record in records)
     lines = [
-        f"- Model `{study['model']}`, computed in {' and '.join(dtypes)}" + (" (**mixed: compare with care**)" if len(dtypes) > 1 else ""),
-        f"- Budget: {study['tokens']:,} fine-tuning tokens " + ("an ordering, split over its F's" if study["budget"] == "total" else "each F"),
-        f"- Machine: {machine['platform']}, {machine['cores']} cores, " + (f"GPU {machine['gpu']}" if machine["gpu"] else "no GPU"),
+        f"- Model `{study['model']}`, computed in {' and '.join(dtypes)}"
+        + (" (**mixed: compare with care**)" if len(dtypes) > 1 else ""),
+        f"- Budget: {study['tokens']:,} fine-tuning tokens "
+        + ("an ordering, split over its F's" if study["budget"] == "total" else "each F"),
+        f"- Machine: {machine['platform']}, {machine['cores']} cores, "
+        + (f"GPU {machine['gpu']}" if machine["gpu"] else "no GPU"),
         "- Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "- Intervals: 95%, paired bootstrap over blocks or questions, pooled over seeds; p-values: corrected by Holm over the pairs of a metric",
         f"- Runs: the evaluations are the folders `evaluate-*` of `{table.attrs['runs']}`; each holds its losses, answers and executed notebook",
     ]
     if cut:
-        lines.append(f"- **{cut} prompts of a model were longer than its context, and cut at their beginning**")
+        lines.append(
+            f"- **{cut} prompts of a model were longer than its context, and cut at their beginning**"
+        )
     return "\n".join(lines)
 
 
@@ -316,7 +435,12 @@ def plan_layout(plan: Plan) -> pd.DataFrame:
             kind = step.parameters.step[0].upper()
             state = run_state(step.folder)
             label = step.label.partition(",")[0]
-            models[name] = (parent if parent in plan.steps else "base", kind, label, state if state in ("finished", "failed") else "to do")
+            models[name] = (
+                parent if parent in plan.steps else "base",
+                kind,
+                label,
+                state if state in ("finished", "failed") else "to do",
+            )
     evaluated = {Path(row.model).name for row in plan.rows}
     children: dict[str, list[str]] = {}
     for name, (parent, *_) in models.items():
@@ -329,10 +453,17 @@ def plan_layout(plan: Plan) -> pd.DataFrame:
             lane = level = lane + 1
         rows.append(
             {
-                "key": name, "parent": parent, "depth": depth, "lane": level, "kind": kind, "label": label, "state": state,
-                "evaluated": name in evaluated or (name == "base" and plan.study.model in {row.model for row in plan.rows}),
+                "key": name,
+                "parent": parent,
+                "depth": depth,
+                "lane": level,
+                "kind": kind,
+                "label": label,
+                "state": state,
+                "evaluated": name in evaluated
+                or (name == "base" and plan.study.model in {row.model for row in plan.rows}),
             }
-        )  # fmt: skip
+        )
         branches += [(child, depth + 1, level) for child in reversed(children.get(name, []))]
     return pd.DataFrame(rows)
 
@@ -341,7 +472,13 @@ def plan_layout(plan: Plan) -> pd.DataFrame:
 # The file
 
 
-def render(study: str | Path, *, runs: str | Path = "runs", output: str | Path | None = None, figures: str | Path | None = None) -> Path:
+def render(
+    study: str | Path,
+    *,
+    runs: str | Path = "runs",
+    output: str | Path | None = None,
+    figures: str | Path | None = None,
+) -> Path:
     """Execute `06_compare_orderings` and write it as one HTML file with everything inside: no network is needed to read it.
 
     Args:
@@ -383,13 +520,32 @@ def _html(notebook: Any, name: str) -> str:
     kept = [cell for cell in notebook.cells if cell.cell_type == "markdown" or cell.get("outputs")]
     for cell in kept:
         cell.setdefault("metadata", {}).pop("tags", None)
-        if cell.cell_type == "code":  # what the kernel warns of belongs to the run's notebook, not to the report
-            cell.outputs = [output for output in cell.outputs if output.output_type != "stream" or output.get("name") == "stdout"]
-    outputs = [output for cell in kept for output in cell.get("outputs", []) if "image/svg+xml" in output.get("data", {})]
+        if (
+            cell.cell_type == "code"
+        ):  # what the kernel warns of belongs to the run's notebook, not to the report
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output.output_type != "stream" or output.get("name") == "stdout"
+            ]
+    outputs = [
+        output
+        for cell in kept
+        for output in cell.get("outputs", [])
+        if "image/svg+xml" in output.get("data", {})
+    ]
     for number, output in enumerate(outputs):
-        output.data = nbformat.from_dict({"text/html": _figure(output.data["image/svg+xml"], f"chart{number}")})
+        output.data = nbformat.from_dict(
+            {"text/html": _figure(output.data["image/svg+xml"], f"chart{number}")}
+        )
     notebook.cells = kept
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
+    exporter = HTMLExporter(
+        template_name="basic",
+        exclude_input=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        exclude_anchor_links=True,
+    )
     body, _ = exporter.from_notebook_node(notebook)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'

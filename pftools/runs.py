@@ -91,7 +91,9 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
         whole = record.pop("seal") == _seal_of(record)
     except FileNotFoundError:
-        raise PftoolsError(f"the run {folder} is not finished: it has no run.json; run its step first.") from None
+        raise PftoolsError(
+            f"the run {folder} is not finished: it has no run.json; run its step first."
+        ) from None
     except (ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
@@ -193,7 +195,9 @@ def start(parameters: Step) -> Run:
         reference = getattr(parameters, name)
         if _key_of_reference(reference) != reference:
             if not is_finished(reference):
-                raise PftoolsError(f"{name} is {reference!r}, and that run is not finished: run its step first.")
+                raise PftoolsError(
+                    f"{name} is {reference!r}, and that run is not finished: run its step first."
+                )
             verify(reference)
     folder = run_folder(parameters)
     # One lock object a process: a cell that is executed again by hand must not wait for itself.
@@ -259,7 +263,14 @@ def tidy(folder: Path) -> None:
 def needs_tidying(folder: Path) -> bool:
     """Whether a finished run has leftovers, and nobody works on it."""
     note = _note_path(folder)
-    traces = (folder / "work", folder / "failure.json", _partial(folder / "run.json"), draft_path(folder), note, _partial(note))
+    traces = (
+        folder / "work",
+        folder / "failure.json",
+        _partial(folder / "run.json"),
+        draft_path(folder),
+        note,
+        _partial(note),
+    )
     return any(path.exists() for path in traces) and not is_locked(folder)
 
 
@@ -292,8 +303,13 @@ def driving(folder: Path) -> Iterator[None]:
     before = os.environ.get(_ATTEMPT)
     try:
         attempt = f"{folder.name}:{secrets.token_hex(8)}"
-        write_json(note, {"host": socket.gethostname(), "process": os.getpid(), "since": time.time(), "attempt": attempt})
-        _acquire(writer := _lock(folder, "writer"), folder)  # only after the note: now every older kernel is refused
+        write_json(
+            note,
+            {"host": socket.gethostname(), "process": os.getpid(), "since": time.time(), "attempt": attempt},
+        )
+        _acquire(
+            writer := _lock(folder, "writer"), folder
+        )  # only after the note: now every older kernel is refused
         writer.release()
         os.environ[_ATTEMPT] = attempt
         yield
@@ -315,7 +331,9 @@ def _refuse_orphans(folder: Path) -> None:
             "plan of an older pftools?"
         )
     if _note(folder).get("attempt") != attempt:
-        raise PftoolsError(f"another attempt at {folder} has taken over from this one, which stops and seals nothing.")
+        raise PftoolsError(
+            f"another attempt at {folder} has taken over from this one, which stops and seals nothing."
+        )
 
 
 def is_locked(folder: Path) -> bool:
@@ -463,7 +481,12 @@ def _circumstances() -> dict[str, Any]:
 def _machine() -> dict[str, Any]:
     torch = sys.modules.get("torch")  # a step that needs no torch does not load it for this
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
-    return {"platform": f"{platform.system()} {platform.release()}", "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}
+    return {
+        "platform": f"{platform.system()} {platform.release()}",
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,7 +495,9 @@ def _machine() -> dict[str, Any]:
 
 def unneeded(root: str | Path, kept: set[str]) -> list[Path]:
     """Run folders under ``root`` that are neither in ``kept`` nor under way."""
-    folders = [folder for folder in sorted(Path(root).glob("*-*")) if _key_of_reference(str(folder)) != str(folder)]
+    folders = [
+        folder for folder in sorted(Path(root).glob("*-*")) if _key_of_reference(str(folder)) != str(folder)
+    ]
     return [folder for folder in folders if folder.name not in kept and not is_locked(folder)]
 
 

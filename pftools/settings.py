@@ -17,16 +17,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pftools.errors import PftoolsError, nearest
 
-EMBEDDED_MODEL = "smollm2-135m"  # what this name stands for is made by `models`, and a folder of the name is not it
+EMBEDDED_MODEL = (
+    "smollm2-135m"  # what this name stands for is made by `models`, and a folder of the name is not it
+)
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 # The names of `prune.METHODS`, here as well so that a plan is checked without torch; a test keeps the two in step.
 PruningMethod = Literal[
-    "magnitude", "wanda", "wanda_variant", "ria", "sparsegpt",
-    "ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter",
-]  # fmt: skip
+    "magnitude",
+    "wanda",
+    "wanda_variant",
+    "ria",
+    "sparsegpt",
+    "ablate_mag_seq",
+    "ablate_wanda_seq",
+    "ablate_mag_iter",
+    "ablate_wanda_iter",
+]
 PRUNING_METHODS = get_args(PruningMethod)
 # Those that also change the weights they keep, which then have to be stored whole.
-UPDATING_METHODS = tuple(name for name in PRUNING_METHODS if name == "sparsegpt" or name.startswith("ablate_"))
+UPDATING_METHODS = tuple(
+    name for name in PRUNING_METHODS if name == "sparsegpt" or name.startswith("ablate_")
+)
 
 
 def local(default: Any, description: str, **limits: Any) -> Any:
@@ -45,12 +56,18 @@ class Step(BaseModel):
     # Whether an attempt goes on from what a killed one left in `work/`; all others begin with an empty one.
     resumes: ClassVar[bool] = False
 
-    model: str = Field(EMBEDDED_MODEL, min_length=1, description="embedded name, hub id, folder, or a run folder")
+    model: str = Field(
+        EMBEDDED_MODEL, min_length=1, description="embedded name, hub id, folder, or a run folder"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice of the step")
-    dtype: DtypeName = Field("auto", description="number format; auto: bf16 where the hardware computes in it")
+    dtype: DtypeName = Field(
+        "auto", description="number format; auto: bf16 where the hardware computes in it"
+    )
     device: str = local("auto", "auto, cpu, cuda, cuda:1, mps")
     runs: str = local("runs", "the folder of run folders")
-    trust_remote_code: bool = Field(False, description="let a hub model run its own code; off unless you read it")
+    trust_remote_code: bool = Field(
+        False, description="let a hub model run its own code; off unless you read it"
+    )
 
     @classmethod
     def key_fields(cls) -> tuple[str, ...]:
@@ -62,7 +79,9 @@ class Step(BaseModel):
 class _Blocks(Step):
     """Steps that read blocks of tokens."""
 
-    corpus: str = Field("pydocs", description="pydocs, wikitext2, c4, a data-root folder, a .txt or .jsonl file")
+    corpus: str = Field(
+        "pydocs", description="pydocs, wikitext2, c4, a data-root folder, a .txt or .jsonl file"
+    )
     block_length: int = Field(512, ge=2, description="tokens a block")
     batch_size: int | None = local(None, "blocks a forward; None: chosen by size", ge=1)
 
@@ -77,7 +96,9 @@ def parse_nm(pattern: str) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"([1-9]\d*):(\d+)", pattern)
     if not found or int(found[1]) >= int(found[2]):
-        raise PftoolsError(f"the pattern {pattern!r} is unknown: give 'unstructured', or N:M with N < M such as '2:4'.")
+        raise PftoolsError(
+            f"the pattern {pattern!r} is unknown: give 'unstructured', or N:M with N < M such as '2:4'."
+        )
     return int(found[1]), int(found[2])
 
 
@@ -91,7 +112,9 @@ class Calibrate(_Blocks):
     """01: choose the calibration blocks, and look at the activations they cause."""
 
     step = "calibrate"
-    split: Literal["calibration", "train"] = Field("calibration", description="the split that blocks come from")
+    split: Literal["calibration", "train"] = Field(
+        "calibration", description="the split that blocks come from"
+    )
     n_blocks: int = Field(64, ge=1, description="how many blocks")
 
 
@@ -104,11 +127,21 @@ class Prune(_Blocks):
     calibration: str = Field("", description="a calibrate run whose blocks are used; empty: choose them here")
     n_blocks: int = Field(64, ge=1, description="how many calibration blocks, where calibration is empty")
     method: PruningMethod = Field("wanda", description="the pruning criterion")
-    sparsity: float = Field(0.5, ge=0, lt=1, allow_inf_nan=False, description="share of zeros over the linear weights")
-    pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4 (of every M, N are kept)")
-    inputs: Literal["pruned", "dense"] = Field("pruned", description="measure layers behind pruned or dense ones")
-    show_dense_cost: bool = local(False, "also prune a copy with the other kind of inputs, and compare perplexities")
-    allocation: Literal["uniform", "owl"] = Field("uniform", description="one sparsity for all layers, or OWL")
+    sparsity: float = Field(
+        0.5, ge=0, lt=1, allow_inf_nan=False, description="share of zeros over the linear weights"
+    )
+    pattern: str = Field(
+        "unstructured", description="unstructured, or N:M such as 2:4 (of every M, N are kept)"
+    )
+    inputs: Literal["pruned", "dense"] = Field(
+        "pruned", description="measure layers behind pruned or dense ones"
+    )
+    show_dense_cost: bool = local(
+        False, "also prune a copy with the other kind of inputs, and compare perplexities"
+    )
+    allocation: Literal["uniform", "owl"] = Field(
+        "uniform", description="one sparsity for all layers, or OWL"
+    )
     owl_lambda: float = Field(0.08, ge=0, lt=1, description="OWL: most that a layer may differ from the mean")
     owl_m: float = Field(5.0, gt=1, description="OWL: an outlier is this many times the layer's mean")
     reconstruct_steps: int = Field(0, ge=0, description="Adam steps of block reconstruction a layer; 0: none")
@@ -117,9 +150,13 @@ class Prune(_Blocks):
     def _pattern_fits(self) -> Prune:
         fixed = pattern_sparsity(self.pattern)
         if fixed is not None and abs(self.sparsity - fixed) > 1e-6:
-            raise ValueError(f"the pattern {self.pattern} fixes the sparsity at {fixed:g}, and {self.sparsity:g} is asked: ask for that.")
+            raise ValueError(
+                f"the pattern {self.pattern} fixes the sparsity at {fixed:g}, and {self.sparsity:g} is asked: ask for that."
+            )
         if fixed is not None and self.allocation == "owl":
-            raise ValueError(f"the pattern {self.pattern} fixes the sparsity of every layer, so that allocation 'owl' has no room: use 'uniform'.")
+            raise ValueError(
+                f"the pattern {self.pattern} fixes the sparsity of every layer, so that allocation 'owl' has no room: use 'uniform'."
+            )
         return self
 
 
@@ -127,11 +164,21 @@ class Prune(_Blocks):
 # a step, the dense merge; and a tenth of an epoch, where no other budget is given.
 _PRESETS = {
     "published": {
-        "packing": False, "rank": 8, "alpha": 16, "dropout": 0.05, "targets": "published", "learning_rate": 2e-4,
-        "warmup_steps": 100, "blocks_per_step": 16, "batch_size": 4, "base": "8bit", "dtype": "float16",
-        "gradient_checkpointing": True, "merge": "dense",
+        "packing": False,
+        "rank": 8,
+        "alpha": 16,
+        "dropout": 0.05,
+        "targets": "published",
+        "learning_rate": 2e-4,
+        "warmup_steps": 100,
+        "blocks_per_step": 16,
+        "batch_size": 4,
+        "base": "8bit",
+        "dtype": "float16",
+        "gradient_checkpointing": True,
+        "merge": "dense",
     }
-}  # fmt: skip
+}
 _PRESET_EPOCHS = {"published": 0.1}
 _BUDGETS = ("tokens", "steps", "epochs")
 
@@ -141,22 +188,41 @@ class Finetune(_Blocks):
 
     step = "finetune"
     resumes = True
-    preset: Literal["", "published"] = Field("", description="'published': the study's settings, wherever a parameter has its default")
-    tokens: int | None = Field(None, ge=1, description="budget in real tokens (give one of tokens, steps, epochs)")
+    preset: Literal["", "published"] = Field(
+        "", description="'published': the study's settings, wherever a parameter has its default"
+    )
+    tokens: int | None = Field(
+        None, ge=1, description="budget in real tokens (give one of tokens, steps, epochs)"
+    )
     steps: int | None = Field(None, ge=1, description="budget in optimizer steps")
     epochs: float | None = Field(None, gt=0, description="budget in passes over the train split")
     packing: bool = Field(True, description="full blocks; False: one line a row, padded (published)")
-    adapter: Literal["lora", "hira"] = Field("lora", description="LoRA, or HiRA (keeps zeros by construction)")
-    merge: Literal["auto", "masked", "dense"] = Field("auto", description="auto: masked where the model has zeros")
+    adapter: Literal["lora", "hira"] = Field(
+        "lora", description="LoRA, or HiRA (keeps zeros by construction)"
+    )
+    merge: Literal["auto", "masked", "dense"] = Field(
+        "auto", description="auto: masked where the model has zeros"
+    )
     rank: int = Field(8, ge=1, description="rank of the adapter")
     alpha: float = Field(16, gt=0, description="scale of the adapter is alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
-    targets: str = Field("all-linear", description="all-linear, attention, published (q and v), or names with commas")
-    learning_rate: float = Field(2e-3, gt=0, allow_inf_nan=False, description="peak learning rate; billions of weights want less, HiRA more")
+    targets: str = Field(
+        "all-linear", description="all-linear, attention, published (q and v), or names with commas"
+    )
+    learning_rate: float = Field(
+        2e-3,
+        gt=0,
+        allow_inf_nan=False,
+        description="peak learning rate; billions of weights want less, HiRA more",
+    )
     warmup_steps: int = Field(4, ge=0, description="optimizer steps of linear warm-up, less than half of all")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="of the learning rate, after warm-up")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="of the learning rate, after warm-up"
+    )
     blocks_per_step: int = Field(8, ge=1, description="blocks an optimizer step (batch x accumulation)")
-    base: Literal["plain", "8bit", "nf4"] = Field("plain", description="how the frozen base is held while training")
+    base: Literal["plain", "8bit", "nf4"] = Field(
+        "plain", description="how the frozen base is held while training"
+    )
     gradient_checkpointing: bool = local(False, "trade time for memory")
     save_every: int = local(50, "optimizer steps between checkpoints that a killed step goes on from", ge=1)
 
@@ -177,9 +243,13 @@ class Evaluate(_Blocks):
     """04: perplexity with per-block losses, and tasks with per-question records."""
 
     step = "evaluate"
-    split: Literal["validation", "test"] = Field("test", description="the split that perplexity is computed on")
+    split: Literal["validation", "test"] = Field(
+        "test", description="the split that perplexity is computed on"
+    )
     n_blocks: int | None = Field(None, ge=1, description="how many blocks; None: the whole split")
-    tasks: list[str] = Field(["facts", "reading"], description="lm-eval tasks by name, embedded ones included")
+    tasks: list[str] = Field(
+        ["facts", "reading"], description="lm-eval tasks by name, embedded ones included"
+    )
     limit: int | None = Field(200, ge=1, description="questions a task; None: all")
     data: str = local("", "the data root, a folder that `pftools fetch-data` fills; empty: PFTOOLS_DATA")
 
@@ -191,7 +261,9 @@ class Analyse(Step):
     parents = ("model", "parent")
 
     parent: str = Field("", description="what to compare with; empty: the run's own parent, if it has one")
-    top_percent: float = Field(1.0, gt=0, le=100, description="also average the largest differences, this many percent")
+    top_percent: float = Field(
+        1.0, gt=0, le=100, description="also average the largest differences, this many percent"
+    )
 
 
 class PlanStudy(BaseModel):

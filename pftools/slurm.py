@@ -61,7 +61,9 @@ def run_plan(
     return _watch(plan, submitted, progress) if wait else []
 
 
-def submit(plan: Plan, *, notebooks: str | Path | None = None, options: dict[str, str] | None = None) -> list[str]:
+def submit(
+    plan: Plan, *, notebooks: str | Path | None = None, options: dict[str, str] | None = None
+) -> list[str]:
     """Submit every step that is neither finished nor queued; returns the names of all runs that jobs now work on."""
     folder = _folder(Path(plan.runs))
     damaged = executors.unusable(plan)
@@ -87,7 +89,9 @@ def _submit_step(
         import submitit
         from submitit.core.utils import FailedJobError
     except ImportError:
-        raise PftoolsError("--executor slurm needs submitit, which is not installed: `pip install submitit`.") from None
+        raise PftoolsError(
+            "--executor slurm needs submitit, which is not installed: `pip install submitit`."
+        ) from None
     executor = submitit.SlurmExecutor(folder, max_num_timeout=3)
     log = str(runs.log_path(step.folder).resolve())
     known, other = _sort_options(options)
@@ -114,7 +118,9 @@ class StepJob:
     def __call__(self, request: dict[str, Any]) -> None:
         # A shared file system may take a minute to show what another node has just written.
         patience = time.monotonic() + 60
-        while not all(runs.is_finished(parent) for parent in request["parents"]) and time.monotonic() < patience:
+        while (
+            not all(runs.is_finished(parent) for parent in request["parents"]) and time.monotonic() < patience
+        ):
             os.listdir(Path(request["folder"]).parent)  # asks the server anew
             time.sleep(1)
         executors.execute_step(request)
@@ -135,7 +141,9 @@ def queue(root: Path) -> dict[str, Job]:
         PftoolsError: there is no SLURM here, or its controller cannot be reached.
     """
     if shutil.which("squeue") is None:
-        raise PftoolsError("there is no squeue on this machine: run with --executor local, or from a login node of the cluster.")
+        raise PftoolsError(
+            "there is no squeue on this machine: run with --executor local, or from a login node of the cluster."
+        )
     command = ["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%j"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -155,9 +163,20 @@ def queue(root: Path) -> dict[str, Job]:
 
 # States of a job that works or will. A job that is queued again passes through COMPLETING, so that is not the end of it.
 _ALIVE = {
-    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
-    "SIGNALING", "STAGE_OUT", "RESIZING", "STOPPED",
-}  # fmt: skip
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "SPECIAL_EXIT",
+    "SIGNALING",
+    "STAGE_OUT",
+    "RESIZING",
+    "STOPPED",
+}
 
 
 def _job_name(folder: Path) -> str:
@@ -205,7 +224,9 @@ def minutes(text: str) -> int:
     """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if not found:
-        raise PftoolsError(f"the time {text!r} is not one of SLURM's: give minutes, or HOURS:MINUTES:SECONDS, or DAYS-HOURS.")
+        raise PftoolsError(
+            f"the time {text!r} is not one of SLURM's: give minutes, or HOURS:MINUTES:SECONDS, or DAYS-HOURS."
+        )
     days, *parts = found.groups()
     first, second, third = (int(part or 0) for part in parts)
     if days is not None:
@@ -234,7 +255,11 @@ def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
                 continue
             ended = {name for name in left if name not in queued}
             left -= ended
-            running = [plan.steps[name].label for name, job in queued.items() if job.state == "RUNNING" and name in plan.steps]
+            running = [
+                plan.steps[name].label
+                for name, job in queued.items()
+                if job.state == "RUNNING" and name in plan.steps
+            ]
             show(running, advance=len([name for name in ended if runs.is_finished(plan.steps[name].folder)]))
             if left:
                 time.sleep(_POLL_SECONDS)
@@ -243,4 +268,7 @@ def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
     time.sleep(0.5 if submitted else 0)  # a shared file system may show the last seal a moment later
     unfinished = [name for name in submitted if not runs.is_finished(plan.steps[name].folder)]
     causes = [name for name in unfinished if not set(plan.steps[name].parents) & set(unfinished)]
-    return [executors.read_failure(plan.steps[name].folder, "its job ended before it could say why") for name in causes]
+    return [
+        executors.read_failure(plan.steps[name].folder, "its job ended before it could say why")
+        for name in causes
+    ]

@@ -40,7 +40,10 @@ class _OrderingEntry(BaseModel):
             return {"ordering": given}
         for name in given if isinstance(given, dict) else ():
             if name not in cls.model_fields:
-                raise PftoolsError(f"unknown word {name!r} of an ordering: {nearest(str(name), cls.model_fields)}.", where=(name,))
+                raise PftoolsError(
+                    f"unknown word {name!r} of an ordering: {nearest(str(name), cls.model_fields)}.",
+                    where=(name,),
+                )
         return given
 
 
@@ -50,7 +53,9 @@ class Study(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     step: ClassVar[str] = "study"
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="names the report and the SLURM jobs")
+    name: str = Field(
+        min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="names the report and the SLURM jobs"
+    )
     description: str = ""
     model: str = Field(settings.Step.model_fields["model"].default, description="as in every step")
     dtype: settings.DtypeName = "auto"
@@ -60,15 +65,23 @@ class Study(BaseModel):
     patterns: list[str] = Field(["unstructured"], min_length=1)
     merges: list[Literal["auto", "masked", "dense"]] = Field(["auto"], min_length=1)
     seeds: list[Annotated[int, Field(ge=0, lt=4_000_000)]] = Field([0], min_length=1)
-    schedule: Literal["linear", "cubic"] = Field("linear", description="how several P's share the way to the target")
-    budget: Literal["total", "per_step"] = Field("total", description="total: the tokens are split over an ordering's F's")
-    tokens: int = Field(49_152, ge=1, description="fine-tuning tokens of an ordering, or of each F with per_step")
+    schedule: Literal["linear", "cubic"] = Field(
+        "linear", description="how several P's share the way to the target"
+    )
+    budget: Literal["total", "per_step"] = Field(
+        "total", description="total: the tokens are split over an ordering's F's"
+    )
+    tokens: int = Field(
+        49_152, ge=1, description="fine-tuning tokens of an ordering, or of each F with per_step"
+    )
     calibrate: dict[str, Any] = Field({}, description="parameters of 01_calibrate")
     prune: dict[str, Any] = Field({}, description="parameters of 02_prune")
     finetune: dict[str, Any] = Field({}, description="parameters of 03_finetune")
     evaluate: dict[str, Any] = Field({}, description="parameters of 04_evaluate")
     analyse: bool = Field(False, description="whether 05_analyse_weights is run on every model")
-    shape: dict[str, int] = Field({}, description="the model's config.json numbers, to estimate disk without the model")
+    shape: dict[str, int] = Field(
+        {}, description="the model's config.json numbers, to estimate disk without the model"
+    )
 
     @model_validator(mode="after")
     def _words_and_parameters_are_valid(self) -> Study:
@@ -85,7 +98,11 @@ class Study(BaseModel):
         for section in _PLANNED:
             with _at(section):
                 checked = _step(section, self, getattr(self, section))
-                if section == "finetune" and checked.preset and (checked.merge not in self.merges or checked.dtype != self.dtype):
+                if (
+                    section == "finetune"
+                    and checked.preset
+                    and (checked.merge not in self.merges or checked.dtype != self.dtype)
+                ):
                     raise PftoolsError(
                         f"the preset {checked.preset!r} merges {checked.merge} and computes in {checked.dtype}, which is not what the rest "
                         f"of the study says: add 'merges: [{checked.merge}]' and 'dtype: {checked.dtype}'."
@@ -129,7 +146,18 @@ def _at(*place: str | int) -> Iterator[None]:
 # What a plan sets itself, and a study's sections therefore cannot.
 _PLANNED = {
     "calibrate": {"model", "seed", "runs"},
-    "prune": {"model", "calibration", "method", "sparsity", "pattern", "seed", "runs", "corpus", "n_blocks", "block_length"},
+    "prune": {
+        "model",
+        "calibration",
+        "method",
+        "sparsity",
+        "pattern",
+        "seed",
+        "runs",
+        "corpus",
+        "n_blocks",
+        "block_length",
+    },
     "finetune": {"model", "seed", "tokens", "steps", "epochs", "merge", "runs"},
     "evaluate": {"model", "seed", "runs"},
 }
@@ -157,7 +185,9 @@ def load_study(path: str | Path) -> Study:
         content = yaml.safe_load(text)
     except FileNotFoundError:
         known = ", ".join(str(file) for file in sorted(Path("data/studies").glob("*.yaml")))
-        raise PftoolsError(f"there is no study file {path}: give one such as {known or 'data/studies/quick.yaml'}.") from None
+        raise PftoolsError(
+            f"there is no study file {path}: give one such as {known or 'data/studies/quick.yaml'}."
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1} of {path}" if mark else str(path)
@@ -265,11 +295,15 @@ class Plan:
         ]
         disk = estimate_disk(self)
         if disk:
-            lines.append(f"Disk: about {as_bytes(disk['deltas'])} as deltas; full copies would be {as_bytes(disk['copies'])}.")
+            lines.append(
+                f"Disk: about {as_bytes(disk['deltas'])} as deltas; full copies would be {as_bytes(disk['copies'])}."
+            )
         seconds, unknown = estimate_seconds(self)
         if seconds:
             untold = f", without {', '.join(sorted(unknown))}, of which there is none yet" if unknown else ""
-            lines.append(f"Time: about {seconds / 60:.1f} minutes, one step after the other, as past runs took{untold}.")
+            lines.append(
+                f"Time: about {seconds / 60:.1f} minutes, one step after the other, as past runs took{untold}."
+            )
         return lines
 
 
@@ -295,7 +329,9 @@ def plan_study(study: Study, *, runs: str | Path = "runs") -> Plan:
     return plan
 
 
-def _plan_ordering(plan: Plan, entry: _OrderingEntry, method: str, pattern: str, merge: str, seed: int) -> None:
+def _plan_ordering(
+    plan: Plan, entry: _OrderingEntry, method: str, pattern: str, merge: str, seed: int
+) -> None:
     ordering = parse_ordering(entry.ordering)
     for sparsity in _targets(plan.study, entry, ordering, pattern):
         chain = _Chain(plan, ordering, method, pattern, merge, seed)
@@ -317,51 +353,87 @@ def _targets(study: Study, entry: _OrderingEntry, ordering: Ordering, pattern: s
 class _Chain:
     """Walks one ordering and adds its steps to the plan."""
 
-    def __init__(self, plan: Plan, ordering: Ordering, method: str, pattern: str, merge: str, seed: int) -> None:
+    def __init__(
+        self, plan: Plan, ordering: Ordering, method: str, pattern: str, merge: str, seed: int
+    ) -> None:
         self.plan, self.study, self.ordering = plan, plan.study, ordering
         self.method, self.pattern, self.merge, self.seed = method, pattern, merge, seed
         self.model, self.tokens, self.finetunes = plan.study.model, 0, 0
 
     def prune(self, step: OrderingStep) -> None:
         # Dense inputs and OWL read the statistics that 01 keeps, which have to be of the model that is pruned.
-        needs_statistics = self.study.prune.get("inputs") == "dense" or self.study.prune.get("allocation") == "owl"
+        needs_statistics = (
+            self.study.prune.get("inputs") == "dense" or self.study.prune.get("allocation") == "owl"
+        )
         calibration = self._add(
-            "calibrate", "calibration blocks", self.study.calibrate,
-            model=self.model if needs_statistics else self.study.model, seed=self.seed,
-        )  # fmt: skip
-        self.model = self._add(
-            "prune", f"{self.method} {step.sparsity:.0%}" + (f" {self.pattern}" if ":" in self.pattern else ""), self.study.prune,
-            model=self.model, calibration=calibration, method=self.method, sparsity=step.sparsity, pattern=self.pattern,
+            "calibrate",
+            "calibration blocks",
+            self.study.calibrate,
+            model=self.model if needs_statistics else self.study.model,
             seed=self.seed,
-        )  # fmt: skip
+        )
+        self.model = self._add(
+            "prune",
+            f"{self.method} {step.sparsity:.0%}" + (f" {self.pattern}" if ":" in self.pattern else ""),
+            self.study.prune,
+            model=self.model,
+            calibration=calibration,
+            method=self.method,
+            sparsity=step.sparsity,
+            pattern=self.pattern,
+            seed=self.seed,
+        )
 
     def finetune(self, step: OrderingStep) -> None:
         share = self.study.tokens
         if self.study.budget == "total":
             share = self.study.shares(self.ordering.n_finetunes)[step.number - 1]
-        merge = "auto" if step.sparsity == 0 else self.merge  # no zeros to keep yet, so all merges share this step
+        merge = (
+            "auto" if step.sparsity == 0 else self.merge
+        )  # no zeros to keep yet, so all merges share this step
         self.model = self._add(
-            "finetune", f"F{step.number}, {share:,} tokens", self.study.finetune,
+            "finetune",
+            f"F{step.number}, {share:,} tokens",
+            self.study.finetune,
             # The k-th F of a chain has seed k, and chains of different seeds never meet.
-            model=self.model, tokens=share, merge=merge, seed=MOST_STEPS * self.seed + step.number,
-        )  # fmt: skip
+            model=self.model,
+            tokens=share,
+            merge=merge,
+            seed=MOST_STEPS * self.seed + step.number,
+        )
         self.tokens += share
         self.finetunes += 1
 
     def report(self, sparsity: float, merge: str) -> None:
-        evaluation = self._add("evaluate", f"evaluate {Path(self.model).name}", self.study.evaluate, model=self.model, seed=self.seed)
+        evaluation = self._add(
+            "evaluate",
+            f"evaluate {Path(self.model).name}",
+            self.study.evaluate,
+            model=self.model,
+            seed=self.seed,
+        )
         if self.study.analyse:
             self._add("analyse", f"analyse {Path(self.model).name}", {}, model=self.model)
         row = PlannedRow(
-            self.ordering.name, sparsity, self.method, self.pattern, merge, self.seed, self.tokens, self.finetunes,
-            self.model, evaluation,
-        )  # fmt: skip
+            self.ordering.name,
+            sparsity,
+            self.method,
+            self.pattern,
+            merge,
+            self.seed,
+            self.tokens,
+            self.finetunes,
+            self.model,
+            evaluation,
+        )
         self.plan.rows.append(row)
 
     def _add(self, step: str, label: str, given: dict[str, Any], **planned: Any) -> str:
         parameters = _step(step, self.study, {}, **{**given, **planned}, runs=self.plan.runs)
         references = [getattr(parameters, name) for name in parameters.parents]
-        parents = tuple(Path(reference).name for reference in references if Path(reference).name in self.plan.steps)
+        parents = tuple(
+            Path(reference).name for reference in references if Path(reference).name in self.plan.steps
+        )
         planned_step = PlannedStep(parameters, parents, label)
         planned_step = self.plan.steps.setdefault(planned_step.name, planned_step)
         planned_step.orderings.add(self.ordering.name)
@@ -383,7 +455,9 @@ def estimate_disk(plan: Plan) -> dict[str, int] | None:
         return None
     matrices = _linear_shapes(shape)
     linear = shape["num_hidden_layers"] * sum(rows * columns for rows, columns in matrices.values())
-    total = linear + shape["vocab_size"] * shape["hidden_size"] * (1 if shape.get("tie_word_embeddings") else 2)
+    total = linear + shape["vocab_size"] * shape["hidden_size"] * (
+        1 if shape.get("tie_word_embeddings") else 2
+    )
     deltas = copies = 0
     for step in plan.steps.values():
         parameters = step.parameters
@@ -404,9 +478,14 @@ def _linear_shapes(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
     head = shape.get("head_dim") or width // heads
     kv = shape.get("num_key_value_heads", heads) * head
     return {
-        "q_proj": (heads * head, width), "k_proj": (kv, width), "v_proj": (kv, width), "o_proj": (width, heads * head),
-        "gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner),
-    }  # fmt: skip
+        "q_proj": (heads * head, width),
+        "k_proj": (kv, width),
+        "v_proj": (kv, width),
+        "o_proj": (width, heads * head),
+        "gate_proj": (inner, width),
+        "up_proj": (inner, width),
+        "down_proj": (width, inner),
+    }
 
 
 def _adapted(targets: str) -> list[str]:
@@ -464,10 +543,14 @@ def _past_seconds(root: Path) -> dict[tuple[str, ...], list[float]]:
     return past
 
 
-def _likeness(step: str, parameters: dict[str, Any], base: str) -> tuple[tuple[str, ...], tuple[str, ...], float]:
+def _likeness(
+    step: str, parameters: dict[str, Any], base: str
+) -> tuple[tuple[str, ...], tuple[str, ...], float]:
     """(kind and base model; that and all parameters that decide how long it takes; how much work it is)."""
     ignored = {*settings.STEPS[step].parents, "seed", "sparsity", "tokens"}
-    telling = {name: parameters.get(name) for name in settings.STEPS[step].key_fields() if name not in ignored}
+    telling = {
+        name: parameters.get(name) for name in settings.STEPS[step].key_fields() if name not in ignored
+    }
     kind = (step, base)
     return kind, (*kind, json.dumps(telling, sort_keys=True)), parameters.get("tokens") or 1
 
@@ -498,16 +581,32 @@ def results(plan: Plan) -> pd.DataFrame:
         tasks = {task: score["value"] for task, score in found["tasks"].items()}
         rows.append(
             {
-                "ordering": row.ordering, "asked": row.asked, "measured": found["measured"],
-                "perplexity": found["perplexity"], **tasks, "finetune_tokens": row.finetune_tokens,
-                "n_finetunes": row.n_finetunes, "seed": row.seed, "method": row.method, "pattern": row.pattern,
-                "merge": row.merge, "model": row.model, "run": row.evaluation,
+                "ordering": row.ordering,
+                "asked": row.asked,
+                "measured": found["measured"],
+                "perplexity": found["perplexity"],
+                **tasks,
+                "finetune_tokens": row.finetune_tokens,
+                "n_finetunes": row.n_finetunes,
+                "seed": row.seed,
+                "method": row.method,
+                "pattern": row.pattern,
+                "merge": row.merge,
+                "model": row.model,
+                "run": row.evaluation,
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(rows)
 
 
-def run_study(plan: Plan, *, executor: str = "local", jobs: int = 1, progress: bool = True, notebooks: str | Path | None = None) -> list[Any]:
+def run_study(
+    plan: Plan,
+    *,
+    executor: str = "local",
+    jobs: int = 1,
+    progress: bool = True,
+    notebooks: str | Path | None = None,
+) -> list[Any]:
     """Execute the missing steps of a plan; see `pftools.executors`, which does it.
 
     Returns:

@@ -51,7 +51,9 @@ def adapter_statistics(folder: str | Path) -> pd.DataFrame:
 
     path = Path(folder) / "adapter_model.safetensors"
     if not path.exists():
-        raise PftoolsError(f"there is no adapter in {folder}: give the adapter folder of a finished finetune run.")
+        raise PftoolsError(
+            f"there is no adapter in {folder}: give the adapter folder of a finished finetune run."
+        )
     rows = []
     with safe_open(path, framework="pt") as file:
         for name in file.keys():
@@ -60,11 +62,19 @@ def adapter_statistics(folder: str | Path) -> pd.DataFrame:
                 rows.append({**_place(module), "matrix": matrix, **_moments(file.get_tensor(name).float())})
     table = pd.DataFrame(rows)
     by_model = table["module"].map({name: place for place, name in enumerate(_ORDER)}).fillna(len(_ORDER))
-    return table.assign(place=by_model).sort_values(["layer", "place", "module", "matrix"], ignore_index=True).drop(columns="place")
+    return (
+        table.assign(place=by_model)
+        .sort_values(["layer", "place", "module", "matrix"], ignore_index=True)
+        .drop(columns="place")
+    )
 
 
 def weight_differences(
-    model: PreTrainedModel, parent: PreTrainedModel, *, top_percent: float = 1.0, by: Literal["module", "group"] = "module"
+    model: PreTrainedModel,
+    parent: PreTrainedModel,
+    *,
+    top_percent: float = 1.0,
+    by: Literal["module", "group"] = "module",
 ) -> pd.DataFrame:
     """How far ``model`` is from ``parent``: a row for every linear weight, or, by group, one for all attention weights of a layer together and
     one for its MLP weights.
@@ -85,11 +95,20 @@ def weight_differences(
     members: dict[tuple[Any, ...], list[str]] = {}
     for name in ours:
         place = _place(name)
-        members.setdefault(tuple(place.items()) if by == "module" else (("layer", place["layer"]), ("group", place["group"])), []).append(name)
-    return pd.DataFrame([{**dict(place), **_difference(ours, theirs, names, top_percent)} for place, names in members.items()])
+        members.setdefault(
+            tuple(place.items())
+            if by == "module"
+            else (("layer", place["layer"]), ("group", place["group"])),
+            [],
+        ).append(name)
+    return pd.DataFrame(
+        [{**dict(place), **_difference(ours, theirs, names, top_percent)} for place, names in members.items()]
+    )
 
 
-def _difference(ours: dict[str, Any], theirs: dict[str, Any], names: list[str], top_percent: float) -> dict[str, float]:
+def _difference(
+    ours: dict[str, Any], theirs: dict[str, Any], names: list[str], top_percent: float
+) -> dict[str, float]:
     new = torch.cat([ours[name].weight.detach().float().flatten() for name in names])
     old = torch.cat([theirs[name].weight.detach().float().flatten() for name in names]).to(new.device)
     difference = (new - old).abs()

@@ -25,7 +25,9 @@ class LiveLoss(TrainerCallback):
         self._shown: Any = None
         self._drawn = 0.0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         from IPython import get_ipython
         from IPython.display import display
 
@@ -37,7 +39,9 @@ class LiveLoss(TrainerCallback):
         from pftools import figures
 
         self._drawn = time.monotonic()
-        chart = figures.loss_curve(pd.DataFrame(self._rows), title=f"Training loss, step {state.global_step} of {state.max_steps}")
+        chart = figures.loss_curve(
+            pd.DataFrame(self._rows), title=f"Training loss, step {state.global_step} of {state.max_steps}"
+        )
         chart = chart.properties(height=180)
         if self._shown is None:
             self._shown = display(chart, display_id=True)
@@ -58,8 +62,16 @@ def ordering_explorer(ordering: str = "iter_pf", sparsity: float = 0.5) -> ipywi
     """
     from IPython.display import SVG, display
 
-    word = ipywidgets.Combobox(value=ordering, options=list(PUBLISHED), ensure_option=False, description="ordering", continuous_update=True)
-    target = ipywidgets.FloatSlider(value=sparsity, min=0, max=0.9, step=0.05, description="sparsity", readout_format=".0%")
+    word = ipywidgets.Combobox(
+        value=ordering,
+        options=list(PUBLISHED),
+        ensure_option=False,
+        description="ordering",
+        continuous_update=True,
+    )
+    target = ipywidgets.FloatSlider(
+        value=sparsity, min=0, max=0.9, step=0.05, description="sparsity", readout_format=".0%"
+    )
     schedule = ipywidgets.ToggleButtons(options=["linear", "cubic"], description="schedule")
     drawn, said = ipywidgets.Output(), ipywidgets.HTML()
 

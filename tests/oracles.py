@@ -18,7 +18,9 @@ def wanda_mask(weight: torch.Tensor, inputs: torch.Tensor, sparsity: float) -> t
     kept = torch.ones(rows, columns, dtype=torch.bool)
     norms = [float(inputs[:, column].double().square().sum().sqrt()) for column in range(columns)]
     for row in range(rows):
-        scores = [abs(float(weight[row, column].detach().double())) * norms[column] for column in range(columns)]
+        scores = [
+            abs(float(weight[row, column].detach().double())) * norms[column] for column in range(columns)
+        ]
         order = sorted(range(columns), key=lambda column: scores[column])
         for column in order[: int(columns * sparsity)]:
             kept[row, column] = False
@@ -32,7 +34,9 @@ def wanda_nm_mask(weight: torch.Tensor, inputs: torch.Tensor, n: int, m: int) ->
     norms = inputs.double().square().sum(dim=0).sqrt()
     for row in range(rows):
         for start in range(0, columns, m):
-            scores = [abs(float(weight[row, start + place])) * float(norms[start + place]) for place in range(m)]
+            scores = [
+                abs(float(weight[row, start + place])) * float(norms[start + place]) for place in range(m)
+            ]
             for place in sorted(range(m), key=lambda place: scores[place])[m - n :]:
                 kept[row, start + place] = True
     return kept
@@ -58,10 +62,14 @@ def wanda_walk(model: torch.nn.Module, blocks: torch.Tensor, sparsity: float) ->
     prefix, layers = decoder_layers(model)
     masks = {}
     for index, layer in enumerate(layers):
-        modules = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+        modules = {
+            name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)
+        }
         seen = {name: [] for name in modules}
         hooks = [
-            module.register_forward_hook(lambda _, args, __, seen=seen, name=name: seen[name].append(args[0].flatten(0, -2)))
+            module.register_forward_hook(
+                lambda _, args, __, seen=seen, name=name: seen[name].append(args[0].flatten(0, -2))
+            )
             for name, module in modules.items()
         ]
         with torch.no_grad():
@@ -122,9 +130,16 @@ def variant_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def sparsegpt(
-    weight: torch.Tensor, inputs: torch.Tensor, sparsity: float, *, n: int = 0, m: int = 0, mask: torch.Tensor | None = None,
-    scores: str = "curvature", block: int = 128,
-) -> torch.Tensor:  # fmt: skip
+    weight: torch.Tensor,
+    inputs: torch.Tensor,
+    sparsity: float,
+    *,
+    n: int = 0,
+    m: int = 0,
+    mask: torch.Tensor | None = None,
+    scores: str = "curvature",
+    block: int = 128,
+) -> torch.Tensor:
     """The mended weight, float64: SparseGPT (Frantar and Alistarh, algorithm 1) column by column, each time correcting all columns
     that are left; and, with ``mask`` (True = goes) or other ``scores``, the ablations of the Wanda paper.
 
@@ -161,6 +176,9 @@ def sparsegpt(
 
 def owl_sparsities(scores: list[torch.Tensor], sparsity: float, spread: float, m: float) -> list[float]:
     """OWL for layers of equal size (Yin et al., 2024): one flat tensor of Wanda scores a layer."""
-    shares = [sum(float(value) > m * float(layer.double().mean()) for value in layer) / len(layer) for layer in scores]
+    shares = [
+        sum(float(value) > m * float(layer.double().mean()) for value in layer) / len(layer)
+        for layer in scores
+    ]
     kept = [(share - min(shares)) / (max(shares) - min(shares)) * 2 * spread for share in shares]
     return [1 - (one - sum(kept) / len(kept) + 1 - sparsity) for one in kept]

@@ -37,7 +37,10 @@ def test_plan_tells_what_is_shared_and_what_is_there(call):
     assert "0 of the steps are finished, 5 are to do" in shown and "Time" not in shown
     finish("one.yaml")
     _, shown = call("plan", "one.yaml")
-    assert "3 of the steps are finished, 2 are to do" in shown and "evaluate, of which there is none yet" not in shown
+    assert (
+        "3 of the steps are finished, 2 are to do" in shown
+        and "evaluate, of which there is none yet" not in shown
+    )
 
 
 def test_status_names_who_works_and_what_was_cut_short(call):

@@ -61,11 +61,17 @@ def test_the_smallest_visible_difference_is_seen_with_the_stated_power():
     generator = np.random.default_rng(3)
     seen = 0
     for _ in range(400):
-        outcome = generator.choice([1, -1, 0], n, p=[(disagreement + difference) / 2, (disagreement - difference) / 2, 1 - disagreement])
+        outcome = generator.choice(
+            [1, -1, 0],
+            n,
+            p=[(disagreement + difference) / 2, (disagreement - difference) / 2, 1 - disagreement],
+        )
         first, second = int((outcome > 0).sum()), int((outcome < 0).sum())
         seen += stats.binomtest(first, first + second).pvalue < 0.05
     assert 0.72 < seen / 400 < 0.88
-    assert compare.smallest_visible_difference(1200, disagreement=disagreement) == pytest.approx(difference / 2, rel=0.1)
+    assert compare.smallest_visible_difference(1200, disagreement=disagreement) == pytest.approx(
+        difference / 2, rel=0.1
+    )
 
 
 def test_holm_agrees_with_hand_and_with_statsmodels():
@@ -77,30 +83,49 @@ def test_holm_agrees_with_hand_and_with_statsmodels():
 
 def test_the_interval_of_guessing():
     low, high = compare.chance_interval(0.2, 245)
-    assert stats.binom.cdf(round(low * 245) - 1, 245, 0.2) < 0.025 < 0.975 <= stats.binom.cdf(round(high * 245), 245, 0.2)
+    assert (
+        stats.binom.cdf(round(low * 245) - 1, 245, 0.2)
+        < 0.025
+        < 0.975
+        <= stats.binom.cdf(round(high * 245), 245, 0.2)
+    )
 
 
 def results(**changes):
     table = pd.DataFrame(
         {
-            "ordering": ["prune", "finetune_prune", "prune_finetune"], "asked": 0.5, "measured": [0.5, 0.5, 0.5], "perplexity": [23.0, 19.0, 17.0],
-            "finetune_tokens": [0, 1000, 1000], "seed": 0, "method": "wanda", "pattern": "unstructured", "merge": "auto", "run": ["a", "b", "c"],
+            "ordering": ["prune", "finetune_prune", "prune_finetune"],
+            "asked": 0.5,
+            "measured": [0.5, 0.5, 0.5],
+            "perplexity": [23.0, 19.0, 17.0],
+            "finetune_tokens": [0, 1000, 1000],
+            "seed": 0,
+            "method": "wanda",
+            "pattern": "unstructured",
+            "merge": "auto",
+            "run": ["a", "b", "c"],
         }
-    )  # fmt: skip
+    )
     return table.assign(**changes)
 
 
 def losses(noise=0.01):
     generator = np.random.default_rng(0)
     text = generator.normal(0, 0.5, 40)
-    return {run: math.log(perplexity) + text - text.mean() + generator.normal(0, noise, 40) for run, perplexity in zip("abc", (23, 19, 17))}
+    return {
+        run: math.log(perplexity) + text - text.mean() + generator.normal(0, noise, 40)
+        for run, perplexity in zip("abc", (23, 19, 17))
+    }
 
 
 def test_a_real_difference_is_named_with_its_winner():
     pairs = compare.compare_orderings(results(), losses())
     assert len(pairs) == 3 and (pairs["verdict_kind"] == "differs").all()
     verdict = pairs["verdict"].iloc[2]
-    assert verdict.startswith("prune_finetune beats finetune_prune at 50%") and "both were fine-tuned on 1,000 tokens" in verdict
+    assert (
+        verdict.startswith("prune_finetune beats finetune_prune at 50%")
+        and "both were fine-tuned on 1,000 tokens" in verdict
+    )
     assert "training was not equal" in pairs["verdict"].iloc[0]
 
 
@@ -123,22 +148,38 @@ def test_seeds_are_pooled_by_block():
 
 
 def test_one_comparison_is_tested_once():
-    twice = pd.concat([results(merge="masked"), results(merge="dense")], ignore_index=True)  # the same runs under two merges
-    assert len(compare.compare_orderings(twice, losses())) == len(compare.compare_orderings(results(), losses())) == 3
+    twice = pd.concat(
+        [results(merge="masked"), results(merge="dense")], ignore_index=True
+    )  # the same runs under two merges
+    assert (
+        len(compare.compare_orderings(twice, losses()))
+        == len(compare.compare_orderings(results(), losses()))
+        == 3
+    )
 
 
 def test_tasks_say_what_could_have_been_seen():
     generator = np.random.default_rng(0)
-    samples = {run: pd.DataFrame({"task": "facts", "question": range(200), "correct": (generator.random(200) < 0.5) * 1.0}) for run in "abc"}
+    samples = {
+        run: pd.DataFrame(
+            {"task": "facts", "question": range(200), "correct": (generator.random(200) < 0.5) * 1.0}
+        )
+        for run in "abc"
+    }
     table = compare.compare_tasks(results(), samples)
-    assert len(table) == 3 and table["verdict"].str.contains("cannot be told apart on 200 questions: a difference under").all()
+    assert (
+        len(table) == 3
+        and table["verdict"].str.contains("cannot be told apart on 200 questions: a difference under").all()
+    )
 
 
 def test_sums_over_seeds_are_tested_as_a_loop_over_all_signs_does():
     generator = np.random.default_rng(4)
     first, second = (generator.random((3, 9)) < share for share in (0.7, 0.4))
     d = first.sum(axis=0).astype(int) - second.sum(axis=0)
-    sums = [sum(sign * value for sign, value in zip(signs, d)) for signs in itertools.product((1, -1), repeat=9)]
+    sums = [
+        sum(sign * value for sign, value in zip(signs, d)) for signs in itertools.product((1, -1), repeat=9)
+    ]
     expected = np.mean([abs(total) >= abs(d.sum()) for total in sums])
     assert compare.compare_accuracy(first, second).p == pytest.approx(expected)
     assert compare.compare_accuracy(first, second).estimate == pytest.approx(first.mean() - second.mean())
@@ -148,7 +189,9 @@ def test_one_seed_is_mcnemar_also_on_many_questions():
     generator = np.random.default_rng(5)
     a, b = generator.random(14_037) < 0.31, generator.random(14_037) < 0.30
     only = int((a & ~b).sum()), int((b & ~a).sum())
-    assert compare.compare_accuracy(a, b).p == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue, rel=1e-6)
+    assert compare.compare_accuracy(a, b).p == pytest.approx(
+        stats.binomtest(only[0], sum(only)).pvalue, rel=1e-6
+    )
     assert compare.compare_accuracy(a, a).p == 1
 
 
@@ -172,7 +215,10 @@ def test_a_pooled_test_over_seeds_keeps_its_level_and_sees_more(monkeypatch):
         found = 0
         for _ in range(trials):
             skill = generator.beta(2, 2, 200)
-            first, second = generator.random((seeds, 200)) < np.minimum(skill + gain, 1), generator.random((seeds, 200)) < skill
+            first, second = (
+                generator.random((seeds, 200)) < np.minimum(skill + gain, 1),
+                generator.random((seeds, 200)) < skill,
+            )
             found += compare.compare_accuracy(first, second).p < 0.05
         return found / trials
 
@@ -207,7 +253,14 @@ def test_a_study_without_differences_rarely_finds_one(monkeypatch):
 
 
 def answers(correct, task="facts"):
-    return pd.DataFrame({"task": task, "subject": task, "question": range(len(correct)), "correct": np.asarray(correct, dtype=float)})
+    return pd.DataFrame(
+        {
+            "task": task,
+            "subject": task,
+            "question": range(len(correct)),
+            "correct": np.asarray(correct, dtype=float),
+        }
+    )
 
 
 def test_tasks_are_pooled_over_seeds_and_corrected_by_task():
@@ -215,21 +268,32 @@ def test_tasks_are_pooled_over_seeds_and_corrected_by_task():
     table = pd.concat([results(), results(seed=1, run=["d", "e", "f"])], ignore_index=True)
     shares = dict(zip("abcdef", (0.4, 0.4, 0.62) * 2))
     draw = {run: generator.random(300) < share for run, share in shares.items()}
-    samples = {run: pd.concat([answers(correct), answers(correct[:4], "few")]) for run, correct in draw.items()}
+    samples = {
+        run: pd.concat([answers(correct), answers(correct[:4], "few")]) for run, correct in draw.items()
+    }
     pairs = compare.compare_tasks(table, samples).set_index(["task", "pair"])
     assert len(pairs) == 6 and (pairs["seeds"] == 2).all() and pairs.loc["facts", "n"].eq(300).all()
     row = pairs.loc["facts", "finetune_prune / prune_finetune, 50%"]
-    assert row["difference"] == pytest.approx(np.mean([draw["b"], draw["e"]]) - np.mean([draw["c"], draw["f"]]))
-    assert row["verdict"].startswith("facts: prune_finetune beats finetune_prune at 50% (") and "in 2 of 2 seeds" in row["verdict"]
+    assert row["difference"] == pytest.approx(
+        np.mean([draw["b"], draw["e"]]) - np.mean([draw["c"], draw["f"]])
+    )
+    assert (
+        row["verdict"].startswith("facts: prune_finetune beats finetune_prune at 50% (")
+        and "in 2 of 2 seeds" in row["verdict"]
+    )
     assert row["verdict"].endswith("both were fine-tuned on 1,000 tokens.")
     for task in ("facts", "few"):
-        assert pairs.loc[task, "p_holm"].tolist() == pytest.approx(compare.holm(pairs.loc[task, "p"].tolist()))
+        assert pairs.loc[task, "p_holm"].tolist() == pytest.approx(
+            compare.holm(pairs.loc[task, "p"].tolist())
+        )
     assert (pairs.loc["few", "visible"] == 1).all()  # four questions show nothing
 
 
 def test_too_few_blocks_are_a_verdict_not_a_failure():
     pairs = compare.compare_orderings(results(), {run: [3.0, 3.1] for run in "abc"})
-    assert (pairs["verdict_kind"] == "not comparable").all() and "2 blocks are too few" in pairs["verdict"].iloc[0]
+    assert (pairs["verdict_kind"] == "not comparable").all() and "2 blocks are too few" in pairs[
+        "verdict"
+    ].iloc[0]
 
 
 def test_results_that_cannot_be_paired_are_refused():

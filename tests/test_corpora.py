@@ -40,7 +40,9 @@ def test_test_blocks_are_the_text_in_order(tokenizer):
 
 def test_calibration_blocks_follow_the_seed(tokenizer):
     def draw(seed):
-        return corpora.token_blocks(tokenizer, "pydocs", split="calibration", n_blocks=8, block_length=64, seed=seed)
+        return corpora.token_blocks(
+            tokenizer, "pydocs", split="calibration", n_blocks=8, block_length=64, seed=seed
+        )
 
     assert torch.equal(draw(0), draw(0))
     assert not torch.equal(draw(0), draw(1))
@@ -50,7 +52,9 @@ def test_calibration_blocks_follow_the_seed(tokenizer):
 def test_more_calibration_blocks_than_there_are_overlap_and_say_so(tokenizer, tmp_path):
     (tmp_path / "train.txt").write_text("a b c d e f g h " * 20)
     with pytest.warns(UserWarning, match="overlap"):
-        blocks = corpora.token_blocks(tokenizer, f"{tmp_path}/", split="calibration", n_blocks=9, block_length=100)
+        blocks = corpora.token_blocks(
+            tokenizer, f"{tmp_path}/", split="calibration", n_blocks=9, block_length=100
+        )
     assert blocks.shape == (9, 100)
 
 

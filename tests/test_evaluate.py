@@ -34,7 +34,11 @@ def requests(n_prefixes=3, n_questions=12, prefix=300, choices=(" a", " b", " lo
     texts = []
     for number in range(n_prefixes):
         shared = f"{number} " + "example question and answer. " * (prefix // 29)
-        texts += [(f"{shared}{number}-{question} is it?" + "?" * (question % 4), choice) for question in range(n_questions) for choice in choices]
+        texts += [
+            (f"{shared}{number}-{question} is it?" + "?" * (question % 4), choice)
+            for question in range(n_questions)
+            for choice in choices
+        ]
     texts += [("alone", " x"), ("", "starts with nothing")]
     return [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(texts)]
 
@@ -57,10 +61,22 @@ def test_likelihoods_equal_those_of_hflm(options):
 def test_texts_with_and_without_their_first_token_are_told_apart():
     """A tokenizer that puts <bos> before every text, but not before one that has it."""
     tokenizer = tiny_tokenizer()
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
-    texts = [("<bos>begun", " a"), ("not begun ", "a"), ("", "nothing"), ("<bos>begun", " b"), ("not begun ", "bc"), (" ", "x")]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    texts = [
+        ("<bos>begun", " a"),
+        ("not begun ", "a"),
+        ("", "nothing"),
+        ("<bos>begun", " b"),
+        ("not begun ", "bc"),
+        (" ", "x"),
+    ]
     asked = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(texts)]
-    pair = [kind(pretrained=tiny_llama(), tokenizer=tokenizer, batch_size=2) for kind in (evaluate.PrefixCachedLM, HFLM)]
+    pair = [
+        kind(pretrained=tiny_llama(), tokenizer=tokenizer, batch_size=2)
+        for kind in (evaluate.PrefixCachedLM, HFLM)
+    ]
     found, expected = (lm.loglikelihood(asked, disable_tqdm=True) for lm in pair)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
 
@@ -72,11 +88,22 @@ def test_other_families_give_the_same_likelihoods(family):
     torch.manual_seed(0)
     options = {"sliding_window": 64} if family in ("mistral", "gemma2") else {}
     config = AutoConfig.for_model(
-        family, vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        head_dim=8, max_position_embeddings=512, **options,
-    )  # fmt: skip
+        family,
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        max_position_embeddings=512,
+        **options,
+    )
     model = AutoModelForCausalLM.from_config(config).float().eval()
-    pair = [kind(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=4) for kind in (evaluate.PrefixCachedLM, HFLM)]
+    pair = [
+        kind(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=4)
+        for kind in (evaluate.PrefixCachedLM, HFLM)
+    ]
     found, expected = (lm.loglikelihood(requests(1, 8), disable_tqdm=True) for lm in pair)
     assert max(abs(a - b) for (a, _), (b, _) in zip(found, expected)) < 1e-3
 
@@ -90,7 +117,11 @@ def test_stretches_are_cut_where_they_save_most(monkeypatch):
 
 
 def test_common_beginnings():
-    assert _common((1, 2, 3, 4), (1, 2, 9, 4)) == 2 and _common((1,), (2,)) == 0 and _common((1, 2), (1, 2, 3)) == 2
+    assert (
+        _common((1, 2, 3, 4), (1, 2, 9, 4)) == 2
+        and _common((1,), (2,)) == 0
+        and _common((1, 2), (1, 2, 3)) == 2
+    )
 
 
 def test_embedded_tasks_have_several_hundred_questions_and_even_answers():
@@ -123,10 +154,18 @@ def test_an_unknown_task_is_refused_with_the_nearest():
 
 def prompts(options, n=9):
     shared = "Some worked examples. " * 12
-    return [Instance("generate_until", {}, (f"{shared}Question {number}{'?' * (number % 4)} Answer:", options), number) for number in range(n)]
+    return [
+        Instance(
+            "generate_until", {}, (f"{shared}Question {number}{'?' * (number % 4)} Answer:", options), number
+        )
+        for number in range(n)
+    ]
 
 
-@pytest.mark.parametrize("options", [{"until": [], "max_gen_toks": 1}, {"until": ["e", "\n"], "max_gen_toks": 12, "do_sample": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{"until": [], "max_gen_toks": 1}, {"until": ["e", "\n"], "max_gen_toks": 12, "do_sample": False}],
+)
 def test_greedy_answers_equal_those_of_hflm(options):
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     ours = evaluate.PrefixCachedLM(pretrained=model, tokenizer=tokenizer)
@@ -138,22 +177,35 @@ def test_greedy_answers_equal_those_of_hflm(options):
 
 def test_sampled_answers_are_left_to_hflm():
     ours = evaluate.PrefixCachedLM(pretrained=tiny_llama(), tokenizer=tiny_tokenizer())
-    found = ours.generate_until(prompts({"until": [], "max_gen_toks": 3, "do_sample": True, "temperature": 0.9}, n=2), disable_tqdm=True)
+    found = ours.generate_until(
+        prompts({"until": [], "max_gen_toks": 3, "do_sample": True, "temperature": 0.9}, n=2),
+        disable_tqdm=True,
+    )
     assert len(found) == 2 and ours.tokens_read == 0
 
 
 def test_over_long_prompts_are_counted_once_each():
     lm = evaluate.PrefixCachedLM(pretrained=tiny_llama(), tokenizer=tiny_tokenizer(), max_length=60)
     pairs = [("x" * 80, " a"), ("x" * 80, " b"), ("short", " a")]
-    lm.loglikelihood([Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)], disable_tqdm=True)
+    lm.loglikelihood(
+        [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)], disable_tqdm=True
+    )
     assert lm.truncated == 1
-    lm.generate_until([Instance("generate_until", {}, ("y" * 80, {"until": [], "max_gen_toks": 2}), 0)], disable_tqdm=True)
+    lm.generate_until(
+        [Instance("generate_until", {}, ("y" * 80, {"until": [], "max_gen_toks": 2}), 0)], disable_tqdm=True
+    )
     assert lm.truncated == 2
 
 
 def test_rolling_likelihoods_equal_those_of_hflm():
-    pair = [kind(pretrained=tiny_llama(), tokenizer=tiny_tokenizer(), max_length=40) for kind in (evaluate.PrefixCachedLM, HFLM)]
-    texts = [Instance("loglikelihood_rolling", {}, ("A tale of two cities. " * repeats,), repeats) for repeats in (1, 7)]
+    pair = [
+        kind(pretrained=tiny_llama(), tokenizer=tiny_tokenizer(), max_length=40)
+        for kind in (evaluate.PrefixCachedLM, HFLM)
+    ]
+    texts = [
+        Instance("loglikelihood_rolling", {}, ("A tale of two cities. " * repeats,), repeats)
+        for repeats in (1, 7)
+    ]
     found, expected = (lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in pair)
     assert found == pytest.approx(expected, abs=1e-3)
 
@@ -180,7 +232,9 @@ def test_a_forward_that_does_not_fit_is_halved(monkeypatch):
     monkeypatch.setattr(lm, "_forward", small)
     found = lm.loglikelihood(requests(1, 6), disable_tqdm=True)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
-    monkeypatch.setattr(lm, "_forward", lambda *args, **options: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    monkeypatch.setattr(
+        lm, "_forward", lambda *args, **options: (_ for _ in ()).throw(torch.OutOfMemoryError())
+    )
     with pytest.raises(PftoolsError, match="does not fit the device's memory"):
         lm.loglikelihood(requests(1, 2), disable_tqdm=True)
 
@@ -206,7 +260,10 @@ def test_the_embedded_tasks_have_signal_and_equal_hflm(smollm2):
     found = evaluate.evaluate_tasks(model, tokenizer, ["facts", "reading"], limit=60)
     assert (found.scores["low"] > found.scores["chance"]).all(), found.scores
     expected = lm_eval.simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16), tasks=load_tasks(["facts"])["facts"], limit=20, bootstrap_iters=0
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
+        tasks=load_tasks(["facts"])["facts"],
+        limit=20,
+        bootstrap_iters=0,
     )
     ours = found.samples[found.samples["task"] == "facts"].set_index("question")["choice_scores"]
     for sample in expected["samples"]["facts"]:

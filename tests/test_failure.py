@@ -39,10 +39,14 @@ sys.exit(len(failures))
 def drive(root: Path, notebooks: Path, jobs: int = 1) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", _DRIVER, str(root), str(notebooks), str(jobs)]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         # Background jobs of a shell ignore Ctrl-C and hand that on to what they start; at a keyboard nothing does.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
 
 
 def kernels_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -60,7 +64,12 @@ def journal(root: Path) -> list[str]:
 
 def leftovers(root: Path) -> list[Path]:
     """Files that belong to nothing: half-done work, drafts, notes of the dead, halves of JSON files."""
-    found = [*root.glob("*/work"), *root.glob(".drafts/*"), *root.glob(".locks/*.json"), *root.rglob(".*.partial")]
+    found = [
+        *root.glob("*/work"),
+        *root.glob(".drafts/*"),
+        *root.glob(".locks/*.json"),
+        *root.rglob(".*.partial"),
+    ]
     return [*found, *(path for path in root.rglob("*.tmp"))]
 
 
@@ -79,7 +88,9 @@ def test_a_study_survives_being_killed_twenty_times(tmp_path):
         while len(finished) < len(plan.steps) and sum(kills.values()) < 20:
             before = len(journal(root))
             driver = drive(root, notebooks, jobs=1 + sum(kills.values()) % 2)
-            if chance.random() < 0.8:  # most of the moments when kernels are at work, the others any time after the start
+            if (
+                chance.random() < 0.8
+            ):  # most of the moments when kernels are at work, the others any time after the start
                 wait_for(lambda driver=driver: kernels_of(driver) or driver.poll() is not None)
             time.sleep(chance.uniform(0, 1.5))
             whom, kernels = chance.choice(list(kills)), kernels_of(driver)
@@ -89,7 +100,9 @@ def test_a_study_survives_being_killed_twenty_times(tmp_path):
                     kill_if_there(victim)
                 if whom != "kernel":
                     driver.kill()
-            driver.communicate(timeout=60)  # where only a kernel died, it goes on with what does not depend on that step
+            driver.communicate(
+                timeout=60
+            )  # where only a kernel died, it goes on with what does not depend on that step
             again = {line.partition(" ")[2] for line in journal(root)[before:] if line.startswith("begins")}
             assert not again & finished, "a finished step was computed twice"
             finished = {name for name, step in plan.steps.items() if runs.is_finished(step.folder)}
@@ -97,7 +110,9 @@ def test_a_study_survives_being_killed_twenty_times(tmp_path):
         # What a killed driver had started ends a moment after it, and holds its run until then.
         wait_for(lambda plan=plan: not any(runs.is_locked(step.folder) for step in plan.steps.values()))
         assert executors.run_plan(plan, notebooks=notebooks, progress=False) == []
-        assert contents(plan) == {name: (tmp_path / "undisturbed" / name / "result.txt").read_text() for name in plan.steps}
+        assert contents(plan) == {
+            name: (tmp_path / "undisturbed" / name / "result.txt").read_text() for name in plan.steps
+        }
         assert leftovers(root) == []
     assert all(kills.values()), kills
 
@@ -185,7 +200,10 @@ def test_ctrl_c_ends_every_process_and_the_next_run_goes_on(tmp_path):
     assert [study.run_state(step.folder) for step in plan.steps.values()].count("failed") == 0
     (stopped,) = [step.folder for step in plan.steps.values() if runs.was_interrupted(step.folder)]
     assert stopped.name.startswith("prune-") and "process" in runs.owner(stopped)
-    assert executors.run_plan(plan, notebooks=write_notebooks(tmp_path / "notebooks"), progress=False, jobs=2) == []
+    assert (
+        executors.run_plan(plan, notebooks=write_notebooks(tmp_path / "notebooks"), progress=False, jobs=2)
+        == []
+    )
     assert leftovers(tmp_path / "runs") == []
 
 
@@ -200,7 +218,11 @@ def test_two_drivers_of_one_study_share_the_work(tmp_path):
 
 def test_a_failure_stops_what_depends_on_it_and_is_named_in_status(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MY_SECRET", "swordfish-swordfish")
-    bad = "print(os.environ['MY_SECRET']); raise OSError('no luck with swordfish-swordfish hf_" + "a" * 30 + "')"
+    bad = (
+        "print(os.environ['MY_SECRET']); raise OSError('no luck with swordfish-swordfish hf_"
+        + "a" * 30
+        + "')"
+    )
     notebooks = write_notebooks(tmp_path / "notebooks", finetune=bad)
     (tmp_path / "trivial.yaml").write_text("model: somebody/model\norderings: [P, F P]\n")
     plan = trivial_plan(tmp_path / "runs")
@@ -211,7 +233,10 @@ def test_a_failure_stops_what_depends_on_it_and_is_named_in_status(tmp_path, cap
     monkeypatch.setattr(cli.out, "width", 300)
     cli.status(tmp_path / "trivial.yaml", tmp_path / "runs")
     shown = capsys.readouterr().out
-    assert "3 finished, 1 failed, 2 to do" in shown and f"cell {failure.cell}: OSError: no luck with [redacted]" in shown
+    assert (
+        "3 finished, 1 failed, 2 to do" in shown
+        and f"cell {failure.cell}: OSError: no luck with [redacted]" in shown
+    )
     assert shown.count("needs finetune-") == 1 and shown.count("needs prune-") == 1
 
 
@@ -222,16 +247,23 @@ def test_a_full_disk_is_a_cause_and_not_a_result(tmp_path, where):
     fill = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\nrun.path('big').write_bytes(bytes(9999))"
     if where == "everything":
         root.mkdir()
-        if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", root]).returncode:
+        if (
+            os.geteuid() != 0
+            or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", root]).returncode
+        ):
             pytest.skip("mounting a small file system needs root")
         fill = "run.path('big').write_bytes(bytes(10**6))"
     try:
         notebooks = write_notebooks(tmp_path / "notebooks", calibrate=fill)
         plan = trivial_plan(root, orderings=["P"])
         (failure,) = executors.run_plan(plan, notebooks=notebooks, progress=False)
-        assert "OSError" in failure.cause and ("No space left" in failure.cause or "File too large" in failure.cause)
+        assert "OSError" in failure.cause and (
+            "No space left" in failure.cause or "File too large" in failure.cause
+        )
         assert not any(runs.is_finished(step.folder) for step in plan.steps.values())
-        assert executors.run_plan(plan, notebooks=write_notebooks(tmp_path / "notebooks"), progress=False) == []
+        assert (
+            executors.run_plan(plan, notebooks=write_notebooks(tmp_path / "notebooks"), progress=False) == []
+        )
         assert leftovers(root) == []
     finally:
         if where == "everything":
@@ -265,7 +297,10 @@ def test_a_kernel_whose_driver_was_replaced_neither_starts_nor_seals(parameters)
 
 
 def test_a_notebook_that_makes_another_run_than_planned_is_stopped(parameters):
-    with runs.driving(runs.run_folder(parameters).with_name("prune-0123456789ab")), pytest.raises(PftoolsError, match="its parameters make"):
+    with (
+        runs.driving(runs.run_folder(parameters).with_name("prune-0123456789ab")),
+        pytest.raises(PftoolsError, match="its parameters make"),
+    ):
         runs.start(parameters)
 
 
@@ -298,7 +333,10 @@ def test_a_cell_that_is_executed_again_does_not_wait_for_itself(parameters):
 
 
 def test_only_finetuning_goes_on_from_what_a_killed_attempt_left(parameters):
-    for given, kept in ((parameters, False), (settings.Finetune(model="somebody/model", runs=parameters.runs), True)):
+    for given, kept in (
+        (parameters, False),
+        (settings.Finetune(model="somebody/model", runs=parameters.runs), True),
+    ):
         left = runs.run_folder(given) / "work" / "trainer" / "state"
         left.parent.mkdir(parents=True)
         left.touch()

@@ -8,58 +8,117 @@ import pytest
 from pftools import figures
 from pftools.orderings import PUBLISHED, parse_ordering
 
-LAYERS = pd.DataFrame({"layer": [0, 0, 1, 1], "module": ["q_proj", "up_proj"] * 2, "value": [0.1, 0.2, 0.3, 0.4]})
-LOSSES = pd.DataFrame({"step": [1, 2, 3], "tokens": [512, 1024, 1536], "loss": [3.0, 2.8, 2.7], "learning_rate": [1e-4, 2e-4, 1e-4]})
+LAYERS = pd.DataFrame(
+    {"layer": [0, 0, 1, 1], "module": ["q_proj", "up_proj"] * 2, "value": [0.1, 0.2, 0.3, 0.4]}
+)
+LOSSES = pd.DataFrame(
+    {
+        "step": [1, 2, 3],
+        "tokens": [512, 1024, 1536],
+        "loss": [3.0, 2.8, 2.7],
+        "learning_rate": [1e-4, 2e-4, 1e-4],
+    }
+)
 RESULTS = pd.DataFrame(
     {
-        "ordering": ["base", "prune", "prune_finetune"], "asked": [0.0, 0.5, 0.5], "measured": [0.0, 0.5, 0.42],
-        "perplexity": [12.2, 23.6, 19.3], "facts": [0.9, 0.6, 0.6], "facts_low": [0.85, 0.53, 0.53], "facts_high": [0.95, 0.67, 0.67],
+        "ordering": ["base", "prune", "prune_finetune"],
+        "asked": [0.0, 0.5, 0.5],
+        "measured": [0.0, 0.5, 0.42],
+        "perplexity": [12.2, 23.6, 19.3],
+        "facts": [0.9, 0.6, 0.6],
+        "facts_low": [0.85, 0.53, 0.53],
+        "facts_high": [0.95, 0.67, 0.67],
     }
-)  # fmt: skip
-PAIRS = pd.DataFrame({"pair": ["a / b", "a / c"], "ratio": [1.05, 0.99], "low": [1.03, 0.97], "high": [1.07, 1.01],
-                      "verdict_kind": ["differs", "cannot be told apart"]})  # fmt: skip
-PLAN = pd.DataFrame({"key": ["prune-1", "evaluate-2"], "parent": ["", "prune-1"], "depth": [0, 1], "lane": [0, 0],
-                     "step": ["prune", "evaluate"], "label": ["wanda 50%", "evaluate"], "state": ["finished", "to do"]})  # fmt: skip
+)
+PAIRS = pd.DataFrame(
+    {
+        "pair": ["a / b", "a / c"],
+        "ratio": [1.05, 0.99],
+        "low": [1.03, 0.97],
+        "high": [1.07, 1.01],
+        "verdict_kind": ["differs", "cannot be told apart"],
+    }
+)
+PLAN = pd.DataFrame(
+    {
+        "key": ["prune-1", "evaluate-2"],
+        "parent": ["", "prune-1"],
+        "depth": [0, 1],
+        "lane": [0, 0],
+        "step": ["prune", "evaluate"],
+        "label": ["wanda 50%", "evaluate"],
+        "state": ["finished", "to do"],
+    }
+)
 HISTOGRAM = pd.DataFrame({"low": [0.0, 0.5], "high": [0.5, 1.0], "kept": [0, 5], "pruned": [4, 1]})
 MATRICES = pd.DataFrame(
     [
-        {"layer": layer, "module": module, "matrix": matrix, "mean": 0.001, "std": 0.02 + layer, "minimum": -0.1, "maximum": 0.1,
-         "outside_share": 0.97, "outside_share_normal": 0.98}
-        for layer in (0, 1) for module in ("q_proj", "v_proj") for matrix in ("A", "B")
+        {
+            "layer": layer,
+            "module": module,
+            "matrix": matrix,
+            "mean": 0.001,
+            "std": 0.02 + layer,
+            "minimum": -0.1,
+            "maximum": 0.1,
+            "outside_share": 0.97,
+            "outside_share_normal": 0.98,
+        }
+        for layer in (0, 1)
+        for module in ("q_proj", "v_proj")
+        for matrix in ("A", "B")
     ]
-)  # fmt: skip
-PRUNED = LAYERS.assign(weight="w", asked=0.5, measured=[0.5, 0.5, 0.4, 0.6], output_error=0.1, error_is=["measured", "estimated"] * 2)
+)
+PRUNED = LAYERS.assign(
+    weight="w",
+    asked=0.5,
+    measured=[0.5, 0.5, 0.4, 0.6],
+    output_error=0.1,
+    error_is=["measured", "estimated"] * 2,
+)
 SCORES = pd.DataFrame({"task": ["facts"], "value": [0.6], "low": [0.5], "high": [0.7], "chance": [0.25]})
 
 CHARTS = {
-    "heat map": (lambda: figures.heat_map(LAYERS, "value", title="Heat"), ["Heat", "q_proj", "decoder layer"]),
+    "heat map": (
+        lambda: figures.heat_map(LAYERS, "value", title="Heat"),
+        ["Heat", "q_proj", "decoder layer"],
+    ),
     "share": (lambda: figures.heat_map(LAYERS, "value", title="Share", percent=True), ["100%"]),
     "lines": (lambda: figures.lines_by_layer(LAYERS, "value", title="Lines", log=True), ["Lines", "up_proj"]),
     "histogram": (lambda: figures.score_histogram(HISTOGRAM, title="Scores"), ["Scores", "pruned", "kept"]),
     "adapter": (
-        lambda: figures.adapter_matrices(MATRICES, title="Adapter"), ["Matrix A", "Matrix B", "q_proj", "share outside", "smallest, largest"],
+        lambda: figures.adapter_matrices(MATRICES, title="Adapter"),
+        ["Matrix A", "Matrix B", "q_proj", "share outside", "smallest, largest"],
     ),
-    "output error": (lambda: figures.output_error(PRUNED), ["measured over all calibration tokens", "estimated", "relative error"]),
+    "output error": (
+        lambda: figures.output_error(PRUNED),
+        ["measured over all calibration tokens", "estimated", "relative error"],
+    ),
     "zeros": (lambda: figures.sparsity_by_layer(PRUNED), ["Where the zeros are", "up_proj", "60%"]),
     "loss": (lambda: figures.loss_curve(LOSSES), ["Training loss", "training tokens"]),
     "learning rate": (lambda: figures.learning_rate_curve(LOSSES), ["Learning rate"]),
-    "blocks": (lambda: figures.block_losses(pd.DataFrame({"block": [0, 1], "nll": [2.0, 3.0]}), title="Blocks"), ["Blocks"]),
+    "blocks": (
+        lambda: figures.block_losses(pd.DataFrame({"block": [0, 1], "nll": [2.0, 3.0]}), title="Blocks"),
+        ["Blocks"],
+    ),
     "tasks": (lambda: figures.task_scores(SCORES), ["facts", "level of guessing"]),
     "metric": (
         lambda: figures.metric_by_sparsity(RESULTS, "perplexity", title="Perplexity", log=True),
         ["prune_finetune", "measured sparsity", "50%"],
     ),
     "accuracy": (
-        lambda: figures.metric_by_sparsity(RESULTS, "facts", title="Facts", percent=True, chance=0.25), ["Facts", "base"],
+        lambda: figures.metric_by_sparsity(RESULTS, "facts", title="Facts", percent=True, chance=0.25),
+        ["Facts", "base"],
     ),
     "orderings": (
-        lambda: figures.metric_by_ordering(RESULTS, "facts", title="Facts", percent=True, chance=0.25), ["prune_finetune", "60.0%"],
+        lambda: figures.metric_by_ordering(RESULTS, "facts", title="Facts", percent=True, chance=0.25),
+        ["prune_finetune", "60.0%"],
     ),
     "pairs": (lambda: figures.pair_ratios(PAIRS, title="Pairs"), ["a / b", "cannot be told apart"]),
     "sparsity": (lambda: figures.asked_and_measured(RESULTS), ["asked", "measured"]),
     "ordering": (lambda: figures.ordering_chart(parse_ordering("(P F)*3").steps(0.6)), ["step"]),
     "plan": (lambda: figures.plan_chart(PLAN), ["wanda 50%", "finished"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHARTS)

@@ -47,12 +47,20 @@ def layer_with(weight, bias=None, kept=None):
 def test_the_fused_product_has_the_gradients_of_the_formula(kind, dropout):
     """Against autograd on the formula in float64; the matrix is larger than what is worked on at once."""
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 5, 300, dtype=torch.float64, requires_grad=True), torch.randn(1000, 300, dtype=torch.float64)
+    x, weight = (
+        torch.randn(2, 5, 300, dtype=torch.float64, requires_grad=True),
+        torch.randn(1000, 300, dtype=torch.float64),
+    )
     weight[weight.abs() < 0.7] = 0
     kept = torch.rand(weight.shape) < 0.5 if kind == "masked beside" else weight != 0
-    a, b = torch.randn(3, 300, dtype=torch.float64, requires_grad=True), torch.randn(1000, 3, dtype=torch.float64, requires_grad=True)
+    a, b = (
+        torch.randn(3, 300, dtype=torch.float64, requires_grad=True),
+        torch.randn(1000, 3, dtype=torch.float64, requires_grad=True),
+    )
     bias, scaling = torch.randn(1000, dtype=torch.float64), 0.7
-    drop = torch.nn.Threshold(0.0, 0.0) if dropout else None  # like dropout, it acts on the input of the update alone
+    drop = (
+        torch.nn.Threshold(0.0, 0.0) if dropout else None
+    )  # like dropout, it acts on the input of the update alone
     factor = weight if kind == "hira" else kept
     if dropout:
         naive = x @ weight.T + drop(x) @ (scaling * factor * (b @ a)).T + bias
@@ -73,7 +81,9 @@ def test_an_updated_weight_keeps_the_number_of_zeros_even_where_a_weight_cancels
     weight = torch.tensor([[1.0, 0.0, 2e-5, -1.0]]).to(dtype)
     a, b = torch.tensor([[1.0, 1.0, 0.0, 1.0 if kind == "hira" else -1.0]]), torch.tensor([[-1.0]])
     assert (updated_weight(weight, a, b, kind=kind) == 0).tolist() == [[False, True, False, False]]
-    assert updated_weight(weight, a, b, kind=kind)[0, 2] == weight[0, 2]  # what is not touched stays, subnormals too
+    assert (
+        updated_weight(weight, a, b, kind=kind)[0, 2] == weight[0, 2]
+    )  # what is not touched stays, subnormals too
 
 
 @pytest.mark.parametrize(("dtype", "fraction_bits"), [(torch.bfloat16, 7), (torch.float16, 10)])
@@ -85,7 +95,9 @@ def test_the_cast_is_dithered_so_that_small_updates_are_not_lost(dtype, fraction
     assert torch.equal(updated_weight(weight, a, 0 * b), weight)
     result = updated_weight(weight, a, b).double()
     exact = torch.addmm(weight.float(), b, a).double()
-    unit = (2.0 ** (exact.abs().log2().floor() - fraction_bits)).clamp_min(torch.finfo(dtype).tiny * torch.finfo(dtype).eps)
+    unit = (2.0 ** (exact.abs().log2().floor() - fraction_bits)).clamp_min(
+        torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    )
     rows, columns = torch.arange(1000)[:, None], torch.arange(300)
     pattern = ((rows * 49471 + columns * 37345) % 2**16 / 2**16).double()
     expected = exact.sign() * (exact.abs() / unit + pattern).floor() * unit
@@ -155,7 +167,10 @@ def test_only_the_published_targets_lose_zeros_in_the_published_merge():
     model = pruned_llama()
     result = finetune_model(model, tiny_blocks(), keep_sparsity=False, targets="published", **QUICK)
     merge_adapter(model, result.adapter, merge="dense")
-    sparse = {name.rpartition(".")[2]: float((module.weight == 0).float().mean()) for name, module in linear_modules(model).items()}
+    sparse = {
+        name.rpartition(".")[2]: float((module.weight == 0).float().mean())
+        for name, module in linear_modules(model).items()
+    }
     assert sparse["q_proj"] == sparse["v_proj"] == 0 and sparse["k_proj"] == sparse["up_proj"] == 0.5
 
 
@@ -163,7 +178,9 @@ def test_only_the_published_targets_lose_zeros_in_the_published_merge():
 def test_hira_keeps_zeros_with_any_merge(base):
     model = pruned_llama()
     before, first = zeros(model), logits(model)
-    merge_adapter(model, finetune_model(model, tiny_blocks(), adapter="hira", base=base, **QUICK).adapter, merge="dense")
+    merge_adapter(
+        model, finetune_model(model, tiny_blocks(), adapter="hira", base=base, **QUICK).adapter, merge="dense"
+    )
     assert zeros(model) == before and not torch.equal(logits(model), first)
 
 
@@ -173,12 +190,19 @@ class AtTheEnd(TrainerCallback):
     def on_train_end(self, args, state, control, model, **_):
         model.eval()
         self.logits = logits(model)
-        layers = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")}
-        self.weights = {name.removeprefix("base_model.model."): dense_weight(layer).clone() for name, layer in layers.items()}
+        layers = {
+            name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")
+        }
+        self.weights = {
+            name.removeprefix("base_model.model."): dense_weight(layer).clone()
+            for name, layer in layers.items()
+        }
 
 
 @pytest.mark.parametrize("base", ["plain", "8bit", "nf4"])
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"gradient_checkpointing": True}, {"adapter": "hira"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dropout": 0.1}, {"gradient_checkpointing": True}, {"adapter": "hira"}]
+)
 def test_the_merged_model_is_the_one_that_was_trained(options, base):
     """Logits of the unmerged model at the end of training against those of the merged one. On a quantized base the merge goes into
     what the quantized weights stand for, since those were trained on."""
@@ -188,8 +212,14 @@ def test_the_merged_model_is_the_one_that_was_trained(options, base):
     merged = merge_adapter(copy.deepcopy(model), adapter)
     if base != "plain":
         for name, (a, b) in adapter.factors.items():
-            weight = updated_weight(end.weights[name].float(), a, b, adapter.scaling, kind="masked" if adapter.kind == "lora" else "hira",
-                                    kept=kept[name] if adapter.masked else None)  # fmt: skip
+            weight = updated_weight(
+                end.weights[name].float(),
+                a,
+                b,
+                adapter.scaling,
+                kind="masked" if adapter.kind == "lora" else "hira",
+                kept=kept[name] if adapter.masked else None,
+            )
             merged.get_submodule(name).weight.data.copy_(weight)
     torch.testing.assert_close(logits(merged), end.logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(model), end.logits, rtol=1e-2, atol=1e-2)
@@ -200,16 +230,22 @@ def test_the_merged_model_is_the_one_that_was_trained(options, base):
 def test_in_half_precision_the_merged_model_is_the_trained_one_bit_for_bit(dtype, adapter):
     model, end = pruned_llama(dtype), AtTheEnd()
     options = {**QUICK, "learning_rate": 0.1 if adapter == "hira" else 1e-2}
-    merge_adapter(model, finetune_model(model, tiny_blocks(), adapter=adapter, callbacks=[end], **options).adapter)
+    merge_adapter(
+        model, finetune_model(model, tiny_blocks(), adapter=adapter, callbacks=[end], **options).adapter
+    )
     assert torch.equal(logits(model), end.logits)
 
 
 def test_training_lowers_the_loss_and_leaves_the_model_as_it_was():
     model = pruned_llama()
     state = copy.deepcopy(model.state_dict())
-    result = finetune_model(model, tiny_blocks(), steps=30, blocks_per_step=8, learning_rate=2e-2, progress=False)
+    result = finetune_model(
+        model, tiny_blocks(), steps=30, blocks_per_step=8, learning_rate=2e-2, progress=False
+    )
     assert result.losses["loss"].iloc[-3:].mean() < result.losses["loss"].iloc[0] - 0.3
-    assert list(model.state_dict()) == list(state) and all(torch.equal(model.state_dict()[name], state[name]) for name in state)
+    assert list(model.state_dict()) == list(state) and all(
+        torch.equal(model.state_dict()[name], state[name]) for name in state
+    )
     assert all(parameter.requires_grad for parameter in model.parameters()) and not model.training
     assert type(linear_modules(model)["model.layers.0.self_attn.q_proj"]) is torch.nn.Linear
 
@@ -232,17 +268,28 @@ def test_a_killed_training_goes_on_and_ends_bit_for_bit_the_same(tmp_path):
             if state.global_step == 5:
                 raise Kill
 
-    options = {"steps": 8, "blocks_per_step": 4, "learning_rate": 1e-2, "dropout": 0.1, "save_every": 2, "progress": False}
+    options = {
+        "steps": 8,
+        "blocks_per_step": 4,
+        "learning_rate": 1e-2,
+        "dropout": 0.1,
+        "save_every": 2,
+        "progress": False,
+    }
     undisturbed = finetune_model(pruned_llama(), tiny_blocks(), output=tmp_path / "one", **options)
     with pytest.raises(Kill):
-        finetune_model(pruned_llama(), tiny_blocks(), output=tmp_path / "two", callbacks=[Killer()], **options)
+        finetune_model(
+            pruned_llama(), tiny_blocks(), output=tmp_path / "two", callbacks=[Killer()], **options
+        )
     assert (tmp_path / "two" / "trainer" / "checkpoint-4").is_dir()
     for step, state in ((5, None), (6, '{"global_ste')):  # as a kill in the middle of writing leaves them
         (half := tmp_path / "two" / "trainer" / f"checkpoint-{step}").mkdir()
         if state:
             (half / "trainer_state.json").write_text(state)
     with pytest.raises(PftoolsError, match="unfinished training with other learning_rate"):
-        finetune_model(pruned_llama(), tiny_blocks(), output=tmp_path / "two", **{**options, "learning_rate": 1e-3})
+        finetune_model(
+            pruned_llama(), tiny_blocks(), output=tmp_path / "two", **{**options, "learning_rate": 1e-3}
+        )
     resumed = finetune_model(pruned_llama(), tiny_blocks(), output=tmp_path / "two", **options)
     assert not (tmp_path / "two" / "trainer").exists()
     for name, pair in undisturbed.adapter.factors.items():
@@ -300,8 +347,12 @@ def test_eight_bit_without_bitsandbytes_is_one_sentence(monkeypatch):
 
 
 def test_a_budget_in_tokens_is_met_exactly_across_the_ends_of_passes():
-    result = finetune_model(pruned_llama(), tiny_blocks(10), tokens=16 * 24, blocks_per_step=4, progress=False)
-    assert result.summary["tokens"] == 16 * 24 and result.losses["tokens"].tolist() == [64 * step for step in range(1, 7)]
+    result = finetune_model(
+        pruned_llama(), tiny_blocks(10), tokens=16 * 24, blocks_per_step=4, progress=False
+    )
+    assert result.summary["tokens"] == 16 * 24 and result.losses["tokens"].tolist() == [
+        64 * step for step in range(1, 7)
+    ]
     order = training_order(10, 24, seed=3)
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
     assert order == training_order(10, 24, seed=3) != training_order(10, 24, seed=4)
@@ -309,10 +360,15 @@ def test_a_budget_in_tokens_is_met_exactly_across_the_ends_of_passes():
 
 def test_padded_rows_hold_a_line_each_and_only_real_tokens_count():
     rows = padded_rows(tiny_tokenizer(), ["abc", "", "de", "fghijklm"], 5)
-    assert rows.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]] and rows.real_tokens == 10
+    assert (
+        rows.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+        and rows.real_tokens == 10
+    )
     assert rows.labels[1].tolist() == [*rows.input_ids[1][:2].tolist(), -100, -100, -100]
     result = finetune_model(tiny_llama(), rows, epochs=1, blocks_per_step=3, progress=False)
-    assert result.summary["tokens"] == 10 and result.losses["loss"].iloc[0] == pytest.approx(padded_loss(tiny_llama(), rows), rel=1e-5)
+    assert result.summary["tokens"] == 10 and result.losses["loss"].iloc[0] == pytest.approx(
+        padded_loss(tiny_llama(), rows), rel=1e-5
+    )
 
 
 def padded_loss(model, rows):
@@ -321,7 +377,9 @@ def padded_loss(model, rows):
     for ids, mask in zip(rows.input_ids, rows.attention_mask):
         ids = ids[mask.bool()]
         with torch.no_grad():
-            losses.append(torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none"))
+            losses.append(
+                torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+            )
     return float(torch.cat(losses).mean())
 
 
@@ -336,11 +394,28 @@ def test_the_published_preset_is_complete_and_gives_way_to_what_is_given():
     from pftools import settings
 
     published = settings.check(settings.Finetune, {"preset": "published"})
-    assert (published.base, published.batch_size, published.blocks_per_step, published.epochs) == ("8bit", 4, 16, 0.1)
-    assert (published.rank, published.alpha, published.dropout, published.targets) == (8, 16, 0.05, "published")
-    assert (published.learning_rate, published.warmup_steps, published.dtype, published.merge) == (2e-4, 100, "float16", "dense")
+    assert (published.base, published.batch_size, published.blocks_per_step, published.epochs) == (
+        "8bit",
+        4,
+        16,
+        0.1,
+    )
+    assert (published.rank, published.alpha, published.dropout, published.targets) == (
+        8,
+        16,
+        0.05,
+        "published",
+    )
+    assert (published.learning_rate, published.warmup_steps, published.dtype, published.merge) == (
+        2e-4,
+        100,
+        "float16",
+        "dense",
+    )
     assert not published.packing and published.gradient_checkpointing
-    other = settings.check(settings.Finetune, {"preset": "published", "tokens": 100, "rank": 4, "dtype": "bfloat16"})
+    other = settings.check(
+        settings.Finetune, {"preset": "published", "tokens": 100, "rank": 4, "dtype": "bfloat16"}
+    )
     assert (other.epochs, other.tokens, other.rank, other.dtype) == (None, 100, 4, "bfloat16")
 
 

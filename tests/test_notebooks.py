@@ -18,9 +18,14 @@ from tests.tiny import save_tiny, tiny_blocks
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 KINDS = {
-    "00_plan_study": settings.PlanStudy, "01_calibrate": settings.Calibrate, "02_prune": settings.Prune, "03_finetune": settings.Finetune,
-    "04_evaluate": settings.Evaluate, "05_analyse_weights": settings.Analyse, "06_compare_orderings": settings.Compare,
-}  # fmt: skip
+    "00_plan_study": settings.PlanStudy,
+    "01_calibrate": settings.Calibrate,
+    "02_prune": settings.Prune,
+    "03_finetune": settings.Finetune,
+    "04_evaluate": settings.Evaluate,
+    "05_analyse_weights": settings.Analyse,
+    "06_compare_orderings": settings.Compare,
+}
 TINY = {"block_length": 32, "dtype": "float32"}
 
 
@@ -51,9 +56,13 @@ def test_notebooks_are_stripped_open_with_words_and_are_made_of_short_cells(name
 
 def execute(name, tmp_path, **parameters):
     papermill.execute_notebook(
-        str(NOTEBOOKS / f"{name}.ipynb"), str(tmp_path / f"{name}.out.ipynb"), parameters, kernel_name="python3", progress_bar=False,
+        str(NOTEBOOKS / f"{name}.ipynb"),
+        str(tmp_path / f"{name}.out.ipynb"),
+        parameters,
+        kernel_name="python3",
+        progress_bar=False,
         cwd=str(tmp_path),
-    )  # fmt: skip
+    )
 
 
 def run_of(tmp_path, step):
@@ -95,7 +104,12 @@ def test_a_wrong_parameter_is_one_sentence_and_leaves_nothing(tmp_path, paramete
         execute("02_prune", tmp_path, **parameters)
     assert says in failure.value.evalue
     assert not (tmp_path / "runs").exists()
-    errors = [output for cell in nbformat.read(tmp_path / "02_prune.out.ipynb", 4).cells for output in cell.get("outputs", []) if output.output_type == "error"]
+    errors = [
+        output
+        for cell in nbformat.read(tmp_path / "02_prune.out.ipynb", 4).cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    ]
     assert len(errors) == 1 and len(errors[0]["traceback"]) == 1
 
 
@@ -103,10 +117,16 @@ def test_a_wrong_parameter_is_one_sentence_and_leaves_nothing(tmp_path, paramete
 def test_a_whole_study_runs_resumes_reports_and_exports(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = {
-        "name": "tiny", "model": str(save_tiny(tmp_path / "tiny")), "dtype": "float32", "orderings": ["base", "prune", "finetune_prune", "prune_finetune"],
-        "tokens": 256, "calibrate": {"n_blocks": 4, "block_length": 32}, "finetune": {"block_length": 32, "blocks_per_step": 2},
-        "evaluate": {"block_length": 32, "n_blocks": 6, "tasks": ["facts"], "limit": 8}, "analyse": False,
-    }  # fmt: skip
+        "name": "tiny",
+        "model": str(save_tiny(tmp_path / "tiny")),
+        "dtype": "float32",
+        "orderings": ["base", "prune", "finetune_prune", "prune_finetune"],
+        "tokens": 256,
+        "calibrate": {"n_blocks": 4, "block_length": 32},
+        "finetune": {"block_length": 32, "blocks_per_step": 2},
+        "evaluate": {"block_length": 32, "n_blocks": 6, "tasks": ["facts"], "limit": 8},
+        "analyse": False,
+    }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(words))
     command = [sys.executable, "-c", "from pftools.cli import main; main()", "run", "tiny.yaml"]
     first = subprocess.run(command, capture_output=True, text=True)
@@ -118,13 +138,21 @@ def test_a_whole_study_runs_resumes_reports_and_exports(tmp_path, monkeypatch):
     assert len(table) == 4 and table["measured"].tolist() == pytest.approx([0, 0.5, 0.5, 0.5])
     assert set(table["finetune_tokens"]) == {0, 256}
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/run.json")}
-    assert len(stamps) == 9 and not list((tmp_path / "runs").glob("*/work")) and not list((tmp_path / "runs").rglob(".*.partial"))
+    assert (
+        len(stamps) == 9
+        and not list((tmp_path / "runs").glob("*/work"))
+        and not list((tmp_path / "runs").rglob(".*.partial"))
+    )
     assert executors.run_plan(plan, progress=False) == []
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}  # nothing was done twice
 
     html = (tmp_path / "reports" / "tiny.html").read_text()
     assert "<svg" in html and "prune_finetune" in html
-    assert not [link for link in ("src=\"http", "href=\"http", "@import", "cdn.") if link in html.replace('href="https://github.com', "")]
+    assert not [
+        link
+        for link in ('src="http', 'href="http', "@import", "cdn.")
+        if link in html.replace('href="https://github.com', "")
+    ]
 
     model, _ = models.load_model(table["model"].iloc[3], dtype="float32")
     assert models.measured_sparsity(model) == 0.5
@@ -143,7 +171,10 @@ def test_a_whole_study_runs_resumes_reports_and_exports(tmp_path, monkeypatch):
     ],
 )
 def test_success_is_never_inferred_from_the_notebook(tmp_path, body, says):
-    cells = [nbformat.v4.new_code_cell("# Parameters\nmodel = ''", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(body)]
+    cells = [
+        nbformat.v4.new_code_cell("# Parameters\nmodel = ''", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(body),
+    ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "bad.ipynb")
     folder = tmp_path / "runs" / "prune-0123456789ab"
     step = {"notebook": str(tmp_path / "bad.ipynb"), "folder": str(folder), "parameters": {}}
@@ -154,5 +185,5 @@ def test_success_is_never_inferred_from_the_notebook(tmp_path, body, says):
 
 def test_secrets_are_blotted_out_of_any_text(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", 'a "quoted" key')
-    found = executors.redact(json.dumps(["a \"quoted\" key", "hf_" + "x" * 34, "hf_transfer"]))
+    found = executors.redact(json.dumps(['a "quoted" key', "hf_" + "x" * 34, "hf_transfer"]))
     assert json.loads(found) == ["[redacted]", "[redacted]", "hf_transfer"]

@@ -16,7 +16,11 @@ ROOT = Path(__file__).parent.parent
 
 def pins():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return {line.partition("==")[0].lower().replace("_", "-"): Version(line.partition("==")[2]) for line in lines if "==" in line}
+    return {
+        line.partition("==")[0].lower().replace("_", "-"): Version(line.partition("==")[2])
+        for line in lines
+        if "==" in line
+    }
 
 
 def test_every_dependency_is_pinned_to_a_version_that_it_allows():

@@ -15,20 +15,28 @@ def weight_and_inputs(rows=48, columns=64, tokens=400, seed=0):
     """Inputs whose columns differ in size and are correlated, as activations are."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.eye(columns) + 0.3 * torch.randn(columns, columns, generator=generator)
-    x = torch.randn(tokens, columns, generator=generator) @ mix * (0.2 + 3 * torch.rand(columns, generator=generator))
+    x = (
+        torch.randn(tokens, columns, generator=generator)
+        @ mix
+        * (0.2 + 3 * torch.rand(columns, generator=generator))
+    )
     return torch.randn(rows, columns, generator=generator), x
 
 
 def test_the_names_in_the_settings_are_those_of_the_registry():
     assert list(settings.PRUNING_METHODS) == list(prune.METHODS)
-    with pytest.raises(PftoolsError, match="parameter method of the prune step is 'sparsgpt': did you mean 'sparsegpt'"):
+    with pytest.raises(
+        PftoolsError, match="parameter method of the prune step is 'sparsgpt': did you mean 'sparsegpt'"
+    ):
         settings.check(settings.Prune, {"method": "sparsgpt"})
 
 
 def test_the_lowest_of_every_row_are_those_of_a_stable_sort():
     scores = torch.randint(0, 5, (50, 40), generator=torch.Generator().manual_seed(0)).float()  # full of ties
     for count in (0, 1, 13, 39):
-        expected = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.argsort(dim=1, stable=True)[:, :count], True)
+        expected = torch.zeros_like(scores, dtype=torch.bool).scatter_(
+            1, scores.argsort(dim=1, stable=True)[:, :count], True
+        )
         assert torch.equal(patterns.lowest_per_row(scores, count), expected)
 
 
@@ -36,7 +44,9 @@ def test_the_lowest_of_every_row_are_those_of_a_stable_sort():
 def test_the_lowest_of_every_group_are_those_of_a_stable_sort(n, m):
     for scores in (torch.rand(30, 40), torch.randint(0, 3, (30, 40)).float()):
         groups = scores.view(30, -1, m)
-        expected = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.argsort(dim=2, stable=True)[..., : m - n], True)
+        expected = torch.zeros_like(groups, dtype=torch.bool).scatter_(
+            2, groups.argsort(dim=2, stable=True)[..., : m - n], True
+        )
         assert torch.equal(patterns.lowest_per_group(scores, patterns.Pattern(n, m)), expected.view(30, 40))
 
 
@@ -94,11 +104,17 @@ def test_the_inverse_root_is_that_of_the_damped_inverse():
 
 
 CASES = {
-    "sparsegpt": ("unstructured", {}), "sparsegpt 2:4": ("2:4", {"n": 2, "m": 4}), "sparsegpt 3:6": ("3:6", {"n": 3, "m": 6}),
-    "ablate_mag_iter": ("unstructured", {"scores": "mag"}), "ablate_wanda_iter": ("unstructured", {"scores": "wanda"}),
-    "ablate_mag_iter 4:8": ("4:8", {"scores": "mag", "n": 4, "m": 8}), "ablate_wanda_iter 2:4": ("2:4", {"scores": "wanda", "n": 2, "m": 4}),
-    "ablate_mag_seq": ("unstructured", {}), "ablate_wanda_seq": ("unstructured", {}), "ablate_wanda_seq 2:4": ("2:4", {}),
-}  # fmt: skip
+    "sparsegpt": ("unstructured", {}),
+    "sparsegpt 2:4": ("2:4", {"n": 2, "m": 4}),
+    "sparsegpt 3:6": ("3:6", {"n": 3, "m": 6}),
+    "ablate_mag_iter": ("unstructured", {"scores": "mag"}),
+    "ablate_wanda_iter": ("unstructured", {"scores": "wanda"}),
+    "ablate_mag_iter 4:8": ("4:8", {"scores": "mag", "n": 4, "m": 8}),
+    "ablate_wanda_iter 2:4": ("2:4", {"scores": "wanda", "n": 2, "m": 4}),
+    "ablate_mag_seq": ("unstructured", {}),
+    "ablate_wanda_seq": ("unstructured", {}),
+    "ablate_wanda_seq 2:4": ("2:4", {}),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -114,7 +130,12 @@ def test_mended_weights_equal_the_float64_oracle(case):
     solved = sparsegpt.solve([one, other], gram(x), method, 0.5, shape)
     for weight, found in zip((one, other), solved):
         if not method.renew:
-            options = {**options, "mask": patterns.choose(method.score(weight, x.norm(dim=0)), 0.5, shape, compare=method.compare)}
+            options = {
+                **options,
+                "mask": patterns.choose(
+                    method.score(weight, x.norm(dim=0)), 0.5, shape, compare=method.compare
+                ),
+            }
         expected = oracles.sparsegpt(weight, x, 0.5, block=126 if shape.group == 6 else 128, **options)
         assert torch.equal(found.pruned | (found.weight == 0), expected == 0)
         assert (found.weight - expected).norm() < 1e-3 * expected.norm()
@@ -141,7 +162,10 @@ def test_nearly_dependent_inputs_raise_the_damping_and_say_so(monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_once)
     weight, x = weight_and_inputs()
-    assert "damping raised to 10%" in sparsegpt.solve([weight], gram(x), prune.METHODS["sparsegpt"], 0.5, patterns.Pattern())[0].note
+    assert (
+        "damping raised to 10%"
+        in sparsegpt.solve([weight], gram(x), prune.METHODS["sparsegpt"], 0.5, patterns.Pattern())[0].note
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,14 +173,20 @@ def test_nearly_dependent_inputs_raise_the_damping_and_say_so(monkeypatch):
 
 
 @pytest.mark.parametrize("method", prune.METHODS)
-@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.6), ("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.75)])
+@pytest.mark.parametrize(
+    ("pattern", "sparsity"), [("unstructured", 0.6), ("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.75)]
+)
 def test_every_method_and_pattern_reaches_the_sparsity_asked(method, pattern, sparsity):
     model = tiny_llama()
-    result = prune.prune_model(model, tiny_blocks(), method=method, pattern=pattern, sparsity=sparsity, progress=False)
+    result = prune.prune_model(
+        model, tiny_blocks(), method=method, pattern=pattern, sparsity=sparsity, progress=False
+    )
     assert measured_sparsity(model) == pytest.approx(sparsity, abs=0.02)
     assert result.layers["measured"].tolist() == pytest.approx([sparsity] * 14, abs=0.04)
     assert (result.layers["output_error"] > 0).all() and (result.layers["score_kept"] < 1).all()
-    found_by = {"magnitude": "estimated"} | {name: "measured" for name, rule in prune.METHODS.items() if rule.update}
+    found_by = {"magnitude": "estimated"} | {
+        name: "measured" for name, rule in prune.METHODS.items() if rule.update
+    }
     assert set(result.layers["error_is"]) == {found_by.get(method, "sampled")}
     for name, mask in result.masks.items():
         weight = model.get_parameter(name)
@@ -176,14 +206,20 @@ def test_the_output_error_is_that_of_the_outputs(method):
     model, blocks = tiny_llama(), tiny_blocks(16, 32)
     dense, seen = tiny_llama(), []
     name = "model.layers.0.mlp.down_proj"
-    hook = dense.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    hook = dense.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].flatten(0, 1))
+    )
     with torch.no_grad():
         dense(blocks)
     hook.remove()
-    table = prune.prune_model(model, blocks, method=method, inputs="dense", progress=False).layers.set_index("weight")
+    table = prune.prune_model(model, blocks, method=method, inputs="dense", progress=False).layers.set_index(
+        "weight"
+    )
     before, after = (each.get_submodule(name).weight.detach() for each in (dense, model))
     error = float((seen[0] @ (before - after).T).norm() / (seen[0] @ before.T).norm())
-    assert table.loc[f"{name}.weight", "output_error"] == pytest.approx(error, rel=0.02 if method == "sparsegpt" else 0.1)
+    assert table.loc[f"{name}.weight", "output_error"] == pytest.approx(
+        error, rel=0.02 if method == "sparsegpt" else 0.1
+    )
 
 
 @pytest.mark.parametrize("method", prune.METHODS)
@@ -211,13 +247,26 @@ def test_owl_equals_its_formula_and_keeps_the_total():
     statistics = prune.measure_activations(model, blocks, progress=False)
     layers = []
     for index in range(4):
-        modules = {name: module for name, module in linear_modules(model).items() if name.startswith(f"model.layers.{index}.")}
-        layers.append(torch.cat([(module.weight.detach().abs() * statistics.norms[name]).flatten() for name, module in modules.items()]))
+        modules = {
+            name: module
+            for name, module in linear_modules(model).items()
+            if name.startswith(f"model.layers.{index}.")
+        }
+        layers.append(
+            torch.cat(
+                [
+                    (module.weight.detach().abs() * statistics.norms[name]).flatten()
+                    for name, module in modules.items()
+                ]
+            )
+        )
     expected = oracles.owl_sparsities(layers, 0.5, 0.08, 5.0)
     result = prune.prune_model(model, blocks, allocation="owl", statistics=statistics, progress=False)
     found = result.layers.groupby("layer")["asked"].first().tolist()
     assert found == pytest.approx(expected, abs=1e-9) and max(found) - min(found) == pytest.approx(0.16)
-    assert measured_sparsity(model) == pytest.approx(0.5, abs=0.03)  # whole weights a row: int(32 x 0.46) is 14
+    assert measured_sparsity(model) == pytest.approx(
+        0.5, abs=0.03
+    )  # whole weights a row: int(32 x 0.46) is 14
 
 
 def test_owl_weighs_layers_by_size_and_refuses_to_empty_one():
@@ -239,11 +288,16 @@ def test_reconstruction_brings_the_model_closer_and_keeps_the_masks(dtype, given
         with torch.no_grad():
             errors.append(float((model(blocks).logits - dense(blocks).logits).float().norm()))
     assert errors[1] < 0.9 * errors[0]
-    assert (result.layers["block_error"] < result.layers["block_error_before"]).all() and len(result.weights) == 14
+    assert (result.layers["block_error"] < result.layers["block_error_before"]).all() and len(
+        result.weights
+    ) == 14
 
 
 def test_the_histogram_counts_every_weight_above_its_lowest_bin():
     weight, norms = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), torch.ones(64)
     for method in prune.METHODS:
         table = prune.score_histogram(weight, norms, method=method, sparsity=0.5)
-        assert table["kept"].sum() == pytest.approx(64 * 32, abs=64) and 0.95 * 64 * 32 < table["pruned"].sum() <= 64 * 33
+        assert (
+            table["kept"].sum() == pytest.approx(64 * 32, abs=64)
+            and 0.95 * 64 * 32 < table["pruned"].sum() <= 64 * 33
+        )

@@ -39,30 +39,54 @@ def test_dense_inputs_with_stored_statistics_need_no_forward(tmp_path, monkeypat
     for layer in model.model.layers:
         monkeypatch.setattr(layer, "forward", None)
     loaded = prune.ActivationStatistics.load(tmp_path / "statistics.safetensors")
-    assert same(one, prune.prune_model(model, tiny_blocks(), inputs="dense", statistics=loaded, progress=False).masks)
+    assert same(
+        one, prune.prune_model(model, tiny_blocks(), inputs="dense", statistics=loaded, progress=False).masks
+    )
 
 
 def test_the_first_layer_is_measured_alike_behind_dense_and_pruned_layers():
-    results = {given: prune.prune_model(tiny_llama(), tiny_blocks(), method="sparsegpt", inputs=given, progress=False) for given in ("pruned", "dense")}
+    results = {
+        given: prune.prune_model(
+            tiny_llama(), tiny_blocks(), method="sparsegpt", inputs=given, progress=False
+        )
+        for given in ("pruned", "dense")
+    }
     first, last = (f"model.layers.{index}.mlp.up_proj.weight" for index in (0, 1))
     assert torch.equal(results["dense"].weights[first], results["pruned"].weights[first])
     assert not torch.equal(results["dense"].weights[last], results["pruned"].weights[last])
 
 
 FAMILIES = {
-    "mistral": {"sliding_window": 8}, "qwen2": {}, "qwen3": {"head_dim": 8}, "gemma2": {"head_dim": 8, "sliding_window": 8},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 8}, "phi": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "gpt_neox": {}, "phi3": {"pad_token_id": 0}, "granite": {}, "olmo2": {}, "falcon": {}, "mpt": {"d_model": 32, "n_layers": 3, "n_heads": 4},
-}  # fmt: skip
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 8},
+    "phi": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": {},
+    "phi3": {"pad_token_id": 0},
+    "granite": {},
+    "olmo2": {},
+    "falcon": {},
+    "mpt": {"d_model": 32, "n_layers": 3, "n_heads": 4},
+}
 
 
 def family_of(name, **options):
     common = {
-        "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 4 if name in ("gpt_neox", "phi", "opt") else 2, "max_position_embeddings": 64,
-    }  # fmt: skip
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if name in ("gpt_neox", "phi", "opt") else 2,
+        "max_position_embeddings": 64,
+    }
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**common, **options})).float().eval()
+    model = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**common, **options})).float().eval()
+    )
     for weight in linear_weights(model).values():
         torch.nn.init.normal_(weight, std=0.2)
     return model
@@ -73,15 +97,29 @@ def test_the_walk_fits_every_family(family):
     model = family_of(family, **FAMILIES[family])
     expected = oracles.wanda_walk(model, tiny_blocks(4), 0.5)
     result = prune.prune_model(model, tiny_blocks(4), progress=False)
-    agreement = sum(int((result.masks[name] == expected[name]).sum()) for name in expected) / sum(mask.numel() for mask in expected.values())
+    agreement = sum(int((result.masks[name] == expected[name]).sum()) for name in expected) / sum(
+        mask.numel() for mask in expected.values()
+    )
     assert list(result.masks) == list(expected) and agreement >= 0.999
 
 
 MIXTURES = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 1},
-    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "decoder_sparse_step": 1},
-}  # fmt: skip
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+    },
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "decoder_sparse_step": 1,
+    },
+}
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -105,9 +143,15 @@ def test_each_expert_is_pruned_by_the_tokens_that_it_sees(family, monkeypatch):
         for rows in fused[expert].shape[0] // 2 * torch.tensor([[0, 1], [1, 2]]):
             part = fused[expert, rows[0] : rows[1]]
             if len(seen):
-                assert (oracles.wanda_mask(part, seen, 0.5) == mask[expert, rows[0] : rows[1]]).float().mean() > 0.999
+                assert (
+                    oracles.wanda_mask(part, seen, 0.5) == mask[expert, rows[0] : rows[1]]
+                ).float().mean() > 0.999
     assert measured_sparsity(model) == pytest.approx(0.5, abs=0.01)
-    assert not any("forward" in module.__dict__ or "0" in module._modules for module in model.modules() if hasattr(module, "down_proj"))
+    assert not any(
+        "forward" in module.__dict__ or "0" in module._modules
+        for module in model.modules()
+        if hasattr(module, "down_proj")
+    )
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -116,14 +160,23 @@ def test_experts_with_few_tokens_fall_back_to_magnitude_and_say_so(method):
     before = copy.deepcopy(model)
     result = prune.prune_model(model, tiny_blocks(2, 40), method=method, progress=False)
     notes = result.layers[result.layers["note"] != ""]
-    assert len(notes) and notes["note"].str.contains("pruned by magnitude").all() and notes["weight"].str.contains("experts").all()
+    assert (
+        len(notes)
+        and notes["note"].str.contains("pruned by magnitude").all()
+        and notes["weight"].str.contains("experts").all()
+    )
     name = notes["weight"].iloc[0]
     parent, expert, part, _ = name.rsplit(".", 3)
-    row, rows = int(expert), {"gate_proj": slice(0, 64), "up_proj": slice(64, 128), "down_proj": slice(None)}[part]
+    row, rows = (
+        int(expert),
+        {"gate_proj": slice(0, 64), "up_proj": slice(64, 128), "down_proj": slice(None)}[part],
+    )
     parameter = f"{parent}.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"
     weight, mask = before.get_parameter(parameter)[row, rows], result.masks[parameter][row, rows]
     assert torch.equal(mask, oracles.wanda_mask(weight, torch.eye(weight.shape[1]), 0.5))
-    assert torch.equal(model.get_parameter(parameter)[row, rows], weight * mask)  # nothing is mended by what was not seen
+    assert torch.equal(
+        model.get_parameter(parameter)[row, rows], weight * mask
+    )  # nothing is mended by what was not seen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,7 +184,10 @@ def test_experts_with_few_tokens_fall_back_to_magnitude_and_say_so(method):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"method": "sparsegpt"}, {"inputs": "dense", "allocation": "owl"}, {"reconstruct_steps": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "sparsegpt"}, {"inputs": "dense", "allocation": "owl"}, {"reconstruct_steps": 3}],
+)
 def test_a_checkpoint_on_disk_is_pruned_like_the_model_in_memory(tmp_path, options, dtype):
     source = save_tiny(tmp_path / "dense", tie_word_embeddings=bool(options), dtype=dtype)
     blocks, model = tiny_blocks(), load_model(source, dtype=dtype)[0]
@@ -168,12 +224,18 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path):
 def test_masks_alone_hold_all_there_is_and_only_where_they_do(tmp_path):
     source = save_tiny(tmp_path / "dense")
     prune.prune_checkpoint(source, tiny_blocks(), tmp_path / "masks", write="masks", progress=False)
-    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["layers.parquet", "masks.safetensors", "pftools.json"]
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == [
+        "layers.parquet",
+        "masks.safetensors",
+        "pftools.json",
+    ]
     model, _ = load_model(source, dtype="float32")
     checkpoints.apply_masks(model, checkpoints.load_masks(tmp_path / "masks" / "masks.safetensors"))
     assert measured_sparsity(model) == pytest.approx(0.5)
     with pytest.raises(PftoolsError, match="write='model'"):
-        prune.prune_checkpoint(source, tiny_blocks(), tmp_path / "no", method="sparsegpt", write="masks", progress=False)
+        prune.prune_checkpoint(
+            source, tiny_blocks(), tmp_path / "no", method="sparsegpt", write="masks", progress=False
+        )
     with pytest.raises(PftoolsError, match="not empty"):
         prune.prune_checkpoint(source, tiny_blocks(), tmp_path / "masks", progress=False)
     assert not (tmp_path / "no").exists() and not list(tmp_path.glob(".*partial"))
@@ -189,7 +251,11 @@ def test_only_one_layer_of_a_checkpoint_is_in_memory(tmp_path, monkeypatch):
         return real(layer, index, *rest)
 
     init = prune.checkpoint._Checkpoint.__init__
-    monkeypatch.setattr(prune.checkpoint._Checkpoint, "__init__", lambda self, *args: (init(self, *args), held.append(self.model))[0])
+    monkeypatch.setattr(
+        prune.checkpoint._Checkpoint,
+        "__init__",
+        lambda self, *args: (init(self, *args), held.append(self.model))[0],
+    )
     monkeypatch.setattr(prune.walk, "prune_layer", look)
     prune.prune_checkpoint(source, tiny_blocks(), tmp_path / "pruned", progress=False)
     assert held[1:] == [[place == index for place in range(4)] for index in range(4)]
@@ -202,12 +268,18 @@ def test_only_one_layer_of_a_checkpoint_is_in_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"sparsity": 1.0}, "sparsity is 1.0"), ({"sparsity": -0.1}, "sparsity is -0.1"), ({"method": "wnada"}, "did you mean 'wanda'"),
-        ({"sparsity": float("nan")}, "sparsity is nan"), ({"pattern": "4:2"}, "N < M"), ({"pattern": "3:5", "sparsity": 0.4}, "no multiple of 5"),
-        ({"pattern": "2:4", "sparsity": 0.7}, "fixes it at 0.5"), ({"inputs": "dens"}, "did you mean 'dense'"),
-        ({"allocation": "olw"}, "did you mean 'owl'"), ({"allocation": "owl", "pattern": "2:4"}, "use one of the two"),
+        ({"sparsity": 1.0}, "sparsity is 1.0"),
+        ({"sparsity": -0.1}, "sparsity is -0.1"),
+        ({"method": "wnada"}, "did you mean 'wanda'"),
+        ({"sparsity": float("nan")}, "sparsity is nan"),
+        ({"pattern": "4:2"}, "N < M"),
+        ({"pattern": "3:5", "sparsity": 0.4}, "no multiple of 5"),
+        ({"pattern": "2:4", "sparsity": 0.7}, "fixes it at 0.5"),
+        ({"inputs": "dens"}, "did you mean 'dense'"),
+        ({"allocation": "olw"}, "did you mean 'owl'"),
+        ({"allocation": "owl", "pattern": "2:4"}, "use one of the two"),
     ],
-)  # fmt: skip
+)
 def test_bad_requests_change_nothing(options, says):
     model = tiny_llama()
     before = copy.deepcopy(model.state_dict())
@@ -246,8 +318,12 @@ def test_inputs_that_are_all_zero_are_reported():
     model.model.layers[0].post_attention_layernorm.weight.data.zero_()
     for method in ("wanda", "sparsegpt"):
         twin = copy.deepcopy(model)
-        table = prune.prune_model(twin, tiny_blocks(), method=method, progress=False).layers.set_index("weight")
-        assert "all zero" in table.loc["model.layers.0.mlp.up_proj.weight", "note"] and measured_sparsity(twin) == pytest.approx(0.5, abs=0.02)
+        table = prune.prune_model(twin, tiny_blocks(), method=method, progress=False).layers.set_index(
+            "weight"
+        )
+        assert "all zero" in table.loc["model.layers.0.mlp.up_proj.weight", "note"] and measured_sparsity(
+            twin
+        ) == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_model_sparser_than_asked_is_reported_and_keeps_its_zeros():
@@ -265,7 +341,12 @@ def test_statistics_of_another_model_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("free_blocks", "says"), [(2.5, "batch_size=2 should fit"), (0.5, "block_length of about 8 should fit"), (50, "n_blocks=4 or batch_size=4 should fit")]
+    ("free_blocks", "says"),
+    [
+        (2.5, "batch_size=2 should fit"),
+        (0.5, "block_length of about 8 should fit"),
+        (50, "n_blocks=4 or batch_size=4 should fit"),
+    ],
 )
 def test_out_of_memory_names_the_levers_and_a_size_that_fits(monkeypatch, free_blocks, says):
     model = tiny_llama()
@@ -276,7 +357,10 @@ def test_out_of_memory_names_the_levers_and_a_size_that_fits(monkeypatch, free_b
         raise torch.OutOfMemoryError("out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", no_room)
-    with pytest.raises(PftoolsError, match=rf"out of memory at model.layers.1 with batch_size 8 and 8 blocks of 16 tokens.*{says}"):
+    with pytest.raises(
+        PftoolsError,
+        match=rf"out of memory at model.layers.1 with batch_size 8 and 8 blocks of 16 tokens.*{says}",
+    ):
         prune.prune_model(model, tiny_blocks(), batch_size=8, progress=False)
 
 

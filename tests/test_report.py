@@ -11,7 +11,13 @@ from pftools import report, runs, study
 from pftools.errors import PftoolsError
 
 GAIN = {"prune": 0.25, "finetune_prune": 0.12, "prune_finetune": 0.02}
-WORDS = {"name": "made_up", "description": "Does it matter?", "evaluate": {"tasks": ["facts", "wikitext2"]}, "tokens": 1000, "finetune": {"block_length": 10}}
+WORDS = {
+    "name": "made_up",
+    "description": "Does it matter?",
+    "evaluate": {"tasks": ["facts", "wikitext2"]},
+    "tokens": 1000,
+    "finetune": {"block_length": 10},
+}
 
 
 def made_up(folder, **words):
@@ -31,14 +37,36 @@ def made_up(folder, **words):
         losses = np.log(20) + harm + text - text.mean() + generator.normal(0, 0.01, 30)
         correct = (generator.random(120) < np.clip(skill - 1.2 * harm, 0.1, 1)).astype(float)
         pd.DataFrame({"block": range(30), "nll": losses}).to_parquet(run.path("block_nll.parquet"))
-        pd.DataFrame({"task": "facts", "subject": "facts", "question": range(120), "correct": correct}).to_parquet(run.path("samples.parquet"))
+        pd.DataFrame(
+            {"task": "facts", "subject": "facts", "question": range(120), "correct": correct}
+        ).to_parquet(run.path("samples.parquet"))
         interval = stats.binomtest(int(correct.sum()), 120).proportion_ci(method="wilson")
-        facts = {"metric": "acc", "value": correct.mean(), "low": interval.low, "high": interval.high, "n": 120, "chance": 0.25}
-        words_perplexity = {"metric": "word_perplexity", "value": 61.0 + row.asked, "low": None, "high": None, "n": 62, "chance": None}
+        facts = {
+            "metric": "acc",
+            "value": correct.mean(),
+            "low": interval.low,
+            "high": interval.high,
+            "n": 120,
+            "chance": 0.25,
+        }
+        words_perplexity = {
+            "metric": "word_perplexity",
+            "value": 61.0 + row.asked,
+            "low": None,
+            "high": None,
+            "n": 62,
+            "chance": None,
+        }
         run.seal(
-            ["block_nll.parquet", "samples.parquet"], perplexity=float(np.exp(losses.mean())), measured=row.asked, n_blocks=30, block_length=512,
-            corpus="pydocs", tasks={"facts": facts, "wikitext2": words_perplexity}, dtype="float32",
-        )  # fmt: skip
+            ["block_nll.parquet", "samples.parquet"],
+            perplexity=float(np.exp(losses.mean())),
+            measured=row.asked,
+            n_blocks=30,
+            block_length=512,
+            corpus="pydocs",
+            tasks={"facts": facts, "wikitext2": words_perplexity},
+            dtype="float32",
+        )
     return report.study_results(folder / "made_up.yaml", runs=folder / "runs")
 
 
@@ -49,13 +77,21 @@ def quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    return made_up(tmp_path_factory.mktemp("wide"), orderings=["base", *GAIN, "iter_pf"], sparsities=[0.3, 0.6], seeds=[0, 1])
+    return made_up(
+        tmp_path_factory.mktemp("wide"),
+        orderings=["base", *GAIN, "iter_pf"],
+        sparsities=[0.3, 0.6],
+        seeds=[0, 1],
+    )
 
 
 def test_the_headline_names_the_best_and_doubts_it_against_its_rival(quick):
     words = report.headline(quick)
     assert words.startswith("**Does it matter?**") and "`prune_finetune` has the lowest perplexity" in words
-    assert "prune_finetune beats finetune_prune at 50%" in words and "both were fine-tuned on 1,000 tokens" in words
+    assert (
+        "prune_finetune beats finetune_prune at 50%" in words
+        and "both were fine-tuned on 1,000 tokens" in words
+    )
 
 
 def test_tables_are_pooled_over_seeds_and_hold_the_ends_of_chains(wide):

@@ -17,7 +17,9 @@ from tests.tiny import save_tiny, tiny_blocks
 @pytest.fixture
 def sealed(tmp_path):
     """A finished prune run of a tiny model, made without a notebook."""
-    parameters = settings.Prune(model=str(save_tiny(tmp_path / "tiny")), dtype="float32", runs=str(tmp_path / "runs"))
+    parameters = settings.Prune(
+        model=str(save_tiny(tmp_path / "tiny")), dtype="float32", runs=str(tmp_path / "runs")
+    )
     run = runs.start(parameters)
     model, _ = models.load_for(parameters)
     result = prune_model(model, tiny_blocks(), progress=False)
@@ -43,7 +45,10 @@ def test_masks_are_one_bit_a_weight_and_come_back(tmp_path):
 def test_a_chain_of_deltas_replays(sealed):
     folder, pruned = sealed
     replayed, _ = checkpoints.load(folder, dtype="float32")
-    assert all(torch.equal(one, other) for one, other in zip(pruned.state_dict().values(), replayed.state_dict().values()))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(pruned.state_dict().values(), replayed.state_dict().values())
+    )
     last = tuned(sealed)
     model, _ = models.load_model(last, dtype="float32")
     assert models.measured_sparsity(model) == 0.5
@@ -58,7 +63,9 @@ def test_a_base_with_a_relative_path_is_found_from_anywhere(tmp_path, monkeypatc
     parameters = settings.Prune(model="../models/tiny", dtype="bfloat16", runs="runs")
     run = runs.start(parameters)
     model, _ = models.load_for(parameters)
-    folder = run.seal(checkpoints.save_prune(run, prune_model(model, tiny_blocks(), progress=False).masks), dtype="bfloat16").resolve()
+    folder = run.seal(
+        checkpoints.save_prune(run, prune_model(model, tiny_blocks(), progress=False).masks), dtype="bfloat16"
+    ).resolve()
     monkeypatch.chdir(tmp_path)
     again, _ = checkpoints.load(folder)
     assert again.dtype == torch.bfloat16  # a run is loaded in the dtype that it was made in
@@ -98,7 +105,9 @@ def test_what_a_path_holds_counts_in_the_key_and_not_when_it_was_written(tmp_pat
 def test_a_run_is_not_replayed_on_a_base_that_was_changed(sealed, tmp_path):
     last = tuned(sealed)
     save_tiny(tmp_path / "tiny", seed=1)
-    with pytest.raises(PftoolsError, match="was made from the model in .*tiny, which is gone or was changed since"):
+    with pytest.raises(
+        PftoolsError, match="was made from the model in .*tiny, which is gone or was changed since"
+    ):
         checkpoints.load(last)
 
 
@@ -191,7 +200,9 @@ def test_half_of_smollm2_takes_less_than_a_twelfth_of_it_and_exports_to_plain_tr
     assert runs.size_of(folder) < whole / 12
     exported = checkpoints.export(folder, tmp_path / "exported", dtype="bfloat16")
     plain = AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
-    text = AutoTokenizer.from_pretrained(exported)("The order of pruning and fine-tuning", return_tensors="pt")
+    text = AutoTokenizer.from_pretrained(exported)(
+        "The order of pruning and fine-tuning", return_tensors="pt"
+    )
     with torch.no_grad():
         assert plain.dtype == torch.bfloat16 and torch.equal(plain(**text).logits, model(**text).logits)
 
@@ -200,9 +211,15 @@ def test_a_file_that_was_not_sealed_is_not_read(sealed):
     from safetensors.torch import save_file
 
     folder, pruned = sealed
-    save_file({name: torch.zeros_like(weight) for name, weight in pruned.named_parameters()}, folder / "weights.safetensors")
+    save_file(
+        {name: torch.zeros_like(weight) for name, weight in pruned.named_parameters()},
+        folder / "weights.safetensors",
+    )
     replayed, _ = checkpoints.load(folder, dtype="float32")
-    assert all(torch.equal(one, other) for one, other in zip(pruned.state_dict().values(), replayed.state_dict().values()))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(pruned.state_dict().values(), replayed.state_dict().values())
+    )
 
 
 def test_export_refuses_a_full_folder(sealed, tmp_path):
@@ -214,7 +231,11 @@ def test_export_refuses_a_full_folder(sealed, tmp_path):
 
 def test_the_record_tells_how_it_was_made(sealed):
     record = json.loads((sealed[0] / "run.json").read_text())
-    assert record["parameters"]["sparsity"] == 0.5 and record["versions"]["torch"] and record["peak_memory_bytes"] > 1e6
+    assert (
+        record["parameters"]["sparsity"] == 0.5
+        and record["versions"]["torch"]
+        and record["peak_memory_bytes"] > 1e6
+    )
     assert record["machine"]["cores"] >= 1 and record["finished"].endswith("Z")
 
 

@@ -9,7 +9,11 @@ from pftools.study import Study, estimate_disk, estimate_seconds, load_study, pl
 
 
 def study(**changes) -> Study:
-    words = {"name": "test", "model": "somebody/model", "orderings": ["base", "prune", "finetune_prune", "prune_finetune"]}
+    words = {
+        "name": "test",
+        "model": "somebody/model",
+        "orderings": ["base", "prune", "finetune_prune", "prune_finetune"],
+    }
     return settings.check(Study, {**words, **changes})
 
 
@@ -59,8 +63,12 @@ def test_a_total_budget_is_split_and_a_step_budget_is_not():
     blocks = {"block_length": 50}
     total = plan_study(study(orderings=["F*4"], tokens=1000, finetune=blocks))
     each = plan_study(study(orderings=["F*4"], tokens=1000, finetune=blocks, budget="per_step"))
-    assert {step.parameters.tokens for step in total.steps.values() if step.parameters.step == "finetune"} == {250}
-    assert {step.parameters.tokens for step in each.steps.values() if step.parameters.step == "finetune"} == {1000}
+    assert {
+        step.parameters.tokens for step in total.steps.values() if step.parameters.step == "finetune"
+    } == {250}
+    assert {step.parameters.tokens for step in each.steps.values() if step.parameters.step == "finetune"} == {
+        1000
+    }
     assert (total.rows[0].finetune_tokens, each.rows[0].finetune_tokens) == (1000, 4000)
 
 
@@ -75,11 +83,17 @@ def test_a_split_budget_adds_up_to_the_token():
 
 def test_everything_is_crossed_with_everything():
     crossed = {
-        "orderings": ["P", "P F", {"ordering": "F P", "sparsities": [0.4]}], "sparsities": [0.5, 0.6], "methods": ["wanda", "magnitude"],
-        "patterns": ["unstructured", "2:4"], "merges": ["masked", "dense"], "seeds": [0, 1],
-    }  # fmt: skip
+        "orderings": ["P", "P F", {"ordering": "F P", "sparsities": [0.4]}],
+        "sparsities": [0.5, 0.6],
+        "methods": ["wanda", "magnitude"],
+        "patterns": ["unstructured", "2:4"],
+        "merges": ["masked", "dense"],
+        "seeds": [0, 1],
+    }
     plan = plan_study(study(**crossed))
-    per_method_and_seed = 2 * (2 + 2 + 1) + 2 * 3  # both merges: unstructured at their sparsities, and 2:4 at its own
+    per_method_and_seed = (
+        2 * (2 + 2 + 1) + 2 * 3
+    )  # both merges: unstructured at their sparsities, and 2:4 at its own
     assert len(plan.rows) == len(set(plan.rows)) == 2 * 2 * per_method_and_seed
     # prunes: before any F they do not know the merge: 3 targets; after F (no zeros yet, so one F a seed): 2
     assert steps_of(plan).count("prune") == 2 * 2 * (3 + 2)
@@ -95,15 +109,22 @@ def test_planning_loads_no_library_that_takes_seconds_to_load():
 
 
 def test_time_is_estimated_from_past_runs_of_the_same_kind_and_model(tmp_path):
-    plan = plan_study(study(orderings=["P", "P F"], tokens=1000, finetune={"block_length": 100}), runs=tmp_path)
+    plan = plan_study(
+        study(orderings=["P", "P F"], tokens=1000, finetune={"block_length": 100}), runs=tmp_path
+    )
     assert estimate_seconds(plan) == (0, {"calibrate", "prune", "finetune", "evaluate"})
-    for step, seconds in zip(plan.steps.values(), (1, 10, 100, 1000)):  # calibrate, prune, evaluate the pruned model, finetune
+    for step, seconds in zip(
+        plan.steps.values(), (1, 10, 100, 1000)
+    ):  # calibrate, prune, evaluate the pruned model, finetune
         run = runs.start(step.parameters)
         run.started -= seconds
         run.seal([])
     assert [step.parameters.step for step in plan.missing()] == ["evaluate"]
     assert estimate_seconds(plan)[0] == pytest.approx(100, rel=0.01)
-    longer = plan_study(study(orderings=["P", "P F"], tokens=3000, sparsities=[0.6], finetune={"block_length": 100}), runs=tmp_path)
+    longer = plan_study(
+        study(orderings=["P", "P F"], tokens=3000, sparsities=[0.6], finetune={"block_length": 100}),
+        runs=tmp_path,
+    )
     assert estimate_seconds(longer)[0] == pytest.approx(10 + 2 * 100 + 3 * 1000, rel=0.01)
     elsewhere = plan_study(study(orderings=["P"], model="another/model"), runs=tmp_path)
     assert estimate_seconds(elsewhere) == (0, {"calibrate", "prune", "evaluate"})
@@ -115,11 +136,17 @@ def test_the_chart_of_a_plan_draws_every_model_once_and_no_line_through_another(
     plan = plan_study(load_study("data/studies/published.yaml"))
     table = report.plan_layout(plan).set_index("key")
     assert len(table) == 1 + steps_of(plan).count("prune") + steps_of(plan).count("finetune")
-    assert not table.duplicated(["depth", "lane"]).any() and table["evaluated"].sum() == steps_of(plan).count("evaluate")
+    assert not table.duplicated(["depth", "lane"]).any() and table["evaluated"].sum() == steps_of(plan).count(
+        "evaluate"
+    )
     for row in table[table["parent"] != ""].itertuples():
         parent = table.loc[row.parent]
         assert row.depth == parent["depth"] + 1 and row.lane >= parent["lane"]
-        between = table[(table["depth"] == parent["depth"]) & (table["lane"] > parent["lane"]) & (table["lane"] <= row.lane)]
+        between = table[
+            (table["depth"] == parent["depth"])
+            & (table["lane"] > parent["lane"])
+            & (table["lane"] <= row.lane)
+        ]
         assert not len(between)  # the way down from the parent is free
     assert figures.plan_chart(table.reset_index()).to_dict()["layer"]
 
@@ -160,7 +187,10 @@ def test_a_pattern_fixes_the_sparsity():
     [
         ("orderings: [prune]\nsparsites: [0.5]\n", "line 2.*did you mean 'sparsities'"),
         ("orderings:\n  - prune\n  - prune_finetnue\n", "line 3.*did you mean 'prune_finetune'"),
-        ("sparsities: [0.5]\norderings:\n  - F\n  - {ordering: prune, sparsities: [1.5]}\n", "line 4.*from 0 up to 1"),
+        (
+            "sparsities: [0.5]\norderings:\n  - F\n  - {ordering: prune, sparsities: [1.5]}\n",
+            "line 4.*from 0 up to 1",
+        ),
         ("orderings:\n  - F\n  - {ordering: P, sparsites: [0.5]}\n", "line 3.*did you mean 'sparsities'"),
         ("orderings:\n  - P\n  - (P F\n", "line 3.*closing bracket"),
         ("orderings:\n  - P\n  - [P]\n", "line 3.*"),
@@ -197,12 +227,27 @@ def test_a_missing_study_file_names_those_there_are():
 def test_only_what_changes_results_changes_the_key(kind):
     """Every parameter of every step, one after the other."""
     other = {
-        int: lambda value: (value or 0) + 1, float: lambda value: (value or 0) * 0.5 + 0.01, bool: lambda value: not value,
-        str: lambda value: value + "x", list: lambda value: [*value, "x"], type(None): lambda value: 1,
-    }  # fmt: skip
+        int: lambda value: (value or 0) + 1,
+        float: lambda value: (value or 0) * 0.5 + 0.01,
+        bool: lambda value: not value,
+        str: lambda value: value + "x",
+        list: lambda value: [*value, "x"],
+        type(None): lambda value: 1,
+    }
     plain = kind()
     for name in kind.model_fields:
         value = getattr(plain, name)
         changed = plain.model_copy(update={name: other[type(value)](value)})
         same_key = runs.run_key(changed) == runs.run_key(plain)
-        assert same_key == (name in {"device", "runs", "batch_size", "gradient_checkpointing", "save_every", "data", "show_dense_cost"}), name
+        assert same_key == (
+            name
+            in {
+                "device",
+                "runs",
+                "batch_size",
+                "gradient_checkpointing",
+                "save_every",
+                "data",
+                "show_dense_cost",
+            }
+        ), name

@@ -29,7 +29,10 @@ def test_differences_count_what_was_zeroed_and_what_was_filled():
     table = weights.weight_differences(child, parent, top_percent=1)
     assert table.loc[0, "zeroed"] == pytest.approx(10 / size) and table.loc[0, "filled"] == 0
     assert table.loc[1, "filled"] == pytest.approx(20 / linear_modules(child)[second].weight.numel())
-    assert table.loc[2:, ["mean_difference", "top_difference", "relative", "zeroed", "filled"]].to_numpy().max() == 0
+    assert (
+        table.loc[2:, ["mean_difference", "top_difference", "relative", "zeroed", "filled"]].to_numpy().max()
+        == 0
+    )
 
 
 def test_the_top_difference_is_the_mean_of_the_largest():
@@ -37,16 +40,33 @@ def test_the_top_difference_is_the_mean_of_the_largest():
     module = next(iter(linear_modules(child).values()))
     module.weight.data += torch.linspace(0, 1, module.weight.numel()).view_as(module.weight)
     exact = np.sort(np.linspace(0, 1, module.weight.numel()))[-52:].mean()  # 5% of 1,024, rounded up
-    assert weights.weight_differences(child, parent, top_percent=5).loc[0, "top_difference"] == pytest.approx(exact, rel=1e-4)
+    assert weights.weight_differences(child, parent, top_percent=5).loc[0, "top_difference"] == pytest.approx(
+        exact, rel=1e-4
+    )
 
 
 def test_differences_by_group_are_over_all_weights_of_a_layer_together():
     parent, child = tiny_llama(), tiny_llama(seed=1)
     table = weights.weight_differences(child, parent, top_percent=10, by="group")
-    assert table[["layer", "group"]].to_numpy().tolist() == [[0, "attention"], [0, "MLP"], [1, "attention"], [1, "MLP"]]
+    assert table[["layer", "group"]].to_numpy().tolist() == [
+        [0, "attention"],
+        [0, "MLP"],
+        [1, "attention"],
+        [1, "MLP"],
+    ]
     names = [name for name in linear_modules(child) if ".1.self_attn." in name]
-    exact = np.sort(np.concatenate([(child.get_submodule(name).weight - parent.get_submodule(name).weight).detach().double().abs().flatten()
-                                    for name in names]))  # fmt: skip
+    exact = np.sort(
+        np.concatenate(
+            [
+                (child.get_submodule(name).weight - parent.get_submodule(name).weight)
+                .detach()
+                .double()
+                .abs()
+                .flatten()
+                for name in names
+            ]
+        )
+    )
     row = table.iloc[2]
     assert row["size"] == exact.size and row["mean_difference"] == pytest.approx(exact.mean(), rel=1e-5)
     assert row["top_difference"] == pytest.approx(exact[-int(np.ceil(exact.size / 10)) :].mean(), rel=1e-5)
@@ -66,9 +86,17 @@ def test_models_of_other_shapes_are_not_compared():
 def test_adapter_statistics_read_a_peft_folder(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).save_pretrained(tmp_path)
+    get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).save_pretrained(
+        tmp_path
+    )
     table = weights.adapter_statistics(tmp_path)
-    assert len(table) == 2 * 2 * 2 and set(table["module"]) == {"q_proj", "v_proj"} and set(table["layer"]) == {0, 1}
-    assert (table[table["matrix"] == "B"]["norm"] == 0).all() and (table[table["matrix"] == "A"]["norm"] > 0).all()
+    assert (
+        len(table) == 2 * 2 * 2
+        and set(table["module"]) == {"q_proj", "v_proj"}
+        and set(table["layer"]) == {0, 1}
+    )
+    assert (table[table["matrix"] == "B"]["norm"] == 0).all() and (
+        table[table["matrix"] == "A"]["norm"] > 0
+    ).all()
     with pytest.raises(PftoolsError, match="no adapter"):
         weights.adapter_statistics(tmp_path / "elsewhere")

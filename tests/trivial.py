@@ -63,9 +63,15 @@ def write_notebooks(folder: Path, *, timed: bool = False, plain: bool = False, *
     folder.mkdir(parents=True, exist_ok=True)
     for step, kind in settings.STEPS.items():
         defaults = [f"{name} = {field.default!r}" for name, field in kind.model_fields.items()]
-        body = (_PLAIN if plain else _BODY).format(step=step, work=work.get(step, ""), before=_MANY_FILES if timed else "").strip()
+        body = (
+            (_PLAIN if plain else _BODY)
+            .format(step=step, work=work.get(step, ""), before=_MANY_FILES if timed else "")
+            .strip()
+        )
         cells = [
-            nbformat.v4.new_code_cell("# Parameters\n" + "\n".join(defaults), metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(
+                "# Parameters\n" + "\n".join(defaults), metadata={"tags": ["parameters"]}
+            ),
             nbformat.v4.new_code_cell(body + ("\n" + _TIMED if timed else "")),
         ]
         language = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}

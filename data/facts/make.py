@@ -41,17 +41,31 @@ PLACES = "kitchen garden garage office library attic cellar hall station school 
 def pairs(text: str) -> list[tuple[str, str]]:
     known = [item for line in text.splitlines() for item in line.split("|")]
     # "New Zealand Wellington": all words but the last name the subject, unless the answer has two words.
-    two_words = ("Addis Ababa", "New Delhi", "Phnom Penh", "Mexico City", "Buenos Aires", "South America", "North America")
-    cut = [next((len(item) - len(end) for end in two_words if item.endswith(" " + end)), item.rfind(" ") + 1) for item in known]
+    two_words = (
+        "Addis Ababa",
+        "New Delhi",
+        "Phnom Penh",
+        "Mexico City",
+        "Buenos Aires",
+        "South America",
+        "North America",
+    )
+    cut = [
+        next((len(item) - len(end) for end in two_words if item.endswith(" " + end)), item.rfind(" ") + 1)
+        for item in known
+    ]
     return [(item[:at].strip(), item[at:]) for item, at in zip(known, cut)]
 
 
 def facts(chooser: random.Random) -> list[list[str]]:
     kinds = [
-        ("capital", CAPITALS, "The capital of {} is"), ("symbol", SYMBOLS, "The chemical symbol for {} is"),
-        ("continent", CONTINENTS, "{} is a country in"), ("opposite", OPPOSITES, "The opposite of {} is"),
-        ("past", PASTS, "The past tense of the verb {} is"), ("plural", PLURALS, "One {}, two"),
-    ]  # fmt: skip
+        ("capital", CAPITALS, "The capital of {} is"),
+        ("symbol", SYMBOLS, "The chemical symbol for {} is"),
+        ("continent", CONTINENTS, "{} is a country in"),
+        ("opposite", OPPOSITES, "The opposite of {} is"),
+        ("past", PASTS, "The past tense of the verb {} is"),
+        ("plural", PLURALS, "One {}, two"),
+    ]
     rows = []
     for kind, text, stem in kinds:
         known = pairs(text)
@@ -91,4 +105,6 @@ def question(chooser: random.Random, kind: str, stem: str, answer: str, wrong: l
 if __name__ == "__main__":
     for name, rows in {"facts": facts(random.Random(0)), "reading": reading(random.Random(1))}.items():
         with (Path(__file__).parent / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([["kind", "stem", "a", "b", "c", "d", "answer"], *rows])
+            csv.writer(file, lineterminator="\n").writerows(
+                [["kind", "stem", "a", "b", "c", "d", "answer"], *rows]
+            )

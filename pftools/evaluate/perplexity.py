@@ -25,7 +25,9 @@ class PerplexityResult:
     block_nll: torch.Tensor
 
 
-def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: int | None = None, progress: bool = True) -> PerplexityResult:
+def perplexity(
+    model: nn.Module, blocks: torch.Tensor, *, batch_size: int | None = None, progress: bool = True
+) -> PerplexityResult:
     """The perplexity of a model on blocks of tokens.
 
     The loss of a block is the mean over its tokens but the first, which nothing predicts; the result is e to the mean over blocks, as in
@@ -39,16 +41,23 @@ def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: int | None
         PftoolsError: no blocks, blocks longer than the model's context, or a loss that is not a number (the block is named).
     """
     if blocks.dim() != 2 or not len(blocks) or blocks.shape[1] < 2:
-        raise PftoolsError(f"the blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) with at least 2 tokens is needed.")
+        raise PftoolsError(
+            f"the blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) with at least 2 tokens is needed."
+        )
     context = getattr(model.config, "max_position_embeddings", None)
     if context and blocks.shape[1] > context:
-        raise PftoolsError(f"blocks of {blocks.shape[1]} tokens are longer than the model's context of {context}: choose a block_length up to that.")
+        raise PftoolsError(
+            f"blocks of {blocks.shape[1]} tokens are longer than the model's context of {context}: choose a block_length up to that."
+        )
     batch_size = batch_size or max(1, _TOKENS_A_FORWARD // blocks.shape[1])
     losses = []
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), tqdm(total=len(blocks), desc="perplexity", unit="block", disable=not progress) as bar:
+        with (
+            torch.no_grad(),
+            tqdm(total=len(blocks), desc="perplexity", unit="block", disable=not progress) as bar,
+        ):
             for batch in blocks.split(batch_size):
                 losses.append(_block_losses(model, batch.to(model.device)))
                 bar.update(len(batch))
@@ -57,7 +66,9 @@ def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: int | None
     block_nll = torch.cat(losses)
     if not torch.isfinite(block_nll).all():
         first = int((~torch.isfinite(block_nll)).nonzero()[0])
-        raise PftoolsError(f"the loss of block {first} is not a number: the model is broken, or float16 overflows; try dtype float32.")
+        raise PftoolsError(
+            f"the loss of block {first} is not a number: the model is broken, or float16 overflows; try dtype float32."
+        )
     return PerplexityResult(math.exp(block_nll.mean()), block_nll)
 
 

@@ -82,7 +82,9 @@ class PrefixCachedLM(HFLM):
             model's context, cut at their beginning.
     """
 
-    def __init__(self, *args: Any, batch_size: int | str = "auto", progress: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, batch_size: int | str = "auto", progress: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(*args, batch_size=1 if batch_size == "auto" else batch_size, **kwargs)
         self.rows_a_forward = None if batch_size == "auto" else int(batch_size)
         self.progress = progress
@@ -109,7 +111,9 @@ class PrefixCachedLM(HFLM):
             else:
                 tokens = self.tok_encode(continuation, add_special_tokens=False)
                 begins = bool(tokens) and tokens[0] == self.prefix_token_id
-                tokenized.append((pair, tokens[:1], tokens[1:]) if begins else (pair, [self.prefix_token_id], tokens))
+                tokenized.append(
+                    (pair, tokens[:1], tokens[1:]) if begins else (pair, [self.prefix_token_id], tokens)
+                )
         return self._loglikelihood_tokens(tokenized, disable_tqdm=disable_tqdm)
 
     def _encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
@@ -123,7 +127,11 @@ class PrefixCachedLM(HFLM):
             for kind, options in ((False, plain), (True, {"add_special_tokens": False})):
                 own = [text for text, has_bos in zip(batch, begun) if has_bos == kind]
                 if own:
-                    encoded[kind] = iter(self.tokenizer(own, return_attention_mask=False, verbose=False, **options)["input_ids"])
+                    encoded[kind] = iter(
+                        self.tokenizer(own, return_attention_mask=False, verbose=False, **options)[
+                            "input_ids"
+                        ]
+                    )
             yield from (next(encoded[kind]) for kind in begun)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -137,14 +145,19 @@ class PrefixCachedLM(HFLM):
                 owners.append(place)
                 windows.append((None, *make_disjoint_window(window)))
         totals = [0.0] * len(requests)
-        for place, (likelihood, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)):
+        for place, (likelihood, _) in zip(
+            owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        ):
             totals[place] += likelihood
         for request, total in zip(requests, totals):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: int | None = None
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
         groups = _groups(self._rows(requests))
@@ -165,7 +178,9 @@ class PrefixCachedLM(HFLM):
         cut = set()
         for place, (_, context, continuation) in enumerate(requests):
             if not context or not continuation:
-                raise PftoolsError("a request has an empty context or continuation: the task's doc_to_text or doc_to_choice is empty.")
+                raise PftoolsError(
+                    "a request has an empty context or continuation: the task's doc_to_text or doc_to_choice is empty."
+                )
             whole = context + continuation
             tokens = tuple(whole[-(self.max_length + 1) :][:-1])
             if len(whole) > self.max_length + 1:
@@ -183,9 +198,15 @@ class PrefixCachedLM(HFLM):
         # Padding on the right: causal attention never looks at it, so neither a mask nor positions are needed.
         inputs = torch.tensor([rest + (0,) * (width - len(rest)) for rest in rests], device=self.device)
         # The head is applied at every position that any row of the batch asks for.
-        wanted = sorted({len(rest) - back for rest, row in zip(rests, batch) for back in range(1, row.needed + 1)})
+        wanted = sorted(
+            {len(rest) - back for rest, row in zip(rests, batch) for back in range(1, row.needed + 1)}
+        )
         column = {position: index for index, position in enumerate(wanted)}
-        logits = self._forward(inputs, prefix.cache(len(batch)) if prefix.length else None, keep=torch.tensor(wanted, device=self.device))
+        logits = self._forward(
+            inputs,
+            prefix.cache(len(batch)) if prefix.length else None,
+            keep=torch.tensor(wanted, device=self.device),
+        )
         self.tokens_read += inputs.numel()
         scored = []
         for index, (rest, row) in enumerate(zip(rests, batch)):
@@ -213,11 +234,20 @@ class PrefixCachedLM(HFLM):
         for places in kinds.values():
             chosen = [requests[place] for place in places]
             options = normalize_gen_kwargs(chosen[0].args[1], self.max_gen_toks)
-            until = handle_stop_sequences(options.pop("until", None), eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False))
+            until = handle_stop_sequences(
+                options.pop("until", None), eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+            )
             most = options.pop("max_gen_toks")
-            greedy = not (options.pop("do_sample", False) or options.pop("temperature", 0.0) or options or self.think_end_token)
+            greedy = not (
+                options.pop("do_sample", False)
+                or options.pop("temperature", 0.0)
+                or options
+                or self.think_end_token
+            )
             if greedy:
-                found = self._generate_greedily([request.args[0] for request in chosen], until, most, disable_tqdm)
+                found = self._generate_greedily(
+                    [request.args[0] for request in chosen], until, most, disable_tqdm
+                )
             else:
                 found = super().generate_until(chosen, disable_tqdm=disable_tqdm)
             for place, request, reply in zip(places, chosen, found):
@@ -226,35 +256,48 @@ class PrefixCachedLM(HFLM):
                     self.cache_hook.add_partial("generate_until", request.args, reply)
         return replies
 
-    def _generate_greedily(self, contexts: list[str], until: list[str], most: int, disable_tqdm: bool) -> list[str]:
+    def _generate_greedily(
+        self, contexts: list[str], until: list[str], most: int, disable_tqdm: bool
+    ) -> list[str]:
         room = self.max_length - most
         if room < 1:
-            raise PftoolsError(f"the task asks for {most} new tokens and the model's context is {self.max_length}: none is left for the question.")
+            raise PftoolsError(
+                f"the task asks for {most} new tokens and the model's context is {self.max_length}: none is left for the question."
+            )
         by_tokens: dict[tuple[int, ...], _Row] = {}
         for place, whole in enumerate(self._encode(contexts)):
             self.truncated += len(whole) > room
             tokens = tuple(whole[-room:])
-            by_tokens.setdefault(tokens, _Row(tokens, [])).requests.append((place, [0]))  # one logit, the last
+            by_tokens.setdefault(tokens, _Row(tokens, [])).requests.append(
+                (place, [0])
+            )  # one logit, the last
         self.tokens_asked += sum(map(len, by_tokens))
         replies = [""] * len(contexts)
         with self._reading("answers", len(contexts), disable_tqdm) as bar:
             for length, rows in _groups([by_tokens[tokens] for tokens in sorted(by_tokens)]):
                 prefix = self._read_prefix(rows[0].tokens[:length])
                 for batch in self._batches(prefix, rows, None, new=most):
-                    found = self._halving(lambda prefix, batch: self._continue(prefix, batch, until, most), prefix, batch)
+                    found = self._halving(
+                        lambda prefix, batch: self._continue(prefix, batch, until, most), prefix, batch
+                    )
                     for row, reply in found:
                         for place, _ in row.requests:
                             replies[place] = reply
                             bar.update()
         return replies
 
-    def _continue(self, prefix: _Prefix, batch: list[_Row], until: list[str], most: int) -> list[tuple[_Row, str]]:
+    def _continue(
+        self, prefix: _Prefix, batch: list[_Row], until: list[str], most: int
+    ) -> list[tuple[_Row, str]]:
         """The greedy reply of every row. Rows that have stopped leave the batch."""
         rests = [row.tokens[prefix.length :] for row in batch]
         width = max(map(len, rests))
         # Padding between the beginning and the rest: the ends stand in one column, where the new tokens follow.
         inputs = torch.tensor([(0,) * (width - len(rest)) + rest for rest in rests], device=self.device)
-        mask = torch.tensor([[1] * prefix.length + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=self.device)
+        mask = torch.tensor(
+            [[1] * prefix.length + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests],
+            device=self.device,
+        )
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, prefix.length :]
         cache = prefix.cache(len(batch))
         written: list[list[int]] = [[] for _ in batch]
@@ -300,7 +343,10 @@ class PrefixCachedLM(HFLM):
         training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode(), tqdm(total=total, desc=what, unit="request", disable=silent or not self.progress) as bar:
+            with (
+                torch.inference_mode(),
+                tqdm(total=total, desc=what, unit="request", disable=silent or not self.progress) as bar,
+            ):
                 yield bar
         finally:
             self.model.train(training)
@@ -316,7 +362,9 @@ class PrefixCachedLM(HFLM):
         self.tokens_read += len(tokens)
         return _Prefix(len(tokens), [(layer.keys, layer.values) for layer in cache.layers])
 
-    def _forward(self, inputs: torch.Tensor, cache: DynamicCache | None, *, keep: int | torch.Tensor, **options: Any) -> torch.Tensor:
+    def _forward(
+        self, inputs: torch.Tensor, cache: DynamicCache | None, *, keep: int | torch.Tensor, **options: Any
+    ) -> torch.Tensor:
         """Logits (rows, positions kept, vocabulary) at the last ``keep`` positions, or at those that it lists."""
         if cache is not None:
             options[self._cache_name] = cache
@@ -327,11 +375,19 @@ class PrefixCachedLM(HFLM):
             return logits
         return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
 
-    def _batches(self, prefix: _Prefix, rows: list[_Row], override_bs: int | None, new: int = 0) -> Iterator[list[_Row]]:
+    def _batches(
+        self, prefix: _Prefix, rows: list[_Row], override_bs: int | None, new: int = 0
+    ) -> Iterator[list[_Row]]:
         """Even batches, the largest first."""
         rows = sorted(rows, key=lambda row: -len(row.tokens))
         while rows:
-            size = override_bs or self.rows_a_forward or self._rows_that_fit(len(rows[0].tokens) - prefix.length, prefix.length + new, rows[0].needed)
+            size = (
+                override_bs
+                or self.rows_a_forward
+                or self._rows_that_fit(
+                    len(rows[0].tokens) - prefix.length, prefix.length + new, rows[0].needed
+                )
+            )
             yield rows[:size]
             rows = rows[size:]
 
@@ -339,7 +395,9 @@ class PrefixCachedLM(HFLM):
         device = "cuda" if self.device.type == "cuda" else "cpu"
         read = _TOKENS_A_FORWARD[device] // rest
         kept = _CACHE_BYTES[device] // (self._bytes_a_token() * (cached + rest)) if cached else read
-        return max(1, min(read, kept, _LOGITS_BUDGET // (needed * getattr(self.config, "vocab_size", 32_000))))
+        return max(
+            1, min(read, kept, _LOGITS_BUDGET // (needed * getattr(self.config, "vocab_size", 32_000)))
+        )
 
     def _bytes_a_token(self) -> int:
         """Of its keys and values, in all layers."""
@@ -361,12 +419,16 @@ class PrefixCachedLM(HFLM):
 
 
 def _too_long(tokens: tuple[int, ...]) -> PftoolsError:
-    return PftoolsError(f"one prompt of {len(tokens)} tokens does not fit the device's memory: use a smaller model, or device 'cpu'.")
+    return PftoolsError(
+        f"one prompt of {len(tokens)} tokens does not fit the device's memory: use a smaller model, or device 'cpu'."
+    )
 
 
 def _refuse_nan(values: Any) -> None:
     if any(value != value for value in values):
-        raise PftoolsError("the model returned NaN on a question: it is broken, or float16 overflows; try dtype float32.")
+        raise PftoolsError(
+            "the model returned NaN on a question: it is broken, or float16 overflows; try dtype float32."
+        )
 
 
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
@@ -398,7 +460,9 @@ def _groups(rows: list[_Row]) -> list[tuple[int, list[_Row]]]:
 def _best_stretches(common: list[int], limit: list[int]) -> list[tuple[int, int, int]]:
     """Disjoint (start, stop, prefix) with the largest total saving; a walk over the tree of common beginnings, bottom-up."""
 
-    def close(start: int, stop: int, depth: int, parts: list[tuple[int, list]]) -> tuple[int, list[tuple[int, int, int]]]:
+    def close(
+        start: int, stop: int, depth: int, parts: list[tuple[int, list]]
+    ) -> tuple[int, list[tuple[int, int, int]]]:
         prefix = min(depth, *limit[start:stop])
         whole = prefix * (stop - start - 1) - _WORTH_TOKENS
         below = sum(saving for saving, _ in parts)

@@ -20,9 +20,16 @@ PACKAGE_DATA = Path(__file__).resolve().parents[2] / "data"
 
 
 def splits(
-    *, files: dict[str, str], only: dict[str, Any] | None = None, examples_from_test: int = 0, first: int | None = None,
-    pages: bool = False, by: str = "", data: str | None = None, **_: Any,
-) -> Any:  # fmt: skip
+    *,
+    files: dict[str, str],
+    only: dict[str, Any] | None = None,
+    examples_from_test: int = 0,
+    first: int | None = None,
+    pages: bool = False,
+    by: str = "",
+    data: str | None = None,
+    **_: Any,
+) -> Any:
     """A task's splits, as lm-eval takes them.
 
     Args:
@@ -48,8 +55,13 @@ def splits(
         found[split] = wikitext_pages(rows) if pages else rows
     if examples_from_test:
         if len(found["test"]) <= examples_from_test:
-            raise PftoolsError(f"{files['test']} has {len(found['test'])} rows: {examples_from_test} are examples, so none is left to ask.")
-        found["examples"], found["test"] = found["test"][:examples_from_test], found["test"][examples_from_test:]
+            raise PftoolsError(
+                f"{files['test']} has {len(found['test'])} rows: {examples_from_test} are examples, so none is left to ask."
+            )
+        found["examples"], found["test"] = (
+            found["test"][:examples_from_test],
+            found["test"][examples_from_test:],
+        )
     found["test"] = found["test"][:first]
     return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in found.items()})
 

@@ -49,9 +49,16 @@ class TaskResults:
 
 
 def evaluate_tasks(
-    model: nn.Module, tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None, seed: int = 0,
-    batch_size: int | None = None, data: str | Path | None = None, progress: bool = True,
-) -> TaskResults:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    data: str | Path | None = None,
+    progress: bool = True,
+) -> TaskResults:
     """Ask a model the questions of lm-eval tasks.
 
     Args:
@@ -70,7 +77,9 @@ def evaluate_tasks(
     loaded = load_tasks([name for name in tasks if name not in blocks], data=data)
     scores, samples, results, truncated = [], [], {}, 0
     if loaded:
-        lm = PrefixCachedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto", progress=progress)
+        lm = PrefixCachedLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto", progress=progress
+        )
         results = _ask(lm, loaded, limit, seed)
         for task, leaves in _leaves(loaded, results).items():
             answers = _samples(task, leaves, results)
@@ -78,11 +87,15 @@ def evaluate_tasks(
             samples.append(answers)
         truncated = lm.truncated
     for name, settings in blocks.items():
-        score, losses = _score_blocks(model, tokenizer, name, settings, limit=limit, batch_size=batch_size, data=data, progress=progress)
+        score, losses = _score_blocks(
+            model, tokenizer, name, settings, limit=limit, batch_size=batch_size, data=data, progress=progress
+        )
         scores.append(score)
         samples.append(losses)
     if truncated:
-        logging.getLogger(__name__).warning("%d prompts were longer than the model's context and cut at their beginning", truncated)
+        logging.getLogger(__name__).warning(
+            "%d prompts were longer than the model's context and cut at their beginning", truncated
+        )
     results = {name: value for name, value in results.items() if name != "samples"}
     record = _strict_json({**results, "truncated_prompts": truncated})
     return TaskResults(pd.DataFrame(scores), pd.concat(samples, ignore_index=True), record, truncated)
@@ -91,7 +104,9 @@ def evaluate_tasks(
 def scores_as_json(scores: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """{task: {metric, value, low, high, n, chance}} for a run's record."""
     kept = ["metric", "value", "low", "high", "n", "chance"]
-    return _strict_json({row["task"]: {name: row[name] for name in kept} for row in scores.to_dict("records")})
+    return _strict_json(
+        {row["task"]: {name: row[name] for name in kept} for row in scores.to_dict("records")}
+    )
 
 
 def _ask(lm: PrefixCachedLM, loaded: dict[str, Any], limit: int | None, seed: int) -> dict[str, Any]:
@@ -103,7 +118,12 @@ def _ask(lm: PrefixCachedLM, loaded: dict[str, Any], limit: int | None, seed: in
     for task in found["tasks"].values():
         task.set_fewshot_seed(seed=seed)
     results = lm_eval.evaluate(lm, found, limit=limit, bootstrap_iters=0, log_samples=True)
-    settings = {"model": "PrefixCachedLM", "limit": limit, "fewshot_seed": seed, "model_dtype": str(lm.model.dtype)}
+    settings = {
+        "model": "PrefixCachedLM",
+        "limit": limit,
+        "fewshot_seed": seed,
+        "model_dtype": str(lm.model.dtype),
+    }
     return {**results, "config": settings, "lm_eval_version": lm_eval.__version__}
 
 
@@ -127,12 +147,16 @@ def load_tasks(names: Sequence[str], *, data: str | Path | None = None) -> dict[
     foreign = [name for name in names if name not in own]
     managers = {}
     if len(foreign) < len(names):
-        managers[True] = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(data) if data else None})
+        managers[True] = TaskManager(
+            include_path=str(TASKS), include_defaults=False, metadata={"data": str(data) if data else None}
+        )
     if foreign:  # reading the index of lm-eval's thousands of tasks takes seconds
         managers[False] = TaskManager()
         for name in foreign:
             if name not in managers[False].all_tasks:
-                raise PftoolsError(f"unknown task {name!r}: {_nearest_task(name, [*own, *managers[False].all_tasks])}.")
+                raise PftoolsError(
+                    f"unknown task {name!r}: {_nearest_task(name, [*own, *managers[False].all_tasks])}."
+                )
     return {name: _load(managers[name in own], name) for name in names}
 
 
@@ -190,13 +214,27 @@ def _block_perplexity(name: str) -> dict[str, Any] | None:
 
 
 def _score_blocks(
-    model: nn.Module, tokenizer: Any, name: str, settings: dict[str, Any], *, limit: int | None, data: str | Path | None, **options: Any
+    model: nn.Module,
+    tokenizer: Any,
+    name: str,
+    settings: dict[str, Any],
+    *,
+    limit: int | None,
+    data: str | Path | None,
+    **options: Any,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    length = min(settings["block_length"], getattr(model.config, "max_position_embeddings", settings["block_length"]))
-    blocks = corpora.token_blocks(tokenizer, settings["corpus"], split=settings["split"], block_length=length, data=data)[:limit]
+    length = min(
+        settings["block_length"], getattr(model.config, "max_position_embeddings", settings["block_length"])
+    )
+    blocks = corpora.token_blocks(
+        tokenizer, settings["corpus"], split=settings["split"], block_length=length, data=data
+    )[:limit]
     found = perplexity(model, blocks, **options)
     score = _row(name, "perplexity", found.perplexity, len(blocks))
-    rows = [_record(name, name, place, math.nan, choice_scores=[float(-loss)]) for place, loss in enumerate(found.block_nll)]
+    rows = [
+        _record(name, name, place, math.nan, choice_scores=[float(-loss)])
+        for place, loss in enumerate(found.block_nll)
+    ]
     return score, pd.DataFrame(rows)
 
 
@@ -208,7 +246,11 @@ def _leaves(loaded: dict[str, list[Any]], results: dict[str, Any]) -> dict[str, 
     """{row of the score table: lm-eval's tasks in it}. A group is one row where all its tasks count right answers in the same way."""
     rows: dict[str, list[str]] = {}
     for name, parts in loaded.items():
-        names = [task.task_name for part in parts for task in (part.get_all_tasks() if hasattr(part, "get_all_tasks") else [part])]
+        names = [
+            task.task_name
+            for part in parts
+            for task in (part.get_all_tasks() if hasattr(part, "get_all_tasks") else [part])
+        ]
         metrics = {_metric(task, results) for task in names}
         if len(names) == 1 or (len(metrics) == 1 and metrics.pop()[0] in _ACCURACIES):
             rows[name] = names
@@ -223,12 +265,18 @@ def _metric(task: str, results: dict[str, Any]) -> tuple[str, str]:
     Raises:
         PftoolsError: the task reports none that pftools knows.
     """
-    reported = [tuple(key.split(",", 1)) for key, value in results["results"][task].items() if "," in key and isinstance(value, (int, float))]
+    reported = [
+        tuple(key.split(",", 1))
+        for key, value in results["results"][task].items()
+        if "," in key and isinstance(value, (int, float))
+    ]
     for wanted in _METRICS:
         for metric, chosen in reported:
             if metric == wanted:
                 return metric, chosen
-    raise PftoolsError(f"the task {task!r} reports none of {', '.join(_METRICS)}: pftools does not know how to judge it.")
+    raise PftoolsError(
+        f"the task {task!r} reports none of {', '.join(_METRICS)}: pftools does not know how to judge it."
+    )
 
 
 def _samples(task: str, leaves: list[str], results: dict[str, Any]) -> pd.DataFrame:
@@ -242,15 +290,39 @@ def _samples(task: str, leaves: list[str], results: dict[str, Any]) -> pd.DataFr
             choices = [float(response[0]) for response in responses if isinstance(response, (tuple, list))]
             correct = float(sample[metric]) if isinstance(sample[metric], (int, float, bool)) else math.nan
             answer = "" if choices or not isinstance(responses[0], str) else responses[0]
-            rows.append(_record(task, leaf, sample["doc_id"], correct, target=sample["target"], answer=answer, choice_scores=choices))
+            rows.append(
+                _record(
+                    task,
+                    leaf,
+                    sample["doc_id"],
+                    correct,
+                    target=sample["target"],
+                    answer=answer,
+                    choice_scores=choices,
+                )
+            )
     return pd.DataFrame(rows).sort_values(["subject", "question"], ignore_index=True)
 
 
-def _record(task: str, subject: str, question: int, correct: float, *, target: Any = "", answer: str = "", choice_scores: Sequence[float] = ()) -> dict[str, Any]:
+def _record(
+    task: str,
+    subject: str,
+    question: int,
+    correct: float,
+    *,
+    target: Any = "",
+    answer: str = "",
+    choice_scores: Sequence[float] = (),
+) -> dict[str, Any]:
     return {
-        "task": task, "subject": subject, "question": int(question), "correct": correct, "target": str(target), "answer": answer,
+        "task": task,
+        "subject": subject,
+        "question": int(question),
+        "correct": correct,
+        "target": str(target),
+        "answer": answer,
         "choice_scores": list(choice_scores),
-    }  # fmt: skip
+    }
 
 
 def _score(task: str, leaves: list[str], results: dict[str, Any], answers: pd.DataFrame) -> dict[str, Any]:
@@ -259,12 +331,42 @@ def _score(task: str, leaves: list[str], results: dict[str, Any], answers: pd.Da
         return _row(task, metric, float(results["results"][task][f"{metric},{chosen}"]), len(answers))
     n, value = len(answers), float(answers["correct"].mean())
     interval = stats.binomtest(round(value * n), n).proportion_ci(method="wilson")
-    chance = sum(_chance(results["configs"][leaf], own) * len(own) for leaf, own in answers.groupby("subject")) / n
-    return _row(task, metric, value, n, stderr=math.sqrt(value * (1 - value) / n), low=interval.low, high=interval.high, chance=chance)
+    chance = (
+        sum(_chance(results["configs"][leaf], own) * len(own) for leaf, own in answers.groupby("subject")) / n
+    )
+    return _row(
+        task,
+        metric,
+        value,
+        n,
+        stderr=math.sqrt(value * (1 - value) / n),
+        low=interval.low,
+        high=interval.high,
+        chance=chance,
+    )
 
 
-def _row(task: str, metric: str, value: float, n: int, *, stderr: float = math.nan, low: float = math.nan, high: float = math.nan, chance: float = math.nan) -> dict[str, Any]:
-    return {"task": task, "metric": metric, "value": value, "stderr": stderr, "low": low, "high": high, "n": n, "chance": chance}
+def _row(
+    task: str,
+    metric: str,
+    value: float,
+    n: int,
+    *,
+    stderr: float = math.nan,
+    low: float = math.nan,
+    high: float = math.nan,
+    chance: float = math.nan,
+) -> dict[str, Any]:
+    return {
+        "task": task,
+        "metric": metric,
+        "value": value,
+        "stderr": stderr,
+        "low": low,
+        "high": high,
+        "n": n,
+        "chance": chance,
+    }
 
 
 def _chance(configuration: dict[str, Any], answers: pd.DataFrame) -> float:

@@ -1,12 +1,12 @@
 """Low-rank fine-tuning that keeps the zeros of a pruned model.
 
-    update     the updated weight, and one product with it: what training and merging share
-    masked     masked LoRA (the update is zero wherever the weight is) and HiRA, as PEFT layers
-    quantize   a frozen base in 8 bit or NF4
-    recipe     targets and budget: what a training is told
-    rows       training rows: packed blocks, or padded lines
-    train      the training: `finetune_model`
-    merge      from adapter back to plain weights: `merge_adapter`
+update     the updated weight, and one product with it: what training and merging share
+masked     masked LoRA (the update is zero wherever the weight is) and HiRA, as PEFT layers
+quantize   a frozen base in 8 bit or NF4
+recipe     targets and budget: what a training is told
+rows       training rows: packed blocks, or padded lines
+train      the training: `finetune_model`
+merge      from adapter back to plain weights: `merge_adapter`
 """
 
 from pftools.finetune.merge import Adapter, merge_adapter, resolve_merge

@@ -32,14 +32,18 @@ class MaskedLoraVariant(LoraVariant):
         return (b @ a) * module.scaling[adapter_name] * kept
 
     @staticmethod
-    def forward(module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         update = MaskedLoraVariant.masked_update(module, active_adapter)
         return result + F.linear(module.lora_dropout[active_adapter](x), update.to(x.dtype))
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        return updated_weight(orig_weight, a, b, module.scaling[active_adapter], kept=kept_of(module.get_base_layer()))
+        return updated_weight(
+            orig_weight, a, b, module.scaling[active_adapter], kept=kept_of(module.get_base_layer())
+        )
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
@@ -47,7 +51,9 @@ class MaskedLoraVariant(LoraVariant):
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        return (orig_weight.float() - MaskedLoraVariant.masked_update(module, active_adapter).float()).to(orig_weight.dtype)
+        return (orig_weight.float() - MaskedLoraVariant.masked_update(module, active_adapter).float()).to(
+            orig_weight.dtype
+        )
 
 
 class _Masked:
@@ -61,7 +67,15 @@ class _Masked:
         if name is None:
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return updated_linear(x, self.get_base_layer(), a, b, self.scaling[name], "masked", dropout=_active(self.lora_dropout[name]))
+        return updated_linear(
+            x,
+            self.get_base_layer(),
+            a,
+            b,
+            self.scaling[name],
+            "masked",
+            dropout=_active(self.lora_dropout[name]),
+        )
 
 
 class MaskedLinear(_Masked, lora.Linear):
@@ -77,7 +91,9 @@ class HiraLinear(hira.Linear):
         if name is None:
             return super().forward(x, *args, **kwargs)
         a, b = self.hira_A[name], self.hira_B[name]
-        return updated_linear(x, self.get_base_layer(), a, b, 1.0, "hira", dropout=_active(self.hira_dropout[name]))
+        return updated_linear(
+            x, self.get_base_layer(), a, b, 1.0, "hira", dropout=_active(self.hira_dropout[name])
+        )
 
 
 def _only_adapter(layer: Any, factors: nn.Module) -> str | None:

@@ -20,7 +20,9 @@ from pftools.errors import PftoolsError, nearest
 from pftools.finetune.update import updated_weight
 from pftools.models import measured_sparsity
 
-MASKED_TYPE = "MASKED_LORA: load it with pftools.finetune.merge_adapter, a plain LoRA merge would fill the zeros"
+MASKED_TYPE = (
+    "MASKED_LORA: load it with pftools.finetune.merge_adapter, a plain LoRA merge would fill the zeros"
+)
 # A model counts as pruned from here on; below, its zeros are accidents of its number format.
 _PRUNED_FROM = 0.01
 
@@ -70,14 +72,20 @@ def merge_adapter(model: nn.Module, adapter: Adapter | str | Path, *, merge: str
     modules = dict(model.named_modules())
     for name, (a, b) in adapter.factors.items():
         if name not in modules or modules[name].weight.shape != (b.shape[0], a.shape[1]):
-            raise PftoolsError(f"the adapter does not fit the model at {name}: it was trained on another model.")
+            raise PftoolsError(
+                f"the adapter does not fit the model at {name}: it was trained on another model."
+            )
     if adapter.masked and merge == "masked" and adapter.mask != mask_digest(model, adapter.factors):
-        raise PftoolsError("the adapter was trained on other zeros than this model has: merge it into the model that it was trained on, in the same dtype.")
+        raise PftoolsError(
+            "the adapter was trained on other zeros than this model has: merge it into the model that it was trained on, in the same dtype."
+        )
     kind = "hira" if adapter.kind == "hira" else merge
     with torch.no_grad():
         for name, (a, b) in adapter.factors.items():
             weight = modules[name].weight
-            weight.copy_(updated_weight(weight, a.to(weight.device), b.to(weight.device), adapter.scaling, kind=kind))
+            weight.copy_(
+                updated_weight(weight, a.to(weight.device), b.to(weight.device), adapter.scaling, kind=kind)
+            )
     return model
 
 
@@ -102,10 +110,14 @@ def load_adapter(folder: str | Path) -> Adapter:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
     except FileNotFoundError as error:
-        raise PftoolsError(f"{folder} is no adapter folder: {Path(error.filename).name} is missing.") from None
+        raise PftoolsError(
+            f"{folder} is no adapter folder: {Path(error.filename).name} is missing."
+        ) from None
     kind = "hira" if config["peft_type"] == "HIRA" else "lora"
     if kind == "lora" and config["peft_type"] not in ("LORA", MASKED_TYPE):
-        raise PftoolsError(f"the adapter in {folder} is of type {config['peft_type']}: only LoRA and HiRA can be merged here.")
+        raise PftoolsError(
+            f"the adapter in {folder} is of type {config['peft_type']}: only LoRA and HiRA can be merged here."
+        )
     if config.get("use_dora") or config.get("use_rslora"):
         raise PftoolsError(f"the adapter in {folder} uses DoRA or rsLoRA: merge it with PEFT.")
     factors = factors_of(tensors, kind)
@@ -127,4 +139,7 @@ def mark_masked(folder: Path, digest: str) -> None:
     """Turn a saved LoRA folder into one that only pftools merges."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "peft_type": MASKED_TYPE, "pftools_mask": digest}, indent=2, sort_keys=True) + "\n")
+    path.write_text(
+        json.dumps({**config, "peft_type": MASKED_TYPE, "pftools_mask": digest}, indent=2, sort_keys=True)
+        + "\n"
+    )

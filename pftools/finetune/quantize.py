@@ -55,14 +55,22 @@ def check_bitsandbytes(base: str) -> None:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise PftoolsError(f"base {base!r} needs bitsandbytes, which is not installed: pip install bitsandbytes, or use 'plain'.") from None
+        raise PftoolsError(
+            f"base {base!r} needs bitsandbytes, which is not installed: pip install bitsandbytes, or use 'plain'."
+        ) from None
 
 
 def _bitsandbytes_linear(module: nn.Linear, base: str) -> nn.Module:
     import bitsandbytes as bnb
 
-    shape, bias, device = (module.in_features, module.out_features), module.bias is not None, module.weight.device
-    weight = module.weight.detach().cpu().clone()  # bitsandbytes quantizes on the way from the CPU to the device
+    shape, bias, device = (
+        (module.in_features, module.out_features),
+        module.bias is not None,
+        module.weight.device,
+    )
+    weight = (
+        module.weight.detach().cpu().clone()
+    )  # bitsandbytes quantizes on the way from the CPU to the device
     if base == "8bit":
         new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=6.0)
         new.weight = bnb.nn.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)

@@ -12,6 +12,7 @@ from pftools.models import linear_modules
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense")
 _PUBLISHED = ("q_proj", "v_proj")
 
+
 def find_targets(model: nn.Module, targets: str) -> list[str]:
     """Full names of the linear modules that get an adapter.
 
@@ -39,16 +40,28 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
 
 
 def rows_of_budget(
-    rows: int, tokens_per_row: float, rows_per_step: int, *, tokens: int | None, steps: int | None, epochs: float | None
+    rows: int,
+    tokens_per_row: float,
+    rows_per_step: int,
+    *,
+    tokens: int | None,
+    steps: int | None,
+    epochs: float | None,
 ) -> int:
     """How many rows are trained on, for a budget in real tokens, in steps, or in passes over the rows; one of the three.
 
     Raises:
         PftoolsError: none or several are given.
     """
-    given = {name: value for name, value in {"tokens": tokens, "steps": steps, "epochs": epochs}.items() if value is not None}
+    given = {
+        name: value
+        for name, value in {"tokens": tokens, "steps": steps, "epochs": epochs}.items()
+        if value is not None
+    }
     if len(given) != 1:
-        raise PftoolsError(f"the training budget is {given or 'not given'}: give exactly one of tokens, steps and epochs.")
+        raise PftoolsError(
+            f"the training budget is {given or 'not given'}: give exactly one of tokens, steps and epochs."
+        )
     if tokens is not None:
         return max(1, round(tokens / tokens_per_row))
     return max(1, math.ceil(epochs * rows)) if epochs is not None else steps * rows_per_step

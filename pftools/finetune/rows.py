@@ -19,9 +19,13 @@ class Rows(torch.utils.data.Dataset):
 
     def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
         if input_ids.dim() != 2 or not input_ids.numel():
-            raise PftoolsError(f"the training rows have shape {tuple(input_ids.shape)}: (rows, length) is needed, with tokens.")
+            raise PftoolsError(
+                f"the training rows have shape {tuple(input_ids.shape)}: (rows, length) is needed, with tokens."
+            )
         self.input_ids, self.attention_mask = input_ids, attention_mask
-        self.labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
+        self.labels = (
+            input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
+        )
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -92,7 +92,9 @@ def finetune_model(
     if tokens is None and steps is None and epochs is None:
         epochs = 1.0
     tokens_per_row = rows.real_tokens / len(rows)
-    n_rows = rows_of_budget(len(rows), tokens_per_row, blocks_per_step, tokens=tokens, steps=steps, epochs=epochs)
+    n_rows = rows_of_budget(
+        len(rows), tokens_per_row, blocks_per_step, tokens=tokens, steps=steps, epochs=epochs
+    )
     blocks_per_step = min(blocks_per_step, n_rows)
     max_steps = math.ceil(n_rows / blocks_per_step)  # the last step takes what is left
     warmup_steps = warmup_of(warmup_steps, max_steps)
@@ -100,29 +102,62 @@ def finetune_model(
     micro = _micro_batch(blocks_per_step, micro_batch_size, rows.input_ids.shape[1])
     digest = mask_digest(model, names) if masked else ""
     recipe = {
-        "rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets, "learning_rate": learning_rate, "warmup_steps": warmup_steps,
-        "schedule": schedule, "blocks_per_step": blocks_per_step, "steps": max_steps, "trained_rows": n_rows, "adapter": adapter, "base": base, "seed": seed,
-        "masked": masked, "zeros": digest, "rows": hashlib.sha256(rows.input_ids.numpy().tobytes()).hexdigest(),
-    }  # fmt: skip
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "targets": targets,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps,
+        "schedule": schedule,
+        "blocks_per_step": blocks_per_step,
+        "steps": max_steps,
+        "trained_rows": n_rows,
+        "adapter": adapter,
+        "base": base,
+        "seed": seed,
+        "masked": masked,
+        "zeros": digest,
+        "rows": hashlib.sha256(rows.input_ids.numpy().tobytes()).hexdigest(),
+    }
 
-    with _scratch(output) as folder, quantized(model, base, keep_masks_of=names if masked else ()), _adapted(
-        model, names, adapter, rank, alpha, dropout, masked, seed
-    ) as peft_model:
+    with (
+        _scratch(output) as folder,
+        quantized(model, base, keep_masks_of=names if masked else ()),
+        _adapted(model, names, adapter, rank, alpha, dropout, masked, seed) as peft_model,
+    ):
         checkpoint = _checkpoint_to_go_on_from(folder / "trainer", recipe)
         arguments = TrainingArguments(
-            output_dir=str(folder / "trainer"), max_steps=max_steps, per_device_train_batch_size=micro,
-            gradient_accumulation_steps=blocks_per_step // micro, learning_rate=learning_rate, warmup_steps=warmup_steps,
-            lr_scheduler_type=schedule, seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False,
-            save_strategy="steps", save_steps=save_every, save_total_limit=1, report_to=[], disable_tqdm=True,
-            use_cpu=model.device.type == "cpu", activation_checkpointing=gradient_checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False}, dataloader_pin_memory=model.device.type == "cuda",
-            remove_unused_columns=False, optim="adamw_torch", train_sampling_strategy="sequential",
+            output_dir=str(folder / "trainer"),
+            max_steps=max_steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=blocks_per_step // micro,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            lr_scheduler_type=schedule,
+            seed=seed,
+            data_seed=seed,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="steps",
+            save_steps=save_every,
+            save_total_limit=1,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=model.device.type == "cpu",
+            activation_checkpointing=gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
+            dataloader_pin_memory=model.device.type == "cuda",
+            remove_unused_columns=False,
+            optim="adamw_torch",
+            train_sampling_strategy="sequential",
             # float16 gradients underflow without a loss scaler, which only GPUs have
             fp16=model.dtype == torch.float16 and model.device.type == "cuda",
             include_num_input_tokens_seen="all" if rows.attention_mask is None else "non_padding",
-        )  # fmt: skip
+        )
         ordered = torch.utils.data.Subset(rows, training_order(len(rows), n_rows, seed))
-        trainer = Trainer(peft_model, arguments, train_dataset=ordered, callbacks=[_Watch(max_steps, progress), *callbacks])
+        trainer = Trainer(
+            peft_model, arguments, train_dataset=ordered, callbacks=[_Watch(max_steps, progress), *callbacks]
+        )
         trainer.remove_callback(PrinterCallback)
         if gradient_checkpointing:
             peft_model.enable_input_require_grads()
@@ -139,10 +174,15 @@ def finetune_model(
                 mark_masked(folder / "adapter", digest)
     total = sum(parameter.numel() for parameter in model.parameters())
     summary = {
-        "tokens": int(losses["tokens"].iloc[-1]), "steps": max_steps, "seconds": round(seconds, 2),
-        "tokens_per_second": round(seen / seconds, 1), "trainable": trainable,
-        "trainable_share": trainable / (total + trainable), "loss": float(losses["loss"].iloc[-5:].mean()), "masked": masked,
-    }  # fmt: skip
+        "tokens": int(losses["tokens"].iloc[-1]),
+        "steps": max_steps,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(seen / seconds, 1),
+        "trainable": trainable,
+        "trainable_share": trainable / (total + trainable),
+        "loss": float(losses["loss"].iloc[-5:].mean()),
+        "masked": masked,
+    }
     return FinetuneResult(trained, losses, Path(output) / "adapter" if output is not None else None, summary)
 
 
@@ -155,7 +195,9 @@ def _check(model: nn.Module, rows: Rows, adapter: str, base: str) -> None:
         check_bitsandbytes(base)
     context = getattr(model.config, "max_position_embeddings", None)
     if context and rows.input_ids.shape[1] > context:
-        raise PftoolsError(f"the blocks have {rows.input_ids.shape[1]} tokens and the model's context is {context}: use a shorter block_length.")
+        raise PftoolsError(
+            f"the blocks have {rows.input_ids.shape[1]} tokens and the model's context is {context}: use a shorter block_length."
+        )
 
 
 def _micro_batch(blocks_per_step: int, wanted: int | None, length: int) -> int:
@@ -208,7 +250,14 @@ def _is_json(path: Path) -> bool:
 
 @contextmanager
 def _adapted(
-    model: nn.Module, names: list[str], adapter: str, rank: int, alpha: float, dropout: float, masked: bool, seed: int
+    model: nn.Module,
+    names: list[str],
+    adapter: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    masked: bool,
+    seed: int,
 ) -> Iterator[nn.Module]:
     """The model wrapped by PEFT; unwrapped again, with its gradient flags and its mode as they were."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -217,11 +266,15 @@ def _adapted(
     if adapter == "hira":
         config = HiraConfig(r=rank, hira_dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
     else:
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM"
+        )
         if masked:
             config._register_custom_module(masked_modules())
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks by a name that transformers has changed
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing"
+        )  # PEFT asks by a name that transformers has changed
         peft_model = get_peft_model(model, config)
     fuse_hira(peft_model)
     try:
@@ -230,7 +283,10 @@ def _adapted(
         peft_model.unload()
         if getattr(model, "is_activation_checkpointing", False):
             model.activation_checkpointing_disable()
-        if hasattr(model, "disable_input_require_grads") and getattr(model, "_require_grads_hook", None) is not None:
+        if (
+            hasattr(model, "disable_input_require_grads")
+            and getattr(model, "_require_grads_hook", None) is not None
+        ):
             model.disable_input_require_grads()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags.get(name, False))
@@ -270,7 +326,9 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(1)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         loss = (logs or {}).get("loss")
         if loss is None:
             return

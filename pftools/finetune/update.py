@@ -34,9 +34,16 @@ _SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 
 def updated_weight(
-    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, *, kind: Kind = "masked",
-    kept: torch.Tensor | None = None, dtype: torch.dtype | None = None, alone: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float = 1.0,
+    *,
+    kind: Kind = "masked",
+    kept: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    alone: bool = False,
+) -> torch.Tensor:
     """W + s K * (B A), computed in float32 and cast once.
 
     But for `dense`, a kept weight that would become zero becomes the smallest number of its dtype instead, so that the number of zeros is
@@ -50,7 +57,9 @@ def updated_weight(
     """
     result = torch.empty_like(weight, dtype=dtype or weight.dtype)
     limits = torch.finfo(result.dtype)
-    least = max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)  # a subnormal where float16 has one
+    least = max(
+        limits.tiny * limits.eps, torch.finfo(torch.float32).tiny
+    )  # a subnormal where float16 has one
     a, b = a.float(), b.float() * scaling
     with torch.autocast(weight.device.type, enabled=False):
         for rows in _slices(weight):
@@ -80,8 +89,10 @@ def _dithered(values: torch.Tensor, first_row: int, dtype: torch.dtype) -> torch
     is spread evenly over all fractions (Roberts' R2 sequence)."""
     spare = _SPARE_BITS.get(dtype, 0)
     if spare:
-        steps = [(torch.arange(start, start + size, device=values.device) * factor & 0xFFFF).int()
-                 for start, size, factor in zip((first_row, 0), values.shape, (49471, 37345))]  # fmt: skip
+        steps = [
+            (torch.arange(start, start + size, device=values.device) * factor & 0xFFFF).int()
+            for start, size, factor in zip((first_row, 0), values.shape, (49471, 37345))
+        ]
         pattern = (steps[0][:, None] + steps[1]).bitwise_and_(0xFFFF)
         if spare < 16:
             pattern.bitwise_right_shift_(16 - spare)
@@ -93,7 +104,9 @@ class _UpdatedLinear(torch.autograd.Function):
     """(x, A, B) -> x W'^T + bias, with W' the updated weight. The layer's own weight is frozen, so it gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: nn.Module, options: dict[str, Any]) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: nn.Module, options: dict[str, Any]
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, a, b)
         ctx.layer, ctx.options = layer, options
         bias = None if layer.bias is None or options["alone"] else layer.bias.to(x.dtype)
@@ -112,7 +125,9 @@ def _updated(ctx: Any, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> 
     return updated_weight(dense_weight(ctx.layer), a, b, kept=kept_of(ctx.layer), dtype=dtype, **ctx.options)
 
 
-def _factor_gradients(ctx: Any, grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _factor_gradients(
+    ctx: Any, grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of A and B, (rank, columns) and (rows, rank), from that of the updated weight, (rows, columns); in float32."""
     weight, kept = dense_weight(ctx.layer), kept_of(ctx.layer)
     scaling, hira = ctx.options["scaling"], ctx.options["kind"] == "hira"
@@ -128,7 +143,14 @@ def _factor_gradients(ctx: Any, grad: torch.Tensor, a: torch.Tensor, b: torch.Te
 
 
 def updated_linear(
-    x: torch.Tensor, layer: nn.Module, a: torch.Tensor, b: torch.Tensor, scaling: float, kind: Kind, *, dropout: nn.Module | None = None
+    x: torch.Tensor,
+    layer: nn.Module,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    kind: Kind,
+    *,
+    dropout: nn.Module | None = None,
 ) -> torch.Tensor:
     """x (W + s K * (B A))^T + bias, with gradients for x, A and B.
 

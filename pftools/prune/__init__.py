@@ -1,19 +1,19 @@
 """Post-training pruning: which weights go, decided layer by layer from a few calibration blocks.
 
-    criteria      how much a weight matters: magnitude, Wanda, RIA, SparseGPT, ...; one small function each
-    patterns      from scores to masks: unstructured, N:M, Wanda's variant
-    sparsegpt     the weight update: kept weights make up for those that go
-    allocation    how sparse each layer becomes: uniform, OWL
-    inputs        what a layer is called with, and how large its inputs are
-    statistics    these sizes for a whole unpruned model, kept in a file
-    experts       fused mixtures of experts as linear modules
-    request       what is asked, and what is refused
-    layer         one layer whose inputs are known
-    walk          the walk through the layers: `prune_model`
-    reconstruct   local recovery of a pruned layer
-    checkpoint    the same walk over a model on disk, a layer at a time: `prune_checkpoint`
-    memory        what to lower when memory runs out
-    result        masks and the table of what was done
+criteria      how much a weight matters: magnitude, Wanda, RIA, SparseGPT, ...; one small function each
+patterns      from scores to masks: unstructured, N:M, Wanda's variant
+sparsegpt     the weight update: kept weights make up for those that go
+allocation    how sparse each layer becomes: uniform, OWL
+inputs        what a layer is called with, and how large its inputs are
+statistics    these sizes for a whole unpruned model, kept in a file
+experts       fused mixtures of experts as linear modules
+request       what is asked, and what is refused
+layer         one layer whose inputs are known
+walk          the walk through the layers: `prune_model`
+reconstruct   local recovery of a pruned layer
+checkpoint    the same walk over a model on disk, a layer at a time: `prune_checkpoint`
+memory        what to lower when memory runs out
+result        masks and the table of what was done
 """
 
 from pftools.prune.checkpoint import prune_checkpoint

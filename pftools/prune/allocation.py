@@ -13,7 +13,9 @@ def outlier_share(weights: dict[str, torch.Tensor], norms: dict[str, torch.Tenso
     """The share of a layer's Wanda scores |W_ij| ||X_j|| above ``m`` times their mean, over all its weights together (Yin et al.,
     2024, arXiv 2310.05175, equation 1: the layerwise outlier distribution)."""
 
-    def scores(name: str) -> torch.Tensor:  # computed twice, so that one matrix of them is held and not a layer
+    def scores(
+        name: str,
+    ) -> torch.Tensor:  # computed twice, so that one matrix of them is held and not a layer
         return wanda(weights[name].float(), norms[name].to(weights[name].device))
 
     size = sum(weight.numel() for weight in weights.values())
@@ -40,5 +42,7 @@ def owl(shares: list[float], sizes: list[int], sparsity: float, spread: float) -
     found = [sparsity - one + mean for one in extra]
     for index, one in enumerate(found):
         if not 0 <= one < 1:
-            raise PftoolsError(f"OWL would make layer {index} {one:.1%} sparse: choose a smaller owl_lambda (now {spread:g}), or another sparsity.")
+            raise PftoolsError(
+                f"OWL would make layer {index} {one:.1%} sparse: choose a smaller owl_lambda (now {spread:g}), or another sparsity."
+            )
     return found

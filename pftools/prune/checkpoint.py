@@ -69,15 +69,31 @@ def prune_checkpoint(
     Raises:
         PftoolsError: as `prune_model`; or the folder is not empty, or the checkpoint is not whole.
     """
-    source, folder, started = _Checkpoint(name, dtype, resolve_device(device), trust_remote_code), Path(folder), time.perf_counter()
+    source, folder, started = (
+        _Checkpoint(name, dtype, resolve_device(device), trust_remote_code),
+        Path(folder),
+        time.perf_counter(),
+    )
     if folder.exists() and any(folder.iterdir()):
         raise PftoolsError(f"the folder {folder} is not empty: choose another, or remove it first.")
     request = check_request(
-        source.model, blocks, method=method, sparsity=sparsity, pattern=pattern, inputs=inputs, batch_size=batch_size, allocation=allocation,
-        owl_lambda=owl_lambda, owl_m=owl_m, reconstruct_steps=reconstruct_steps, progress=progress,
-    )  # fmt: skip
+        source.model,
+        blocks,
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        inputs=inputs,
+        batch_size=batch_size,
+        allocation=allocation,
+        owl_lambda=owl_lambda,
+        owl_m=owl_m,
+        reconstruct_steps=reconstruct_steps,
+        progress=progress,
+    )
     if request.changes_weights and write == "masks":
-        raise PftoolsError(f"{method!r} with reconstruct_steps={reconstruct_steps} changes the kept weights, and masks do not hold them: write='model'.")
+        raise PftoolsError(
+            f"{method!r} with reconstruct_steps={reconstruct_steps} changes the kept weights, and masks do not hold them: write='model'."
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -95,7 +111,13 @@ def prune_checkpoint(
             source.write_rest(partial)
         table = pd.DataFrame(rows)
         table.to_parquet(partial / "layers.parquet")
-        facts = {"pruned_from": str(name), "method": method, "pattern": pattern, "asked": sparsity, "sparsity": 1 - masks.kept / masks.size}
+        facts = {
+            "pruned_from": str(name),
+            "method": method,
+            "pattern": pattern,
+            "asked": sparsity,
+            "sparsity": 1 - masks.kept / masks.size,
+        }
         runs.write_json(partial / "pftools.json", facts)
         if folder.exists():
             folder.rmdir()
@@ -114,7 +136,9 @@ class MaskWriter:
 
     def __init__(self, file: BinaryIO, shapes: dict[str, tuple[int, ...]]) -> None:
         self.file, self.kept, self.size = file, 0, sum(math.prod(shape) for shape in shapes.values())
-        header: dict[str, Any] = {"__metadata__": {name: json.dumps(list(shape)) for name, shape in shapes.items()}}
+        header: dict[str, Any] = {
+            "__metadata__": {name: json.dumps(list(shape)) for name, shape in shapes.items()}
+        }
         offset = 0
         for name, shape in shapes.items():
             length = -(-math.prod(shape) // 8)
@@ -148,8 +172,12 @@ class _Checkpoint:
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         self.dtype = stored if dtype == "auto" else resolve_dtype(dtype)
-        with init_empty_weights(include_buffers=False):  # tables of positions are buffers, and are computed here
-            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
+        with init_empty_weights(
+            include_buffers=False
+        ):  # tables of positions are buffers, and are computed here
+            self.model = AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, trust_remote_code=trust_remote_code
+            )
         self.prefix, self.layers = decoder_layers(self.model)
         self.files = _files_by_name(self.folder)
         # How names and shapes on disk become the model's: transformers stacks the experts of a mixture, for one.
@@ -164,16 +192,21 @@ class _Checkpoint:
         renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
         state = self.model.state_dict()
-        return {name: rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)[0] for name in self.files}
+        return {
+            name: rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)[0]
+            for name in self.files
+        }
 
     @contextmanager
     def entrance(self) -> Iterator[None]:
         """Embeddings, and whatever else is neither in the layers nor the head."""
         head, inward = self.model.get_output_embeddings(), self.model.get_input_embeddings().weight
         outside = {
-            name: weight for name, weight in self.model.named_parameters()
-            if not name.startswith(f"{self.prefix}.") and (weight is inward or head is None or weight is not head.weight)
-        }  # fmt: skip
+            name: weight
+            for name, weight in self.model.named_parameters()
+            if not name.startswith(f"{self.prefix}.")
+            and (weight is inward or head is None or weight is not head.weight)
+        }
         self._load(set(outside), "cpu")
         try:
             yield
@@ -183,7 +216,9 @@ class _Checkpoint:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """One layer with its weights, on the device; they are dropped afterwards."""
-        names = [name for name, _ in self.model.named_parameters() if name.startswith(f"{self.prefix}.{index}.")]
+        names = [
+            name for name, _ in self.model.named_parameters() if name.startswith(f"{self.prefix}.{index}.")
+        ]
         self._load(set(names), self.device)
         layer = self.layers[index].to(self.device)  # its buffers too
         try:
@@ -201,11 +236,15 @@ class _Checkpoint:
         from transformers.modeling_utils import LoadStateDictConfig
 
         state = self._read([name for name, home in self.homes.items() if home in names])
-        config = LoadStateDictConfig(dtype=self.dtype, device_map={"": device}, weight_mapping=self.conversions)
+        config = LoadStateDictConfig(
+            dtype=self.dtype, device_map={"": device}, weight_mapping=self.conversions
+        )
         convert_and_load_state_dict_in_model(self.model, state, config)
         missing = [name for name, weight in self.model.named_parameters() if name in names and weight.is_meta]
         if missing:
-            raise PftoolsError(f"{self.folder} holds nothing that becomes {missing[0]}: the checkpoint is not whole, or of another model.")
+            raise PftoolsError(
+                f"{self.folder} holds nothing that becomes {missing[0]}: the checkpoint is not whole, or of another model."
+            )
 
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Tensors by their names on disk, copied out of their files, which are closed again: mapped pages count as memory."""
@@ -221,27 +260,43 @@ class _Checkpoint:
         for name in names:
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
-            module._parameters[leaf] = nn.Parameter(torch.empty_like(module._parameters[leaf], device="meta"), requires_grad=False)
+            module._parameters[leaf] = nn.Parameter(
+                torch.empty_like(module._parameters[leaf], device="meta"), requires_grad=False
+            )
 
     def write_layer(self, folder: Path, index: int) -> None:
         """The layer that is open, as a shard, under the names that it has on disk."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        own = {f"{self.prefix}.{index}.{name}": weight for name, weight in self.layers[index].named_parameters()}
+        own = {
+            f"{self.prefix}.{index}.{name}": weight for name, weight in self.layers[index].named_parameters()
+        }
         homes = set(self.homes.values())  # experts that are split for the walk have parameters twice
         tensors = {name: weight.detach() for name, weight in own.items() if name in homes}
         stored = revert_weight_conversion(self.model, tensors)
-        self._save({name: tensor.to("cpu").contiguous() for name, tensor in stored.items()}, folder, f"layer-{index:05d}")
+        self._save(
+            {name: tensor.to("cpu").contiguous() for name, tensor in stored.items()},
+            folder,
+            f"layer-{index:05d}",
+        )
 
     def write_rest(self, folder: Path) -> None:
         """All that is not in the layers, a shard a tensor, the index of all shards, and every other file of the source."""
         rest = [name for name, home in self.homes.items() if not home.startswith(f"{self.prefix}.")]
         for number, name in enumerate(rest):
-            self._save({key: tensor.to(self.dtype) for key, tensor in self._read([name]).items()}, folder, f"rest-{number:05d}")
+            self._save(
+                {key: tensor.to(self.dtype) for key, tensor in self._read([name]).items()},
+                folder,
+                f"rest-{number:05d}",
+            )
         total = sum((folder / file).stat().st_size for file in set(self.written.values()))
         runs.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": self.written})
         for path in sorted(self.folder.iterdir()):
-            if path.is_file() and path.suffix not in (".safetensors", ".bin") and path.name not in (INDEX, "run.json"):
+            if (
+                path.is_file()
+                and path.suffix not in (".safetensors", ".bin")
+                and path.name not in (INDEX, "run.json")
+            ):
                 shutil.copy(path, folder / path.name)
         self.model.config.dtype = self.dtype
         self.model.config.save_pretrained(folder)
@@ -259,7 +314,9 @@ def _folder_of(name: str) -> Path:
     if not Path(source).is_dir():
         from huggingface_hub import snapshot_download
 
-        source = snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py"])
+        source = snapshot_download(
+            source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]
+        )
     return Path(source)
 
 
@@ -268,10 +325,15 @@ def _files_by_name(folder: Path) -> dict[str, str]:
     from safetensors import safe_open
 
     if (folder / INDEX).exists():
-        return {name: str(folder / file) for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
+        return {
+            name: str(folder / file)
+            for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()
+        }
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise PftoolsError(f"{folder} holds no safetensors files: save the model with save_pretrained, or use prune_model.")
+        raise PftoolsError(
+            f"{folder} holds no safetensors files: save the model with save_pretrained, or use prune_model."
+        )
     found = {}
     for path in files:
         with safe_open(path, framework="pt") as file:

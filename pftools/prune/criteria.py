@@ -33,7 +33,10 @@ def ria(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||_2^0.5: relative importance and activations (Zhang et al.,
     2024, "Plug-and-Play", equation 5, with the paper's a = 0.5). A weight counts by its share of its row and of its column."""
     size = weight.abs()
-    share = size.sum(dim=0, keepdim=True).clamp_min(1e-30).reciprocal() + size.sum(dim=1, keepdim=True).clamp_min(1e-30).reciprocal()
+    share = (
+        size.sum(dim=0, keepdim=True).clamp_min(1e-30).reciprocal()
+        + size.sum(dim=1, keepdim=True).clamp_min(1e-30).reciprocal()
+    )
     return size.mul_(share).mul_(columns.sqrt())
 
 

@@ -57,11 +57,19 @@ def split(layer: nn.Module) -> Iterator[nn.Module]:
 
 def _check_layout(name: str, module: nn.Module) -> None:
     strange = [
-        flag for flag, plain in (("is_transposed", False), ("has_bias", False), ("has_post_expert_norm", False), ("is_concatenated", True))
+        flag
+        for flag, plain in (
+            ("is_transposed", False),
+            ("has_bias", False),
+            ("has_post_expert_norm", False),
+            ("is_concatenated", True),
+        )
         if getattr(module, flag, plain) != plain
-    ]  # fmt: skip
+    ]
     if strange:
-        raise PftoolsError(f"the experts in {name} ({type(module).__name__}) have a layout that is not known here ({', '.join(strange)}).")
+        raise PftoolsError(
+            f"the experts in {name} ({type(module).__name__}) have a layout that is not known here ({', '.join(strange)})."
+        )
 
 
 def _expert(module: nn.Module, name: str, expert: int) -> nn.Module:
@@ -76,7 +84,9 @@ def _expert(module: nn.Module, name: str, expert: int) -> nn.Module:
     return parts
 
 
-def _forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+def _forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
     """What transformers' experts compute: each hit expert on its tokens, weighted by the router, added up."""
     total = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():

@@ -62,7 +62,9 @@ def widest_output(layer: nn.Module) -> int:
 def batch_size_for(model: nn.Module, block_length: int, n_blocks: int) -> int:
     """Blocks a forward: as many as keep the widest activation of a layer within the budget of its device, at least 1."""
     layer = decoder_layers(model)[1][0]
-    budget = _BATCH_BUDGET if next(layer.parameters()).device.type in ("cpu", "meta") else _BATCH_BUDGET_ELSEWHERE
+    budget = (
+        _BATCH_BUDGET if next(layer.parameters()).device.type in ("cpu", "meta") else _BATCH_BUDGET_ELSEWHERE
+    )
     return max(1, min(n_blocks, budget // (block_length * widest_output(layer))))
 
 
@@ -105,7 +107,9 @@ def _run_without_layers(model: nn.Module, block: torch.Tensor, *, as_tuple: bool
     def note(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         shapes.add(hidden.shape)
-        calls.append(LayerCall(args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+        calls.append(
+            LayerCall(args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"})
+        )
         if len(shapes) > 1 or len(calls) == len(layers):
             raise _Enough
         return (hidden,) if as_tuple else hidden
@@ -218,7 +222,10 @@ class InputMeter:
     @contextmanager
     def attached(self, *, stop_early: bool) -> Iterator[None]:
         """The linear modules are hooked within."""
-        hooks = [module.register_forward_pre_hook(self._hook(name, stop_early)) for name, module in self.linears.items()]
+        hooks = [
+            module.register_forward_pre_hook(self._hook(name, stop_early))
+            for name, module in self.linears.items()
+        ]
         try:
             yield
         finally:
@@ -235,7 +242,9 @@ class InputMeter:
             x = args[0]
             leader = next((other for other, tensor in self._now.items() if tensor is x), name)
             if self.leader.setdefault(name, leader) != leader:
-                raise PftoolsError(f"{name} shares its input with {leader} in some batches and not in others: give batch_size=1.")
+                raise PftoolsError(
+                    f"{name} shares its input with {leader} in some batches and not in others: give batch_size=1."
+                )
             if leader == name:
                 self._now[name] = x
                 self._measure(name, x)
@@ -251,7 +260,9 @@ class InputMeter:
             self.totals[name] = self.totals.get(name, 0) + squared_column_sums(x)
             if self.every:
                 first = -self.tokens[name] % self.every
-                self.samples.setdefault(name, []).append(x.reshape(-1, x.shape[-1])[first :: self.every].clone())
+                self.samples.setdefault(name, []).append(
+                    x.reshape(-1, x.shape[-1])[first :: self.every].clone()
+                )
             return
         if name not in self.totals:
             self.totals[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
@@ -294,7 +305,13 @@ class Measured:
 
 
 def run_layer(
-    layer: nn.Module, call: LayerCall, hidden: torch.Tensor, batch_size: int, *, replace: bool, meter: InputMeter | None = None
+    layer: nn.Module,
+    call: LayerCall,
+    hidden: torch.Tensor,
+    batch_size: int,
+    *,
+    replace: bool,
+    meter: InputMeter | None = None,
 ) -> None:
     """Run all hidden states through a layer.
 

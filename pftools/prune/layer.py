@@ -32,12 +32,18 @@ class PrunedLayer:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def prune_layer(layer: nn.Module, index: int, place: str, measured: Measured, request: Request, n_tokens: int) -> PrunedLayer:
+def prune_layer(
+    layer: nn.Module, index: int, place: str, measured: Measured, request: Request, n_tokens: int
+) -> PrunedLayer:
     """Choose, set to zero and, for methods that do, mend: all linear weights of a layer whose inputs were measured."""
     linears, asked = linears_of(layer), request.sparsities[index]
     homes = {name: experts.home(name, module) for name, module in linears.items()}
     shapes = {parameter: layer.get_parameter(parameter).shape for parameter, _ in homes.values()}
-    done = PrunedLayer(index, {f"{place}.{parameter}": torch.ones(shape, dtype=torch.bool) for parameter, shape in shapes.items()}, [])
+    done = PrunedLayer(
+        index,
+        {f"{place}.{parameter}": torch.ones(shape, dtype=torch.bool) for parameter, shape in shapes.items()},
+        [],
+    )
     by_input: dict[str, list[str]] = {}
     for name in linears:
         by_input.setdefault(measured.leader.get(name, name), []).append(name)
@@ -48,14 +54,29 @@ def prune_layer(layer: nn.Module, index: int, place: str, measured: Measured, re
         weights = {name: linears[name].weight.detach().float() for name in names}
         for name, weight in weights.items():
             if not math.isfinite(weight.sum()):
-                raise PftoolsError(f"the weight {place}.{name}.weight holds NaN or infinity: check the model before pruning it.")
+                raise PftoolsError(
+                    f"the weight {place}.{name}.weight holds NaN or infinity: check the model before pruning it."
+                )
         if request.method.update and not why:
-            solved = sparsegpt.solve(list(weights.values()), measured.grams.pop(leader), request.method, asked, request.pattern)
+            solved = sparsegpt.solve(
+                list(weights.values()), measured.grams.pop(leader), request.method, asked, request.pattern
+            )
         else:
             solved = [_chosen(weight, measured, leader, request, asked, why) for weight in weights.values()]
         for (name, weight), one in zip(weights.items(), solved):
             norms = measured.norms.get(leader, torch.ones(weight.shape[1], device=weight.device))
-            rows[name] = table_row(place, name, one.pruned, weight, one.scores, norms, asked, one.note, one.output_error, one.error_is)
+            rows[name] = table_row(
+                place,
+                name,
+                one.pruned,
+                weight,
+                one.scores,
+                norms,
+                asked,
+                one.note,
+                one.output_error,
+                one.error_is,
+            )
             _write(linears[name], one)
             parameter, part = homes[name]
             done.masks[f"{place}.{parameter}"][part] = ~one.pruned.cpu()
@@ -72,7 +93,11 @@ def _unmeasured(measured: Measured, leader: str, n_tokens: int) -> str:
     """Why a module's inputs cannot be judged by, if so."""
     seen = measured.tokens[leader]
     if seen == 0 or not measured.norms[leader].any():
-        return "saw no calibration tokens: pruned by magnitude" if seen == 0 else "its inputs are all zero: pruned by magnitude"
+        return (
+            "saw no calibration tokens: pruned by magnitude"
+            if seen == 0
+            else "its inputs are all zero: pruned by magnitude"
+        )
     return f"saw {seen} calibration tokens: pruned by magnitude" if seen < min(FEW_TOKENS, n_tokens) else ""
 
 
@@ -86,7 +111,9 @@ class _Chosen:
     error_is: str = "sampled"
 
 
-def _chosen(weight: torch.Tensor, measured: Measured, leader: str, request: Request, asked: float, why: str) -> _Chosen:
+def _chosen(
+    weight: torch.Tensor, measured: Measured, leader: str, request: Request, asked: float, why: str
+) -> _Chosen:
     """The choice of a method that mends nothing; by magnitude within each row where the inputs are not known."""
     if why:
         scores, compare = magnitude(weight, weight), "row"
@@ -110,4 +137,8 @@ def _write(module: nn.Linear, one: _Chosen | sparsegpt.Solved) -> None:
 def weights_of(layer: nn.Module, place: str) -> dict[str, torch.Tensor]:
     """Copies of a layer's linear weights on the CPU, by full parameter name."""
     names = {experts.home(name, module)[0] for name, module in linears_of(layer).items()}
-    return {f"{place}.{name}": weight.detach().to("cpu", copy=True) for name, weight in layer.named_parameters() if name in names}
+    return {
+        f"{place}.{name}": weight.detach().to("cpu", copy=True)
+        for name, weight in layer.named_parameters()
+        if name in names
+    }

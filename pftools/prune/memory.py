@@ -23,8 +23,13 @@ def naming_the_levers(place: str, layer: nn.Module, hidden: torch.Tensor, batch_
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU allocator's
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in str(error) for sign in _SIGNS):
+    except (
+        MemoryError,
+        RuntimeError,
+    ) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU allocator's
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+            sign in str(error) for sign in _SIGNS
+        ):
             raise
         failure = error
     else:

@@ -144,7 +144,9 @@ def _up_to(scores: torch.Tensor, threshold: torch.Tensor, count: int, *, dim: in
 
 def count_true(mask: torch.Tensor) -> int:
     """How many are True; on the CPU by numpy, which counts them many times faster than torch."""
-    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(torch.count_nonzero(mask))
+    return (
+        int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(torch.count_nonzero(mask))
+    )
 
 
 def _kth_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -21,8 +21,15 @@ _TOKENS = 2048  # a step
 
 
 def reconstruct(
-    layer: nn.Module, call: LayerCall, inputs: torch.Tensor, targets: torch.Tensor, kept: dict[str, torch.Tensor], *, steps: int, place: str
-) -> tuple[float, float]:  # fmt: skip
+    layer: nn.Module,
+    call: LayerCall,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    kept: dict[str, torch.Tensor],
+    *,
+    steps: int,
+    place: str,
+) -> tuple[float, float]:
     """Train a pruned layer's kept linear weights, in place, to the least mean squared error of its output.
 
     The weights are trained in float32; a layer of lower precision computes in bfloat16. Blocks are taken in order, over and over.
@@ -41,7 +48,9 @@ def reconstruct(
     linears = {name: module for name, module in linears_of(twin).items() if name in kept}
     weights = [module.weight.requires_grad_(True) for module in linears.values()]
     masks = [kept[name].to(weight.device) for name, weight in zip(linears, weights)]
-    groups = [{"params": [weight], "lr": STEP * float(weight.detach().square().mean().sqrt())} for weight in weights]
+    groups = [
+        {"params": [weight], "lr": STEP * float(weight.detach().square().mean().sqrt())} for weight in weights
+    ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     size = max(1, _TOKENS // inputs.shape[1])
@@ -50,12 +59,16 @@ def reconstruct(
 
     def loss_of(start: int) -> torch.Tensor:
         batch = slice(start, start + size)
-        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=low):  # float16 would lose small gradients
+        with torch.autocast(
+            inputs.device.type, dtype=torch.bfloat16, enabled=low
+        ):  # float16 would lose small gradients
             output = call(twin, inputs[batch])
         return (output.float() - targets[batch].float()).square().mean() / scale
 
     def mean_loss() -> float:
-        losses = [float(loss_of(start)) * min(size, len(inputs) - start) for start in range(0, len(inputs), size)]
+        losses = [
+            float(loss_of(start)) * min(size, len(inputs) - start) for start in range(0, len(inputs), size)
+        ]
         return sum(losses) / len(inputs)
 
     before = mean_loss()
@@ -63,7 +76,9 @@ def reconstruct(
         with torch.enable_grad():
             loss = loss_of(step * size % len(inputs))
             if not torch.isfinite(loss):
-                raise PftoolsError(f"reconstructing {place} diverged at step {step}: use dtype float32, or reconstruct_steps=0.")
+                raise PftoolsError(
+                    f"reconstructing {place} diverged at step {step}: use dtype float32, or reconstruct_steps=0."
+                )
             loss.backward()
         for weight, mask in zip(weights, masks):
             weight.grad.mul_(mask)

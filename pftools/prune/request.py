@@ -43,26 +43,47 @@ class Request:
 
 
 def check_request(
-    model: nn.Module, blocks: torch.Tensor, *, method: str, sparsity: float, pattern: str, inputs: str, batch_size: int | None, **options: Any
-) -> Request:  # fmt: skip
+    model: nn.Module,
+    blocks: torch.Tensor,
+    *,
+    method: str,
+    sparsity: float,
+    pattern: str,
+    inputs: str,
+    batch_size: int | None,
+    **options: Any,
+) -> Request:
     """The request, after everything that can be refused was looked at."""
     rule, shape = find_method(method), parse_pattern(pattern)
     if not 0 <= sparsity < 1:
-        raise PftoolsError(f"sparsity is {sparsity}: it should be a share of zeros from 0 up to (not including) 1.")
+        raise PftoolsError(
+            f"sparsity is {sparsity}: it should be a share of zeros from 0 up to (not including) 1."
+        )
     if shape.sparsity is not None and abs(sparsity - shape.sparsity) > 1e-6:
-        raise PftoolsError(f"sparsity is {sparsity} and the pattern {shape} fixes it at {shape.sparsity:g}: ask for that.")
-    for name, value, valid in (("inputs", inputs, ("pruned", "dense")), ("allocation", options["allocation"], ("uniform", "owl"))):
+        raise PftoolsError(
+            f"sparsity is {sparsity} and the pattern {shape} fixes it at {shape.sparsity:g}: ask for that."
+        )
+    for name, value, valid in (
+        ("inputs", inputs, ("pruned", "dense")),
+        ("allocation", options["allocation"], ("uniform", "owl")),
+    ):
         if value not in valid:
             raise PftoolsError(f"unknown {name} {value!r}: {nearest(value, valid)}.")
     if options["allocation"] == "owl" and shape.group:
-        raise PftoolsError(f"OWL gives every layer a sparsity of its own, and the pattern {shape} fixes it: use one of the two.")
+        raise PftoolsError(
+            f"OWL gives every layer a sparsity of its own, and the pattern {shape} fixes it: use one of the two."
+        )
     if blocks.dim() != 2 or not blocks.numel():
-        raise PftoolsError(f"the calibration blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) is needed, with tokens.")
+        raise PftoolsError(
+            f"the calibration blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) is needed, with tokens."
+        )
     weights = linear_weights(model)
     dtypes = {weight.dtype for weight in weights.values()}
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise PftoolsError(f"the linear weights are of dtype {found}: load the model in one float dtype before pruning.")
+        raise PftoolsError(
+            f"the linear weights are of dtype {found}: load the model in one float dtype before pruning."
+        )
     for name, weight in weights.items():
         check_width(name.removesuffix(".weight"), weight.shape[-1], shape)
     size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))

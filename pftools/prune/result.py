@@ -25,8 +25,18 @@ class PruneResult:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def table_row(place: str, name: str, pruned: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, norms: torch.Tensor,
-              asked: float, note: str, output_error: float | None = None, error_is: str = "") -> dict[str, Any]:  # fmt: skip
+def table_row(
+    place: str,
+    name: str,
+    pruned: torch.Tensor,
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    norms: torch.Tensor,
+    asked: float,
+    note: str,
+    output_error: float | None = None,
+    error_is: str = "",
+) -> dict[str, Any]:
     """One line of the table of a pruning.
 
     output_error is the relative error of the module's output, ||(W - W') X|| / ||W X||. Column error_is says how it was found:
@@ -71,9 +81,14 @@ def zeros(weight: torch.Tensor) -> float:
 
 
 def score_histogram(
-    weight: torch.Tensor, norms: torch.Tensor, *, method: str = "wanda", sparsity: float = 0.5, pattern: str = "unstructured",
+    weight: torch.Tensor,
+    norms: torch.Tensor,
+    *,
+    method: str = "wanda",
+    sparsity: float = 0.5,
+    pattern: str = "unstructured",
     bins: int = 80,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """How the scores of one weight lie, and which would go: columns low, high (log10 of the score), kept, pruned (counts).
 
     SparseGPT's score is shown as it would be if the input columns were uncorrelated, and before any weight is mended.
@@ -85,7 +100,11 @@ def score_histogram(
     scores = rule.score(weight.detach().float(), norms.to(weight.device))
     pruned = choose(scores, sparsity, parse_pattern(pattern), compare=rule.compare).flatten()
     logs = scores.flatten().clamp_min(1e-12).log10()
-    low, high = (float(logs.quantile(q)) for q in (0.001, 1.0)) if logs.numel() < 2**24 else (float(logs.min()), float(logs.max()))
+    low, high = (
+        (float(logs.quantile(q)) for q in (0.001, 1.0))
+        if logs.numel() < 2**24
+        else (float(logs.min()), float(logs.max()))
+    )
     edges = np.linspace(low, high, bins + 1)
     counts = [np.histogram(logs[chosen].cpu().numpy(), edges)[0] for chosen in (~pruned, pruned)]
     return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "kept": counts[0], "pruned": counts[1]})

@@ -54,10 +54,14 @@ def inverse_root(hessian: torch.Tensor) -> tuple[torch.Tensor, float]:
         if not failed:
             identity = torch.eye(len(hessian), device=hessian.device)
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), damping
-    raise PftoolsError("the inputs' second moments could not be inverted even with a damping of 1: use more calibration blocks.")
+    raise PftoolsError(
+        "the inputs' second moments could not be inverted even with a damping of 1: use more calibration blocks."
+    )
 
 
-def solve(weights: list[torch.Tensor], hessian: torch.Tensor, method: Method, sparsity: float, pattern: Pattern) -> list[Solved]:
+def solve(
+    weights: list[torch.Tensor], hessian: torch.Tensor, method: Method, sparsity: float, pattern: Pattern
+) -> list[Solved]:
     """Choose which weights go, and mend the others.
 
     Args:
@@ -77,16 +81,25 @@ def solve(weights: list[torch.Tensor], hessian: torch.Tensor, method: Method, sp
     before[dead] = 0
     after, pruned = before.clone(), torch.zeros_like(before, dtype=torch.bool)
     if not method.renew:
-        pruned = torch.cat([choose(score, sparsity, pattern, compare=method.compare) for score in scores]).t().contiguous()
+        pruned = (
+            torch.cat([choose(score, sparsity, pattern, compare=method.compare) for score in scores])
+            .t()
+            .contiguous()
+        )
     errors = torch.zeros_like(before)
     width = BLOCK // pattern.group * pattern.group or pattern.group if pattern.group else BLOCK
     for start in range(0, len(before), width):
         here = slice(start, min(start + width, len(before)))
         if method.renew and not pattern.group:
             block = after[here].t().split(rows)
-            picked = [choose(method.score(part, columns[here]).contiguous(), sparsity, pattern, compare="matrix") for part in block]
+            picked = [
+                choose(method.score(part, columns[here]).contiguous(), sparsity, pattern, compare="matrix")
+                for part in block
+            ]
             pruned[here] = torch.cat(picked).t()
-        _solve_block(after[here], root[here, here], pruned[here], errors[here], columns[here], method, pattern)
+        _solve_block(
+            after[here], root[here, here], pruned[here], errors[here], columns[here], method, pattern
+        )
         after[here.stop :].addmm_(root[here, here.stop :].t(), errors[here], alpha=-1)
     after.masked_fill_(pruned, 0)
 
@@ -95,15 +108,23 @@ def solve(weights: list[torch.Tensor], hessian: torch.Tensor, method: Method, sp
     lost = errors.square().sum(dim=0) - added * (before - after).square().sum(dim=0)
     note = f"its inputs are nearly dependent: damping raised to {damping:.0%}" if damping > DAMPING else ""
     results = []
-    for place, (kept, gone, loss) in enumerate(zip(after.t().split(rows), pruned.t().split(rows), lost.split(rows))):
+    for place, (kept, gone, loss) in enumerate(
+        zip(after.t().split(rows), pruned.t().split(rows), lost.split(rows))
+    ):
         relative = (max(float(loss.sum()), 0.0) / max(energy[place], 1e-30)) ** 0.5
         results.append(Solved(kept.contiguous(), gone.contiguous(), scores[place], relative, note))
     return results
 
 
 def _solve_block(
-    block: torch.Tensor, root: torch.Tensor, pruned: torch.Tensor, errors: torch.Tensor, columns: torch.Tensor, method: Method, pattern: Pattern
-) -> None:  # fmt: skip
+    block: torch.Tensor,
+    root: torch.Tensor,
+    pruned: torch.Tensor,
+    errors: torch.Tensor,
+    columns: torch.Tensor,
+    method: Method,
+    pattern: Pattern,
+) -> None:
     """The columns of one block, in place: ``block`` is corrected, ``errors`` filled, and for N:M ``pruned`` chosen group by group."""
     choosing = method.renew and pattern.group
     step = pattern.group if choosing else _PANEL
@@ -117,5 +138,7 @@ def _solve_block(
         share = pruned[start:stop] / root.diagonal()[start:stop, None]
         for place in range(stop - start):
             column = start + place
-            torch.addmv(panel[place], errors[start:column].t(), root[start:column, column], alpha=-1, out=panel[place])
+            torch.addmv(
+                panel[place], errors[start:column].t(), root[start:column, column], alpha=-1, out=panel[place]
+            )
             torch.mul(panel[place], share[place], out=errors[column])

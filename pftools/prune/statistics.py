@@ -29,7 +29,11 @@ class ActivationStatistics:
         from safetensors.torch import save_file
 
         counts = {f"tokens {name}": str(count) for name, count in self.routed.items()}
-        save_file({name: norm.clone() for name, norm in self.norms.items()}, path, metadata={"n_tokens": str(self.n_tokens), **counts})
+        save_file(
+            {name: norm.clone() for name, norm in self.norms.items()},
+            path,
+            metadata={"n_tokens": str(self.n_tokens), **counts},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> ActivationStatistics:
@@ -38,7 +42,11 @@ class ActivationStatistics:
 
         with safe_open(path, framework="pt") as file:
             notes = file.metadata()
-            routed = {key.removeprefix("tokens "): int(count) for key, count in notes.items() if key.startswith("tokens ")}
+            routed = {
+                key.removeprefix("tokens "): int(count)
+                for key, count in notes.items()
+                if key.startswith("tokens ")
+            }
             return cls({name: file.get_tensor(name) for name in file.keys()}, int(notes["n_tokens"]), routed)
 
     @classmethod
@@ -67,5 +75,13 @@ class ActivationStatistics:
             mean = float(size.mean())
             share = float((size > 5 * mean).float().mean())
             module = name.rpartition(".")[2]
-            rows.append({"layer": layer, "module": module, "mean_norm": mean, "max_norm": float(size.max()), "outlier_share": share})
+            rows.append(
+                {
+                    "layer": layer,
+                    "module": module,
+                    "mean_norm": mean,
+                    "max_norm": float(size.max()),
+                    "outlier_share": share,
+                }
+            )
         return pd.DataFrame(rows)

@@ -114,9 +114,19 @@ def prune_model(
             or too little memory, with the sizes to lower.
     """
     request = check_request(
-        model, blocks, method=method, sparsity=sparsity, pattern=pattern, inputs=inputs, batch_size=batch_size, allocation=allocation,
-        owl_lambda=owl_lambda, owl_m=owl_m, reconstruct_steps=reconstruct_steps, progress=progress,
-    )  # fmt: skip
+        model,
+        blocks,
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        inputs=inputs,
+        batch_size=batch_size,
+        allocation=allocation,
+        owl_lambda=owl_lambda,
+        owl_m=owl_m,
+        reconstruct_steps=reconstruct_steps,
+        progress=progress,
+    )
     started = time.perf_counter()
     if statistics is not None:
         _check_statistics(model, statistics)
@@ -131,7 +141,12 @@ def prune_model(
 
 
 def measure_activations(
-    model: nn.Module, blocks: torch.Tensor, *, batch_size: int | None = None, device: str | None = None, progress: bool = True
+    model: nn.Module,
+    blocks: torch.Tensor,
+    *,
+    batch_size: int | None = None,
+    device: str | None = None,
+    progress: bool = True,
 ) -> ActivationStatistics:
     """One forward of the unpruned model over the calibration blocks: the norms of all linear inputs.
 
@@ -152,7 +167,9 @@ def _check_statistics(model: nn.Module, statistics: ActivationStatistics) -> Non
             for name, module in linears_of(layer).items():
                 norms = statistics.norms.get(f"{prefix}.{index}.{name}")
                 if norms is None or len(norms) != module.in_features:
-                    raise PftoolsError(f"the activation statistics do not fit the model at {prefix}.{index}.{name}: measure them on this model.")
+                    raise PftoolsError(
+                        f"the activation statistics do not fit the model at {prefix}.{index}.{name}: measure them on this model."
+                    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,10 +180,14 @@ def _enter(source: Source, blocks: torch.Tensor, batch_size: int) -> tuple[list[
     """How every layer is called, and what the first is given."""
     with source.entrance():
         device = source.model.get_input_embeddings().weight.device
-        return record_calls(source.model, blocks[:1].to(device)), first_hidden_states(source.model, blocks, batch_size)
+        return record_calls(source.model, blocks[:1].to(device)), first_hidden_states(
+            source.model, blocks, batch_size
+        )
 
 
-def measure_layers(source: Source, blocks: torch.Tensor, batch_size: int, *, progress: bool) -> ActivationStatistics:
+def measure_layers(
+    source: Source, blocks: torch.Tensor, batch_size: int, *, progress: bool
+) -> ActivationStatistics:
     """`measure_activations`, wherever the layers come from."""
     prefix, layers = decoder_layers(source.model)
     calls, hidden = _enter(source, blocks, batch_size)
@@ -177,24 +198,39 @@ def measure_layers(source: Source, blocks: torch.Tensor, batch_size: int, *, pro
             hidden = hidden.to(device)
             meter = InputMeter(linears_of(layer))
             with naming_the_levers(place, layer, hidden, batch_size):
-                run_layer(layer, calls[index].to(device), hidden, batch_size, replace=index < len(layers) - 1, meter=meter)
+                run_layer(
+                    layer,
+                    calls[index].to(device),
+                    hidden,
+                    batch_size,
+                    replace=index < len(layers) - 1,
+                    meter=meter,
+                )
             measured = meter.finish(place)
             for name, module in meter.linears.items():
                 norms = measured.norms.get(name)
-                statistics.norms[f"{place}.{name}"] = torch.zeros(module.in_features) if norms is None else norms.cpu()
+                statistics.norms[f"{place}.{name}"] = (
+                    torch.zeros(module.in_features) if norms is None else norms.cpu()
+                )
                 if measured.tokens[name] != statistics.n_tokens:
                     statistics.routed[f"{place}.{name}"] = measured.tokens[name]
     return statistics
 
 
-def prune_layers(source: Source, blocks: torch.Tensor, request: Request, statistics: ActivationStatistics | None) -> Iterator[PrunedLayer]:
+def prune_layers(
+    source: Source, blocks: torch.Tensor, request: Request, statistics: ActivationStatistics | None
+) -> Iterator[PrunedLayer]:
     """Prune layer after layer; each is yielded while it is still open."""
     prefix, layers = decoder_layers(source.model)
     if request.allocation == "owl" and statistics is None:
         statistics = measure_layers(source, blocks, request.batch_size, progress=request.progress)
     request = replace(request, sparsities=allocate(source, request, statistics))
     stored = statistics if request.inputs == "dense" and not request.walks else None
-    streams = _Streams(source, blocks, request) if request.walks or (stored is None and request.method.needs_inputs) else None
+    streams = (
+        _Streams(source, blocks, request)
+        if request.walks or (stored is None and request.method.needs_inputs)
+        else None
+    )
     for index in tqdm(range(len(layers)), desc="pruning", unit="layer", disable=not request.progress):
         place = f"{prefix}.{index}"
         with source.layer(index) as layer, experts.split(layer):
@@ -229,7 +265,11 @@ class _Streams:
     """The calibration tokens on their way through the layers: behind pruned layers, behind dense ones, or both."""
 
     def __init__(self, source: Source, blocks: torch.Tensor, request: Request) -> None:
-        self.request, self.n_layers, self.n_tokens = request, len(decoder_layers(source.model)[1]), blocks.numel()
+        self.request, self.n_layers, self.n_tokens = (
+            request,
+            len(decoder_layers(source.model)[1]),
+            blocks.numel(),
+        )
         self.calls, first = _enter(source, blocks, request.batch_size)
         behind_dense = request.inputs == "dense" or request.reconstruct_steps > 0
         behind_pruned = request.inputs == "pruned" or request.reconstruct_steps > 0
@@ -264,7 +304,9 @@ class _Streams:
             return
         homes = {name: experts.home(name, module) for name, module in linears_of(layer).items()}
         kept = {name: done.masks[f"{place}.{parameter}"][part] for name, (parameter, part) in homes.items()}
-        before, after = reconstruct(layer, self.call, self.pruned, self.dense, kept, steps=self.request.reconstruct_steps, place=place)
+        before, after = reconstruct(
+            layer, self.call, self.pruned, self.dense, kept, steps=self.request.reconstruct_steps, place=place
+        )
         done.weights = weights_of(layer, place)
         for row in done.rows:
             row |= {"block_error_before": before**0.5, "block_error": after**0.5}

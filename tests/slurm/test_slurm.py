@@ -26,7 +26,9 @@ ROOT = SCRIPT.parent.parent.parent
 @pytest.fixture(scope="module", autouse=True)
 def cluster(tmp_path_factory):
     if not os.environ.get("PFTOOLS_TEST_SLURM"):
-        pytest.skip("starts a SLURM cluster on this machine: `tests/slurm/run` does that, and so does .ci/run")
+        pytest.skip(
+            "starts a SLURM cluster on this machine: `tests/slurm/run` does that, and so does .ci/run"
+        )
     if os.geteuid() != 0 or not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged")):
         pytest.skip("a SLURM cluster of one node needs root and Debian's packages slurm-wlm and munge")
     folder = tmp_path_factory.mktemp("slurm")
@@ -42,7 +44,10 @@ def cluster(tmp_path_factory):
 
 
 def states(plan):
-    return {name.partition("-")[0] + f" {number}": study.run_state(step.folder) for number, (name, step) in enumerate(plan.steps.items())}
+    return {
+        name.partition("-")[0] + f" {number}": study.run_state(step.folder)
+        for number, (name, step) in enumerate(plan.steps.items())
+    }
 
 
 def run_all(plan, notebooks, **options):
@@ -66,7 +71,11 @@ def test_a_failing_step_cancels_only_what_depends_on_it_and_is_made_good_later(t
     monkeypatch.setattr(cli.out, "width", 300)
     cli.status(tmp_path / "trivial.yaml", tmp_path / "runs")
     shown = capsys.readouterr().out
-    assert "3 finished, 1 failed, 2 to do" in shown and "OSError: no luck" in shown and "needs finetune-" in shown
+    assert (
+        "3 finished, 1 failed, 2 to do" in shown
+        and "OSError: no luck" in shown
+        and "needs finetune-" in shown
+    )
     notebooks = write_notebooks(tmp_path / "notebooks")
     assert run_all(plan, notebooks) == []
     local = trivial_plan(tmp_path / "local")
@@ -90,7 +99,11 @@ def test_the_driver_may_be_killed_and_a_second_one_submits_nothing_twice(tmp_pat
     slurm.submit(plan, notebooks=notebooks)
     assert {job.id for job in slurm.queue(tmp_path / "runs").values()} <= {job.id for job in queued.values()}
     assert run_all(plan, notebooks) == []
-    begun = [line for line in (tmp_path / "runs" / "journal.txt").read_text().splitlines() if line.startswith("begins")]
+    begun = [
+        line
+        for line in (tmp_path / "runs" / "journal.txt").read_text().splitlines()
+        if line.startswith("begins")
+    ]
     assert len(begun) == len(set(begun)) == len(plan.steps)
 
 
@@ -119,10 +132,27 @@ def test_the_quick_study_on_a_tiny_model_ends_as_it_does_locally(tmp_path, monke
     Path("quick.yaml").write_text(yaml.safe_dump(words))
     found = []
     for executor in ("slurm", "local"):
-        command = [sys.executable, "-m", "pftools.cli", "run", "quick.yaml", "--runs", executor, "--executor", executor, "--no-report"]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-m",
+            "pftools.cli",
+            "run",
+            "quick.yaml",
+            "--runs",
+            executor,
+            "--executor",
+            executor,
+            "--no-report",
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         assert done.returncode == 0, done.stdout + done.stderr
-        found.append(study.results(study.plan_study(study.load_study("quick.yaml"), runs=executor)).drop(columns=["model", "run"]))
+        found.append(
+            study.results(study.plan_study(study.load_study("quick.yaml"), runs=executor)).drop(
+                columns=["model", "run"]
+            )
+        )
     assert found[0].equals(found[1]) and len(found[0]) == 4
 
 
@@ -131,6 +161,8 @@ def test_what_sbatch_refuses_is_one_sentence(tmp_path):
         slurm.submit(trivial_plan(tmp_path / "runs"), options={"partition": "nowhere"})
 
 
-@pytest.mark.parametrize(("text", "minutes"), [("90", 90), ("2:30", 3), ("2:00:00", 120), ("1-12", 2160), ("1-0:30", 1470)])
+@pytest.mark.parametrize(
+    ("text", "minutes"), [("90", 90), ("2:30", 3), ("2:00:00", 120), ("1-12", 2160), ("1-0:30", 1470)]
+)
 def test_time_limits_are_read_as_sbatch_reads_them(text, minutes):
     assert slurm.minutes(text) == minutes
