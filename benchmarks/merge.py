@@ -12,7 +12,7 @@ import copy
 from _harness import arguments, report
 from transformers import TrainerCallback
 
-from pftools import corpora, evaluate, finetune, models, prune
+from pftools import corpora, evaluate, finetune, layers, models, prune
 from pftools.finetune.update import dense_weight
 
 options = arguments(__doc__)
@@ -29,7 +29,7 @@ def perplexity(model):
 
 
 def zeros(model):
-    return sum(int((module.weight == 0).sum()) for module in models.linear_modules(model).values())
+    return sum(int((module.weight == 0).sum()) for module in layers.linear_modules(model).values())
 
 
 class AtTheEnd(TrainerCallback):

@@ -27,7 +27,8 @@ from memory import write_random_llama
 
 from pftools import prune
 from pftools.corpora import token_blocks
-from pftools.models import decoder_layers, load_model
+from pftools.layers import decoder_layers
+from pftools.models import load_model
 from pftools.prune import inputs
 
 SPARSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]

@@ -20,7 +20,8 @@ from prune import published_walk
 from pftools import prune
 from pftools.corpora import token_blocks
 from pftools.evaluate import perplexity
-from pftools.models import linear_modules, load_model
+from pftools.layers import linear_modules
+from pftools.models import load_model
 from pftools.prune.inputs import squared_column_sums
 from pftools.prune.patterns import choose, parse_pattern
 

@@ -21,7 +21,7 @@ from _harness import arguments, report, seconds
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pftools import runs  # noqa: E402
+from pftools import run_folder  # noqa: E402
 from pftools.study import load_study, plan_study  # noqa: E402
 from tests.trivial import write_notebooks  # noqa: E402
 
@@ -74,7 +74,7 @@ def measure(folder: Path, targets: int) -> dict[str, float]:
             "duration"
         ]
         in_kernels += json.loads((step.folder / "seconds.json").read_text())
-        runs.verify(step.folder)
+        run_folder.verify(step.folder)
     loop = seconds(lambda: call("-c", _LOOP, written_orders(plan, folder)))
     own = wall - in_papermill + in_kernels
     pftools = ("-m", "pftools.cli")

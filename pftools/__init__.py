@@ -23,4 +23,4 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Part of every run's key. Raise it when a change to the code changes the numbers that a step computes, so that
 # runs of the older code are never mistaken for runs of this one.
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3

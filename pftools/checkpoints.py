@@ -13,12 +13,15 @@ Files are safetensors and JSON, never pickles; every file is checked against the
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pftools import contents, models, runs
+from pftools import base_models, contents, run_folder
+from pftools.adapters import merge_adapter
 from pftools.errors import PftoolsError
+from pftools.files import write_json
+from pftools.layers import measured_sparsity
+from pftools.masks import load_masks, save_masks
 
 if TYPE_CHECKING:
     import torch
@@ -27,33 +30,8 @@ if TYPE_CHECKING:
 MASKS, WEIGHTS, ADAPTER, MANIFEST = "masks.safetensors", "weights.safetensors", "adapter", "checkpoint.json"
 
 
-def save_masks(path: str | Path, masks: dict[str, torch.Tensor]) -> None:
-    """Write masks {weight name: bool tensor, True = kept} as packed bits."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    packed = {name: np.packbits(mask.cpu().numpy().reshape(-1)) for name, mask in masks.items()}
-    save_file(packed, path, metadata={name: json.dumps(list(mask.shape)) for name, mask in masks.items()})
-
-
-def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read what `save_masks` wrote: {weight name: bool tensor, True = kept}."""
-    import numpy as np
-    import torch
-    from safetensors import safe_open
-
-    masks = {}
-    with safe_open(path, framework="numpy") as file:
-        shapes = file.metadata()
-        for name in file.keys():
-            shape = json.loads(shapes[name])
-            bits = np.unpackbits(file.get_tensor(name), count=math.prod(shape)).astype(bool)
-            masks[name] = torch.from_numpy(bits).view(shape)
-    return masks
-
-
 def save_prune(
-    run: runs.Run, masks: dict[str, torch.Tensor], weights: dict[str, torch.Tensor] | None = None
+    run: run_folder.Run, masks: dict[str, torch.Tensor], weights: dict[str, torch.Tensor] | None = None
 ) -> list[str]:
     """Write the delta of a prune step; returns the names of the outputs to seal.
 
@@ -73,15 +51,15 @@ def save_prune(
     return outputs
 
 
-def save_finetune(run: runs.Run, merge: Literal["masked", "dense"]) -> list[str]:
+def save_finetune(run: run_folder.Run, merge: Literal["masked", "dense"]) -> list[str]:
     """Write the delta of a finetune step, whose adapter lies in `run.path("adapter")`; returns the outputs to seal."""
     _write_manifest(run, {"kind": "adapter", "merge": merge})
     return [ADAPTER, MANIFEST]
 
 
-def _write_manifest(run: runs.Run, delta: dict[str, str]) -> None:
+def _write_manifest(run: run_folder.Run, delta: dict[str, str]) -> None:
     parent, held = run.parameters.model, {}
-    if runs.is_finished(parent):
+    if run_folder.is_finished(parent):
         # Relative, so that a folder of runs can be moved or copied whole.
         parent = (
             f"../{Path(parent).name}"
@@ -93,7 +71,7 @@ def _write_manifest(run: runs.Run, delta: dict[str, str]) -> None:
             Path(parent).expanduser().resolve()
         )  # a base model's folder, wherever the run is loaded from
         held = {"contents": contents.digest(parent)}
-    runs.write_json(run.path(MANIFEST), {"parent": parent, **held, **delta})
+    write_json(run.path(MANIFEST), {"parent": parent, **held, **delta})
 
 
 def _same_folder(one: Path, other: Path) -> bool:
@@ -106,7 +84,7 @@ def read_manifest(folder: str | Path) -> dict[str, str]:
     Raises:
         PftoolsError: not finished, damaged, or a run that makes no model.
     """
-    record = runs.verify(folder)
+    record = run_folder.verify(folder)
     if MANIFEST not in record["outputs"]:
         raise PftoolsError(
             f"{folder} is a {record['step']} run and holds no model: give a prune or finetune run."
@@ -154,22 +132,20 @@ def load(
     """
     base, chain = lineage(folder)
     if dtype == "auto":
-        dtype = runs.read_record(folder)["results"].get("dtype", dtype)
-    model, tokenizer = models.load_pretrained(
+        dtype = run_folder.read_record(folder)["results"].get("dtype", dtype)
+    model, tokenizer = base_models.load_pretrained(
         base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    for run_folder in chain:
-        model = _replay(model, run_folder)
+    for delta in chain:
+        model = _replay(model, delta)
     return model, tokenizer
 
 
 def _replay(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     manifest = json.loads((folder / MANIFEST).read_text())
-    outputs = runs.read_record(folder)["outputs"]  # and nothing else that may lie there
+    outputs = run_folder.read_record(folder)["outputs"]  # and nothing else that may lie there
     if manifest["kind"] == "adapter":
-        from pftools import finetune
-
-        return finetune.merge_adapter(model, folder / ADAPTER, merge=manifest["merge"])
+        return merge_adapter(model, folder / ADAPTER, merge=manifest["merge"])
     if WEIGHTS in outputs:
         from safetensors.torch import load_file
 
@@ -213,7 +189,7 @@ def _fitting(parameters: dict[str, torch.Tensor], name: str, shape: torch.Size, 
 
 
 def export(
-    run_folder: str | Path,
+    run: str | Path,
     folder: str | Path,
     *,
     dtype: str = "auto",
@@ -235,15 +211,15 @@ def export(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise PftoolsError(f"the folder {folder} is not empty: choose another, or remove it first.")
-    model, tokenizer = load(run_folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model, tokenizer = load(run, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        runs.write_json(
+        write_json(
             partial / "pftools.json",
-            {"exported_from": Path(run_folder).name, "sparsity": models.measured_sparsity(model)},
+            {"exported_from": Path(run).name, "sparsity": measured_sparsity(model)},
         )
         again = (
             AutoModelForCausalLM.from_pretrained(
@@ -255,9 +231,7 @@ def export(
         tokens = torch.arange(64, device=model.device)[None] % model.config.vocab_size
         with torch.no_grad():
             if not torch.equal(model(tokens).logits, again(tokens).logits):
-                raise PftoolsError(
-                    f"the export of {run_folder} failed its check: its logits differ from the run's."
-                )
+                raise PftoolsError(f"the export of {run} failed its check: its logits differ from the run's.")
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)

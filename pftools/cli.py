@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pftools import runs as run_folders
-from pftools import settings
+from pftools import run_folder, settings
 from pftools import study as studies
 from pftools.errors import PftoolsError
+from pftools.files import size_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -132,7 +132,7 @@ def status(study: StudyFile, runs: Runs = Path("runs")) -> None:
                 f" ({job.reason})" if job.reason != "None" else ""
             )
         elif state == "running":
-            remark = run_folders.owner(step.folder)
+            remark = run_folder.owner(step.folder)
         elif state == "failed":
             failure = executors.read_failure(step.folder)
             remark = (f"cell {failure.cell}: " if failure.cell else "") + failure.cause
@@ -140,8 +140,8 @@ def status(study: StudyFile, runs: Runs = Path("runs")) -> None:
         elif state == "to do" and (causes := broken & set(step.parents)):
             remark = f"needs {', '.join(sorted(causes))}"
             broken.add(name)
-        elif state == "to do" and run_folders.was_interrupted(step.folder):
-            remark = f"was cut short ({run_folders.owner(step.folder)}); the next run goes on from there"
+        elif state == "to do" and run_folder.was_interrupted(step.folder):
+            remark = f"was cut short ({run_folder.owner(step.folder)}); the next run goes on from there"
         counts[state] = counts.get(state, 0) + 1
         table.add_row(step.parameters.step, step.label, name, _coloured(state), escape(remark))
     out.print(table)
@@ -189,17 +189,17 @@ def prune_runs(
 ) -> None:
     """Remove the runs that none of the given studies needs; shows what would go, and asks."""
     kept = {name for study in keep for name in _plan(study, runs).steps}
-    unneeded = run_folders.unneeded(runs, kept)
+    unneeded = run_folder.unneeded(runs, kept)
     if not unneeded:
         out.print("Nothing to remove: every run is needed.")
         return
     table = Table("run", "size", "state")
     for folder in unneeded:
-        table.add_row(folder.name, studies.as_bytes(run_folders.size_of(folder)), studies.run_state(folder))
+        table.add_row(folder.name, studies.as_bytes(size_of(folder)), studies.run_state(folder))
     out.print(table)
     if yes or typer.confirm(f"Remove these {len(unneeded)} runs?"):
         for folder in unneeded:
-            run_folders.remove(folder)
+            run_folder.remove(folder)
         out.print(f"Removed {len(unneeded)} runs.", highlight=False)
 
 

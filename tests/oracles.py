@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from pftools.models import decoder_layers
+from pftools.layers import decoder_layers
 
 
 def wanda_mask(weight: torch.Tensor, inputs: torch.Tensor, sparsity: float) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-from pftools import cli, runs
+from pftools import cli, run_folder
 from pftools.study import load_study, plan_study
 
 
@@ -25,7 +25,7 @@ def finish(study, steps=("calibrate", "prune", "finetune")):
     plan = plan_study(load_study(study))
     for step in plan.steps.values():
         if step.parameters.step in steps:
-            run = runs.start(step.parameters)
+            run = run_folder.start(step.parameters)
             run.path("result.txt").write_text("something")
             run.seal(["result.txt"])
     return plan
@@ -46,7 +46,7 @@ def test_plan_tells_what_is_shared_and_what_is_there(call):
 def test_status_names_who_works_and_what_was_cut_short(call):
     plan = finish("one.yaml", steps=("calibrate", "prune"))
     folder = next(step.folder for step in plan.steps.values() if step.parameters.step == "finetune")
-    with runs.driving(folder):
+    with run_folder.driving(folder):
         _, shown = call("status", "one.yaml")
         assert "begun 0 seconds ago" in shown and "2 finished, 2 to do, 1 running" in shown
     (folder / "work").mkdir(parents=True)
@@ -59,7 +59,7 @@ def test_prune_runs_shows_what_would_go_and_asks(call):
     other = finish("other.yaml")
     code, shown = call("prune-runs", "one.yaml", input="n\n")
     (needless,) = [step.folder for step in other.steps.values() if step.parameters.step == "finetune"]
-    assert needless.name in shown and "Remove these 1 runs?" in shown and runs.is_whole(needless)
+    assert needless.name in shown and "Remove these 1 runs?" in shown and run_folder.is_whole(needless)
     code, shown = call("prune-runs", "one.yaml", input="y\n")
     assert code == 0 and not needless.exists()
     assert "Nothing to remove" in call("prune-runs", "one.yaml")[1]

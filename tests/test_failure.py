@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pftools import cli, executors, runs, settings, study
+from pftools import cli, executors, run_folder, settings, study
 from pftools.errors import PftoolsError
 from tests.trivial import contents, trivial_plan, write_notebooks
 
@@ -105,10 +105,10 @@ def test_a_study_survives_being_killed_twenty_times(tmp_path):
             )  # where only a kernel died, it goes on with what does not depend on that step
             again = {line.partition(" ")[2] for line in journal(root)[before:] if line.startswith("begins")}
             assert not again & finished, "a finished step was computed twice"
-            finished = {name for name, step in plan.steps.items() if runs.is_finished(step.folder)}
+            finished = {name for name, step in plan.steps.items() if run_folder.is_finished(step.folder)}
             assert executors.unusable(plan) == {}
         # What a killed driver had started ends a moment after it, and holds its run until then.
-        wait_for(lambda plan=plan: not any(runs.is_locked(step.folder) for step in plan.steps.values()))
+        wait_for(lambda plan=plan: not any(run_folder.is_locked(step.folder) for step in plan.steps.values()))
         assert executors.run_plan(plan, notebooks=notebooks, progress=False) == []
         assert contents(plan) == {
             name: (tmp_path / "undisturbed" / name / "result.txt").read_text() for name in plan.steps
@@ -160,10 +160,10 @@ def test_any_damaged_file_of_any_kind_of_run_is_named_and_never_used(finished):
                 gone = path.name == "run.json" and not path.exists()  # then it is simply not finished
                 says = "not finished" if gone else path.name
                 with pytest.raises(PftoolsError, match=says):
-                    runs.verify(step.folder)
+                    run_folder.verify(step.folder)
                 for child in children:
                     with pytest.raises(PftoolsError, match=says):
-                        runs.start(child.parameters)
+                        run_folder.start(child.parameters)
                 if not gone:
                     assert path.name in executors.unusable(plan).get(name, path.name)
                     if step.parameters.step == "evaluate":
@@ -198,8 +198,8 @@ def test_ctrl_c_ends_every_process_and_the_next_run_goes_on(tmp_path):
     assert driver.wait(20) != 0
     assert not psutil.wait_procs(below, timeout=5)[1]
     assert [study.run_state(step.folder) for step in plan.steps.values()].count("failed") == 0
-    (stopped,) = [step.folder for step in plan.steps.values() if runs.was_interrupted(step.folder)]
-    assert stopped.name.startswith("prune-") and "process" in runs.owner(stopped)
+    (stopped,) = [step.folder for step in plan.steps.values() if run_folder.was_interrupted(step.folder)]
+    assert stopped.name.startswith("prune-") and "process" in run_folder.owner(stopped)
     assert (
         executors.run_plan(plan, notebooks=write_notebooks(tmp_path / "notebooks"), progress=False, jobs=2)
         == []
@@ -260,7 +260,7 @@ def test_a_full_disk_is_a_cause_and_not_a_result(tmp_path, where):
         assert "OSError" in failure.cause and (
             "No space left" in failure.cause or "File too large" in failure.cause
         )
-        assert not any(runs.is_finished(step.folder) for step in plan.steps.values())
+        assert not any(run_folder.is_finished(step.folder) for step in plan.steps.values())
         assert (
             executors.run_plan(plan, notebooks=write_notebooks(tmp_path / "notebooks"), progress=False) == []
         )
@@ -280,56 +280,56 @@ def parameters(tmp_path):
 
 
 def test_a_kernel_whose_driver_was_replaced_neither_starts_nor_seals(parameters):
-    folder = runs.run_folder(parameters)
-    with runs.driving(folder):
-        run = runs.start(parameters)
+    folder = run_folder.folder_of(parameters)
+    with run_folder.driving(folder):
+        run = run_folder.start(parameters)
         run.path("result.txt").write_text("mine")
         older = os.environ["PFTOOLS_ATTEMPT"]
         shutil.rmtree(folder.parent / ".locks")  # by hand, while a step is at work
-        with runs.driving(folder):  # so another driver finds no lock
+        with run_folder.driving(folder):  # so another driver finds no lock
             os.environ["PFTOOLS_ATTEMPT"] = older
             with pytest.raises(PftoolsError, match="has taken over"):
                 run.seal(["result.txt"])
             run.lock.release(force=True)
             with pytest.raises(PftoolsError, match="has taken over"):
-                runs.start(parameters)
-    assert not runs.is_finished(folder)
+                run_folder.start(parameters)
+    assert not run_folder.is_finished(folder)
 
 
 def test_a_notebook_that_makes_another_run_than_planned_is_stopped(parameters):
     with (
-        runs.driving(runs.run_folder(parameters).with_name("prune-0123456789ab")),
+        run_folder.driving(run_folder.folder_of(parameters).with_name("prune-0123456789ab")),
         pytest.raises(PftoolsError, match="its parameters make"),
     ):
-        runs.start(parameters)
+        run_folder.start(parameters)
 
 
 def test_a_crash_between_the_outputs_and_the_record_leaves_an_unfinished_run(parameters, monkeypatch):
-    run = runs.start(parameters)
+    run = run_folder.start(parameters)
     run.path("result.txt").write_text("first")
     run.path("folder/extra.txt").write_text("first")
 
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "_write_record", crash)
+    monkeypatch.setattr(run_folder, "_write_record", crash)
     with pytest.raises(KeyboardInterrupt):
         run.seal(["result.txt", "folder"])
     run.lock.release(force=True)
     monkeypatch.undo()
-    assert (run.folder / "result.txt").exists() and not runs.is_finished(run.folder)
-    run = runs.start(parameters)
+    assert (run.folder / "result.txt").exists() and not run_folder.is_finished(run.folder)
+    run = run_folder.start(parameters)
     run.path("result.txt").write_text("second")
     run.seal(["result.txt"])
     assert (run.folder / "result.txt").read_text() == "second" and not (run.folder / "folder").exists()
 
 
 def test_a_cell_that_is_executed_again_does_not_wait_for_itself(parameters):
-    first = runs.start(parameters)
-    again = runs.start(parameters)
+    first = run_folder.start(parameters)
+    again = run_folder.start(parameters)
     again.path("result.txt").write_text("one")
     again.seal(["result.txt"])
-    assert not runs.is_locked(first.folder) and runs.is_whole(first.folder)
+    assert not run_folder.is_locked(first.folder) and run_folder.is_whole(first.folder)
 
 
 def test_only_finetuning_goes_on_from_what_a_killed_attempt_left(parameters):
@@ -337,10 +337,10 @@ def test_only_finetuning_goes_on_from_what_a_killed_attempt_left(parameters):
         (parameters, False),
         (settings.Finetune(model="somebody/model", runs=parameters.runs), True),
     ):
-        left = runs.run_folder(given) / "work" / "trainer" / "state"
+        left = run_folder.folder_of(given) / "work" / "trainer" / "state"
         left.parent.mkdir(parents=True)
         left.touch()
-        run = runs.start(given)
+        run = run_folder.start(given)
         assert left.exists() == kept
         run.lock.release(force=True)
 
@@ -350,11 +350,11 @@ def test_the_notebook_of_a_driver_killed_after_the_seal_is_kept_if_it_is_whole(p
     folder = next(step.folder for step in plan.steps.values())
     for text, kept in (('{"cells": [], "hf_' + "x" * 30 + '": 1}', True), ('{"cells": [', False)):
         shutil.rmtree(folder, ignore_errors=True)
-        runs.start(next(iter(plan.steps.values())).parameters).seal([])
-        runs.draft_path(folder).write_text(text)
+        run_folder.start(next(iter(plan.steps.values())).parameters).seal([])
+        run_folder.draft_path(folder).write_text(text)
         (folder / "work").mkdir()
         executors.tidy_finished(plan)
-        assert ("notebook.ipynb" in runs.verify(folder)["outputs"]) == kept
+        assert ("notebook.ipynb" in run_folder.verify(folder)["outputs"]) == kept
         assert not kept or "hf_" not in (folder / "notebook.ipynb").read_text()
         assert leftovers(folder.parent) == []
 
@@ -364,38 +364,38 @@ def test_what_a_dying_process_still_holds_is_put_in_order_at_the_end(tmp_path):
     plan = trivial_plan(tmp_path / "runs", orderings=["P"])
     assert executors.run_plan(plan, notebooks=notebooks, progress=False) == []
     first, *_, last = [step.folder for step in plan.steps.values()]
-    runs.remove(last)
-    runs.draft_path(first).write_text('{"cells": [')
-    held = runs._lock(first, "driver")
+    run_folder.remove(last)
+    run_folder.draft_path(first).write_text('{"cells": [')
+    held = run_folder._lock(first, "driver")
     held.acquire()
     threading.Timer(0.2, held.release).start()
     assert executors.run_plan(plan, notebooks=notebooks, progress=False) == []
-    assert runs.is_whole(last) and leftovers(tmp_path / "runs") == []
+    assert run_folder.is_whole(last) and leftovers(tmp_path / "runs") == []
 
 
 def test_a_clock_that_is_set_back_changes_nothing(parameters, monkeypatch):
     monkeypatch.setattr(time, "time", lambda now=time.time: now() - 86_400)
-    folder = runs.run_folder(parameters)
-    with runs.driving(folder):
+    folder = run_folder.folder_of(parameters)
+    with run_folder.driving(folder):
         monkeypatch.undo()
-        assert "begun 24 hours ago" in runs.owner(folder)
-        run = runs.start(parameters)
+        assert "begun 24 hours ago" in run_folder.owner(folder)
+        run = run_folder.start(parameters)
         monkeypatch.setattr(time, "time", lambda: 0.0)
-        assert "begun 0 seconds ago" in runs.owner(folder)
+        assert "begun 0 seconds ago" in run_folder.owner(folder)
         run.path("result.txt").write_text("one")
         run.seal(["result.txt"])
-    assert 0 <= runs.verify(folder)["seconds"] < 60
+    assert 0 <= run_folder.verify(folder)["seconds"] < 60
 
 
 def test_a_record_that_was_cut_short_is_damaged_not_finished(parameters):
-    run = runs.start(parameters)
+    run = run_folder.start(parameters)
     run.path("result.txt").write_text("one")
     run.seal(["result.txt"])
     for text in ("", "{", "[]", "null", json.dumps({"step": "prune", "seal": "x"})):
         (run.folder / "run.json").write_text(text)
-        assert not runs.is_whole(run.folder)
+        assert not run_folder.is_whole(run.folder)
         with pytest.raises(PftoolsError, match="run.json is damaged"):
-            runs.start(parameters)
+            run_folder.start(parameters)
 
 
 def test_a_file_system_without_locks_is_refused(parameters, monkeypatch):
@@ -406,4 +406,4 @@ def test_a_file_system_without_locks_is_refused(parameters, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", no_lock)
     with pytest.raises(PftoolsError, match="cannot be locked"):
-        runs.start(parameters)
+        run_folder.start(parameters)

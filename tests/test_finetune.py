@@ -10,7 +10,7 @@ from pftools.finetune.quantize import quantized
 from pftools.finetune.recipe import find_targets, rows_of_budget, warmup_of
 from pftools.finetune.rows import training_order
 from pftools.finetune.update import dense_weight, kept_of, remember_kept, updated_linear, updated_weight
-from pftools.models import linear_modules, measured_sparsity
+from pftools.layers import linear_modules, measured_sparsity
 from pftools.prune import prune_model
 from tests.tiny import tiny_blocks, tiny_llama, tiny_tokenizer
 

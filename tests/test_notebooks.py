@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from pftools import checkpoints, executors, models, runs, settings, study
+from pftools import checkpoints, executors, models, run_folder, settings, study
 from tests.tiny import save_tiny, tiny_blocks
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -68,7 +68,7 @@ def execute(name, tmp_path, **parameters):
 def run_of(tmp_path, step):
     (folder,) = (tmp_path / "runs").glob(f"{step}-*")
     assert not (folder / "work").exists()
-    return runs.verify(folder), str(folder)
+    return run_folder.verify(folder), str(folder)
 
 
 @pytest.mark.slow
@@ -180,7 +180,9 @@ def test_success_is_never_inferred_from_the_notebook(tmp_path, body, says):
     step = {"notebook": str(tmp_path / "bad.ipynb"), "folder": str(folder), "parameters": {}}
     with pytest.raises(Exception, match=says):
         executors.execute_step(step)
-    assert says in json.loads((folder / "failure.json").read_text())["cause"] and not runs.is_finished(folder)
+    assert says in json.loads((folder / "failure.json").read_text())["cause"] and not run_folder.is_finished(
+        folder
+    )
 
 
 def test_secrets_are_blotted_out_of_any_text(monkeypatch):

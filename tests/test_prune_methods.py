@@ -5,7 +5,7 @@ import torch
 
 from pftools import prune, settings
 from pftools.errors import PftoolsError
-from pftools.models import linear_modules, measured_sparsity
+from pftools.layers import linear_modules, measured_sparsity
 from pftools.prune import allocation, criteria, inputs, patterns, sparsegpt
 from tests import oracles
 from tests.tiny import tiny_blocks, tiny_llama

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pftools import checkpoints, prune
 from pftools.errors import PftoolsError
-from pftools.models import linear_weights, load_model, measured_sparsity
+from pftools.layers import linear_weights, measured_sparsity
+from pftools.models import load_model
 from pftools.prune import experts, memory
 from tests import oracles
 from tests.tiny import save_tiny, tiny_blocks, tiny_llama

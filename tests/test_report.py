@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from pftools import report, runs, study
+from pftools import report, run_folder, study
 from pftools.errors import PftoolsError
 
 GAIN = {"prune": 0.25, "finetune_prune": 0.12, "prune_finetune": 0.02}
@@ -28,7 +28,7 @@ def made_up(folder, **words):
     text, skill = generator.normal(0, 0.4, 30), generator.beta(2, 2, 120)
     rows = {row.evaluation: row for row in plan.rows}
     for step in plan.steps.values():
-        run = runs.start(step.parameters)
+        run = run_folder.start(step.parameters)
         if step.parameters.step != "evaluate":
             run.seal([], measured=0.5)
             continue

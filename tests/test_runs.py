@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from pftools import checkpoints, contents, models, runs, settings
+from pftools import checkpoints, contents, models, run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.finetune import finetune_model
 from pftools.prune import prune_model
@@ -20,7 +20,7 @@ def sealed(tmp_path):
     parameters = settings.Prune(
         model=str(save_tiny(tmp_path / "tiny")), dtype="float32", runs=str(tmp_path / "runs")
     )
-    run = runs.start(parameters)
+    run = run_folder.start(parameters)
     model, _ = models.load_for(parameters)
     result = prune_model(model, tiny_blocks(), progress=False)
     return run.seal(checkpoints.save_prune(run, result.masks), measured=0.5), model
@@ -28,7 +28,7 @@ def sealed(tmp_path):
 
 def tuned(sealed):
     parameters = settings.Finetune(model=str(sealed[0]), dtype="float32", runs=str(sealed[0].parent))
-    run = runs.start(parameters)
+    run = run_folder.start(parameters)
     model, _ = models.load_for(parameters)
     finetune_model(model, tiny_blocks(), steps=2, output=run.path(""), progress=False)
     return run.seal(checkpoints.save_finetune(run, "masked"), measured=0.5)
@@ -61,7 +61,7 @@ def test_a_base_with_a_relative_path_is_found_from_anywhere(tmp_path, monkeypatc
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     parameters = settings.Prune(model="../models/tiny", dtype="bfloat16", runs="runs")
-    run = runs.start(parameters)
+    run = run_folder.start(parameters)
     model, _ = models.load_for(parameters)
     folder = run.seal(
         checkpoints.save_prune(run, prune_model(model, tiny_blocks(), progress=False).masks), dtype="bfloat16"
@@ -75,7 +75,7 @@ def test_a_base_with_a_relative_path_is_found_from_anywhere(tmp_path, monkeypatc
 def test_what_a_path_holds_counts_in_the_key_and_not_when_it_was_written(tmp_path, monkeypatch):
     model, corpus = save_tiny(tmp_path / "tiny"), tmp_path / "text.txt"
     corpus.write_text("some text")
-    key = lambda: runs.run_key(settings.Finetune(model=str(model), corpus=str(corpus)))  # noqa: E731
+    key = lambda: run_folder.run_key(settings.Finetune(model=str(model), corpus=str(corpus)))  # noqa: E731
     first = key()
     for path in (model / "model.safetensors", corpus):
         os.utime(path, (0, 0))
@@ -95,11 +95,11 @@ def test_what_a_path_holds_counts_in_the_key_and_not_when_it_was_written(tmp_pat
     save_tiny(model, seed=1)
     assert len({first, in_pieces, key()}) == 3
     monkeypatch.chdir(tmp_path)
-    embedded = runs.run_key(settings.Finetune())
+    embedded = run_folder.run_key(settings.Finetune())
     for name in ("smollm2-135m", "pydocs"):  # folders that have the name of what is embedded
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.txt").write_text("some text")
-    assert runs.run_key(settings.Finetune()) == embedded
+    assert run_folder.run_key(settings.Finetune()) == embedded
 
 
 def test_a_run_is_not_replayed_on_a_base_that_was_changed(sealed, tmp_path):
@@ -136,53 +136,56 @@ def test_a_changed_number_in_the_record_breaks_its_seal(sealed):
     path = sealed[0] / "run.json"
     path.write_text(path.read_text().replace('"measured": 0.5', '"measured": 0.6'))
     with pytest.raises(PftoolsError, match="damaged"):
-        runs.read_record(sealed[0])
+        run_folder.read_record(sealed[0])
 
 
 def test_work_is_not_finished_until_it_is_sealed(tmp_path):
-    run = runs.start(settings.Calibrate(model="somebody/model", runs=str(tmp_path)))
+    run = run_folder.start(settings.Calibrate(model="somebody/model", runs=str(tmp_path)))
     run.path("table.txt").write_text("half")
-    assert not runs.is_finished(run.folder) and runs.is_locked(run.folder)
+    assert not run_folder.is_finished(run.folder) and run_folder.is_locked(run.folder)
     run.seal(["table.txt"], answer=1)
-    assert runs.is_finished(run.folder) and not runs.is_locked(run.folder)
+    assert run_folder.is_finished(run.folder) and not run_folder.is_locked(run.folder)
     assert sorted(path.name for path in run.folder.iterdir()) == ["run.json", "table.txt"]
 
 
 def test_a_finished_run_is_never_overwritten(tmp_path):
     parameters = settings.Calibrate(model="somebody/model", runs=str(tmp_path))
     for answer in (1, 2):
-        run = runs.start(parameters)
+        run = run_folder.start(parameters)
         run.path("table.txt").write_text(str(answer))
         run.seal(["table.txt"], answer=answer)
-    assert runs.verify(run.folder)["results"]["answer"] == 1 and (run.folder / "table.txt").read_text() == "1"
+    assert (
+        run_folder.verify(run.folder)["results"]["answer"] == 1
+        and (run.folder / "table.txt").read_text() == "1"
+    )
 
 
 def test_a_step_does_not_start_from_an_unfinished_run(tmp_path):
     with pytest.raises(PftoolsError, match="that run is not finished"):
-        runs.start(settings.Prune(model=str(tmp_path / "prune-0123456789ab"), runs=str(tmp_path)))
+        run_folder.start(settings.Prune(model=str(tmp_path / "prune-0123456789ab"), runs=str(tmp_path)))
 
 
 def test_a_killed_owner_leaves_no_lock(tmp_path):
     code = (
-        "import time; from pathlib import Path; from pftools import runs\n"
-        f"with runs.driving(Path({str(tmp_path)!r}) / 'prune-0123456789ab'):\n print('held', flush=True); time.sleep(60)"
+        "import time; from pathlib import Path; from pftools import run_folder\n"
+        f"with run_folder.driving(Path({str(tmp_path)!r}) / 'prune-0123456789ab'):\n print('held', flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline().strip() == "held"
     folder = tmp_path / "prune-0123456789ab"
-    assert runs.is_locked(folder) and f"process {owner.pid}" in runs.owner(folder)
+    assert run_folder.is_locked(folder) and f"process {owner.pid}" in run_folder.owner(folder)
     owner.kill()
     owner.wait()
     began = time.monotonic()
-    with runs.driving(folder):
+    with run_folder.driving(folder):
         assert time.monotonic() - began < 5
 
 
 def test_garbage_collection_spares_what_is_kept(sealed):
     last = tuned(sealed)
     root = last.parent
-    assert [path.name for path in runs.unneeded(root, {last.name})] == [sealed[0].name]
-    runs.remove(sealed[0])
+    assert [path.name for path in run_folder.unneeded(root, {last.name})] == [sealed[0].name]
+    run_folder.remove(sealed[0])
     with pytest.raises(PftoolsError, match="run its step again"):
         checkpoints.load(last)
 
@@ -192,12 +195,12 @@ def test_half_of_smollm2_takes_less_than_a_twelfth_of_it_and_exports_to_plain_tr
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parameters = settings.Prune(method="magnitude", dtype="bfloat16", runs=str(tmp_path / "runs"))
-    run = runs.start(parameters)
+    run = run_folder.start(parameters)
     model, _ = models.load_for(parameters)
     masks = prune_model(model, torch.zeros(1, 8, dtype=torch.long), method="magnitude", progress=False).masks
     folder = run.seal(checkpoints.save_prune(run, masks))
     whole = 2 * sum(weight.numel() for weight in model.parameters())
-    assert runs.size_of(folder) < whole / 12
+    assert run_folder.size_of(folder) < whole / 12
     exported = checkpoints.export(folder, tmp_path / "exported", dtype="bfloat16")
     plain = AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
     text = AutoTokenizer.from_pretrained(exported)(

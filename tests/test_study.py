@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from pftools import runs, settings
+from pftools import run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.study import Study, estimate_disk, estimate_seconds, load_study, plan_study
 
@@ -116,7 +116,7 @@ def test_time_is_estimated_from_past_runs_of_the_same_kind_and_model(tmp_path):
     for step, seconds in zip(
         plan.steps.values(), (1, 10, 100, 1000)
     ):  # calibrate, prune, evaluate the pruned model, finetune
-        run = runs.start(step.parameters)
+        run = run_folder.start(step.parameters)
         run.started -= seconds
         run.seal([])
     assert [step.parameters.step for step in plan.missing()] == ["evaluate"]
@@ -238,7 +238,7 @@ def test_only_what_changes_results_changes_the_key(kind):
     for name in kind.model_fields:
         value = getattr(plain, name)
         changed = plain.model_copy(update={name: other[type(value)](value)})
-        same_key = runs.run_key(changed) == runs.run_key(plain)
+        same_key = run_folder.run_key(changed) == run_folder.run_key(plain)
         assert same_key == (
             name
             in {

@@ -4,7 +4,7 @@ import torch
 
 from pftools import weights
 from pftools.errors import PftoolsError
-from pftools.models import linear_modules
+from pftools.layers import linear_modules
 from tests.tiny import tiny_llama
 
 

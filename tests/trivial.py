@@ -21,8 +21,8 @@ from pathlib import Path
 from pftools import settings
 parameters = settings.read(settings.STEPS[{step!r}], globals())
 started = time.perf_counter()
-from pftools import runs as run_folders
-run = run_folders.start(parameters)
+from pftools import run_folder
+run = run_folder.start(parameters)
 in_start = time.perf_counter() - started
 def journal(word):
     with open(Path(parameters.runs) / "journal.txt", "a") as file:

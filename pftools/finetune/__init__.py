@@ -9,7 +9,7 @@ train      the training: `finetune_model`
 merge      from adapter back to plain weights: `merge_adapter`
 """
 
-from pftools.finetune.merge import Adapter, merge_adapter, resolve_merge
+from pftools.adapters import Adapter, merge_adapter, resolve_merge
 from pftools.finetune.rows import Rows, padded_rows
 from pftools.finetune.train import FinetuneResult, finetune_model
 from pftools.finetune.update import updated_weight

@@ -16,7 +16,7 @@ from torch import nn
 
 from pftools.errors import PftoolsError
 from pftools.finetune.update import remember_kept
-from pftools.models import linear_modules
+from pftools.layers import linear_modules
 
 BASES = ("plain", "8bit", "nf4")
 

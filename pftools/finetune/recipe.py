@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from pftools.errors import PftoolsError
-from pftools.models import linear_modules
+from pftools.layers import linear_modules
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense")
 _PUBLISHED = ("q_proj", "v_proj")

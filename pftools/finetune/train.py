@@ -22,13 +22,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from pftools.adapters import Adapter, factors_of, mark_masked, mask_digest, resolve_merge
 from pftools.errors import PftoolsError, nearest
+from pftools.files import write_json
 from pftools.finetune.masked import fuse_hira, masked_modules
-from pftools.finetune.merge import Adapter, factors_of, mark_masked, mask_digest, resolve_merge
 from pftools.finetune.quantize import BASES, check_bitsandbytes, quantized
 from pftools.finetune.recipe import find_targets, rows_of_budget, warmup_of
 from pftools.finetune.rows import Rows, training_order
-from pftools.runs import write_json
 
 
 @dataclass

@@ -20,84 +20,14 @@ formed anew in the backward pass: nothing of the weight's size is kept for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-Kind = Literal["masked", "hira", "dense"]
-# Bits of a float32's fraction that the smaller formats do not have.
-_SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13}
-
-
-def updated_weight(
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scaling: float = 1.0,
-    *,
-    kind: Kind = "masked",
-    kept: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    alone: bool = False,
-) -> torch.Tensor:
-    """W + s K * (B A), computed in float32 and cast once.
-
-    But for `dense`, a kept weight that would become zero becomes the smallest number of its dtype instead, so that the number of zeros is
-    the same before and after, always.
-
-    Args:
-        weight: (rows, columns), any float dtype. a: (rank, columns). b: (rows, rank).
-        kept: bool (rows, columns), the mask M; None: where the weight is not zero.
-        dtype: of the result; None: the weight's.
-        alone: s K * (B A) without W.
-    """
-    result = torch.empty_like(weight, dtype=dtype or weight.dtype)
-    limits = torch.finfo(result.dtype)
-    least = max(
-        limits.tiny * limits.eps, torch.finfo(torch.float32).tiny
-    )  # a subnormal where float16 has one
-    a, b = a.float(), b.float() * scaling
-    with torch.autocast(weight.device.type, enabled=False):
-        for rows in _slices(weight):
-            part = weight[rows]
-            new = b[rows] @ a
-            if kind == "hira":
-                new.mul_(part)
-            if not alone:
-                new.add_(part)
-            if kind != "dense":
-                if not alone:
-                    new.add_(new.abs().lt_(least), alpha=2 * least)
-                new.mul_(part != 0 if kept is None else kept[rows])
-            result[rows] = _dithered(new, rows.start, result.dtype)
-    return result
-
-
-def _slices(weight: torch.Tensor) -> Iterator[slice]:
-    """Rows that are worked on together: few enough for a processor's cache; a GPU wants many."""
-    numbers = 2**17 if weight.device.type == "cpu" else 2**24
-    step = max(1, numbers // weight.shape[1])
-    return (slice(start, start + step) for start in range(0, weight.shape[0], step))
-
-
-def _dithered(values: torch.Tensor, first_row: int, dtype: torch.dtype) -> torch.Tensor:
-    """float32 ``values``, changed in place into numbers that ``dtype`` holds: to one of the two neighbours, by a pattern of row and column that
-    is spread evenly over all fractions (Roberts' R2 sequence)."""
-    spare = _SPARE_BITS.get(dtype, 0)
-    if spare:
-        steps = [
-            (torch.arange(start, start + size, device=values.device) * factor & 0xFFFF).int()
-            for start, size, factor in zip((first_row, 0), values.shape, (49471, 37345))
-        ]
-        pattern = (steps[0][:, None] + steps[1]).bitwise_and_(0xFFFF)
-        if spare < 16:
-            pattern.bitwise_right_shift_(16 - spare)
-        values.view(torch.int32).add_(pattern).bitwise_and_(-(2**spare))
-    return values
+from pftools.adapters import Kind, row_slices, updated_weight
 
 
 class _UpdatedLinear(torch.autograd.Function):
@@ -133,7 +63,7 @@ def _factor_gradients(
     scaling, hira = ctx.options["scaling"], ctx.options["kind"] == "hira"
     grad_a, grad_b = torch.zeros_like(a, dtype=torch.float32), torch.empty_like(b, dtype=torch.float32)
     with torch.autocast(grad.device.type, enabled=False):
-        for rows in _slices(weight):
+        for rows in row_slices(weight):
             part = weight[rows]
             factor = part if hira else part != 0 if kept is None else kept[rows]
             through = grad[rows].float() * factor  # a new tensor, also where grad is float32 already

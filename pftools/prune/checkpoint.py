@@ -21,10 +21,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pftools import runs
+from pftools.base_models import model_source, resolve_device, resolve_dtype
 from pftools.checkpoints import MASKS
 from pftools.errors import PftoolsError
-from pftools.models import decoder_layers, linear_weights, model_source, resolve_device, resolve_dtype
+from pftools.files import write_json
+from pftools.layers import decoder_layers, linear_weights
 from pftools.prune.inputs import inference
 from pftools.prune.request import check_request
 from pftools.prune.result import PruneResult
@@ -118,7 +119,7 @@ def prune_checkpoint(
             "asked": sparsity,
             "sparsity": 1 - masks.kept / masks.size,
         }
-        runs.write_json(partial / "pftools.json", facts)
+        write_json(partial / "pftools.json", facts)
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
@@ -290,7 +291,7 @@ class _Checkpoint:
                 f"rest-{number:05d}",
             )
         total = sum((folder / file).stat().st_size for file in set(self.written.values()))
-        runs.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": self.written})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": self.written})
         for path in sorted(self.folder.iterdir()):
             if (
                 path.is_file()

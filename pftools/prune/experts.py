@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pftools.errors import PftoolsError
-from pftools.models import fused_experts
+from pftools.layers import fused_experts
 
 
 class _View(nn.Linear):

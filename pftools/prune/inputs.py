@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from pftools.errors import PftoolsError
-from pftools.models import decoder_layers
+from pftools.layers import decoder_layers
 
 # Numbers that the widest activation of one forward may hold: few on a CPU, whose caches they should stay in, many elsewhere.
 _BATCH_BUDGET = 1_000_000

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pftools.errors import PftoolsError, nearest
-from pftools.models import linear_weights
+from pftools.layers import linear_weights
 from pftools.prune.criteria import Method, find_method
 from pftools.prune.inputs import batch_size_for
 from pftools.prune.patterns import Pattern, check_width, parse_pattern

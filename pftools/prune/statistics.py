@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from pftools import runs
+from pftools import run_folder
 from pftools.errors import PftoolsError
 
 
@@ -56,8 +56,8 @@ class ActivationStatistics:
         Raises:
             PftoolsError: they are of another model.
         """
-        measured = runs.read_record(folder)["parameters"]["model"]
-        same_run = runs.is_finished(model) and Path(measured).name == Path(model).name
+        measured = run_folder.read_record(folder)["parameters"]["model"]
+        same_run = run_folder.is_finished(model) and Path(measured).name == Path(model).name
         if measured != model and not same_run:
             raise PftoolsError(
                 f"the statistics in {folder} are of {measured!r}, and {model!r} is to be pruned: run 01_calibrate on that model, "

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from pftools.errors import PftoolsError
-from pftools.models import decoder_layers
+from pftools.layers import decoder_layers
 from pftools.prune import allocation, experts
 from pftools.prune.inputs import (
     InputMeter,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pftools import cli, executors, runs, slurm, study
+from pftools import cli, executors, run_folder, slurm, study
 from pftools.errors import PftoolsError
 from tests.tiny import save_tiny
 from tests.trivial import contents, trivial_plan, write_notebooks
@@ -112,10 +112,12 @@ def test_a_job_that_the_cluster_kills_is_not_finished_and_says_its_last_words(tm
     plan = trivial_plan(tmp_path / "runs", orderings=["P"])
     slurm.submit(plan, notebooks=notebooks)
     name = next(name for name in plan.steps if name.startswith("prune"))
-    wait_until(lambda: runs.is_locked(plan.steps[name].folder))
+    wait_until(lambda: run_folder.is_locked(plan.steps[name].folder))
     subprocess.run(["scancel", "--signal=KILL", slurm.queue(tmp_path / "runs")[name].id], check=True)
     wait_until(lambda: not slurm.queue(tmp_path / "runs"))
-    assert not runs.is_finished(plan.steps[name].folder) and not runs.is_locked(plan.steps[name].folder)
+    assert not run_folder.is_finished(plan.steps[name].folder) and not run_folder.is_locked(
+        plan.steps[name].folder
+    )
     assert list(states(plan).values()) == ["finished", "to do", "to do"]
     assert executors.read_failure(plan.steps[name].folder).cause
     assert run_all(plan, write_notebooks(tmp_path / "notebooks")) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +17,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from pftools.dithering import dithered
 from pftools.errors import PftoolsError, nearest
-from pftools.finetune.update import updated_weight
-from pftools.models import measured_sparsity
+from pftools.layers import measured_sparsity
 
 MASKED_TYPE = (
     "MASKED_LORA: load it with pftools.finetune.merge_adapter, a plain LoRA merge would fill the zeros"
 )
 # A model counts as pruned from here on; below, its zeros are accidents of its number format.
 _PRUNED_FROM = 0.01
+
+Kind = Literal["masked", "hira", "dense"]
 
 
 @dataclass
@@ -143,3 +146,54 @@ def mark_masked(folder: Path, digest: str) -> None:
         json.dumps({**config, "peft_type": MASKED_TYPE, "pftools_mask": digest}, indent=2, sort_keys=True)
         + "\n"
     )
+
+
+def updated_weight(
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float = 1.0,
+    *,
+    kind: Kind = "masked",
+    kept: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    alone: bool = False,
+) -> torch.Tensor:
+    """W + s K * (B A), computed in float32 and cast once.
+
+    But for `dense`, a kept weight that would become zero becomes the smallest number of its dtype instead, so that the number of zeros is
+    the same before and after, always.
+
+    Args:
+        weight: (rows, columns), any float dtype. a: (rank, columns). b: (rows, rank).
+        kept: bool (rows, columns), the mask M; None: where the weight is not zero.
+        dtype: of the result; None: the weight's.
+        alone: s K * (B A) without W.
+    """
+    result = torch.empty_like(weight, dtype=dtype or weight.dtype)
+    limits = torch.finfo(result.dtype)
+    least = max(
+        limits.tiny * limits.eps, torch.finfo(torch.float32).tiny
+    )  # a subnormal where float16 has one
+    a, b = a.float(), b.float() * scaling
+    with torch.autocast(weight.device.type, enabled=False):
+        for rows in row_slices(weight):
+            part = weight[rows]
+            new = b[rows] @ a
+            if kind == "hira":
+                new.mul_(part)
+            if not alone:
+                new.add_(part)
+            if kind != "dense":
+                if not alone:
+                    new.add_(new.abs().lt_(least), alpha=2 * least)
+                new.mul_(part != 0 if kept is None else kept[rows])
+            result[rows] = dithered(new, rows.start, result.dtype)
+    return result
+
+
+def row_slices(weight: torch.Tensor) -> Iterator[slice]:
+    """Rows that are worked on together: few enough for a processor's cache; a GPU wants many."""
+    numbers = 2**17 if weight.device.type == "cpu" else 2**24
+    step = max(1, numbers // weight.shape[1])
+    return (slice(start, start + step) for start in range(0, weight.shape[0], step))

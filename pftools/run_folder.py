@@ -25,7 +25,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +35,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from pftools import RECIPE_VERSION, contents
 from pftools.errors import PftoolsError
+from pftools.files import partial_path, sealed_sha256, sha256, write_json
 from pftools.settings import EMBEDDED_MODEL, Step
 
 KEY_LENGTH = 12
@@ -70,7 +71,7 @@ def _key_of_reference(reference: str) -> str:
     return last if is_run else reference
 
 
-def run_folder(parameters: Step) -> Path:
+def folder_of(parameters: Step) -> Path:
     """Where the run of a step with these parameters is, or will be."""
     return Path(parameters.runs) / f"{parameters.step}-{run_key(parameters)}"
 
@@ -106,7 +107,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
     record = read_record(folder)
     for name, expected in record["outputs"].items():
         path = Path(folder) / name
-        if not path.exists() or _sha256(path) != expected:
+        if not path.exists() or sha256(path) != expected:
             found = "is missing" if not path.exists() else "differs from what was sealed"
             raise PftoolsError(f"{path} {found}: {_REMEDY}.")
     return record
@@ -170,7 +171,7 @@ class Run:
                 "key": self.key,
                 "parameters": self.parameters.model_dump(mode="json"),
                 "results": results,
-                "outputs": {name: _kept(self.folder / name) for name in _files(self.folder, outputs)},
+                "outputs": {name: sealed_sha256(self.folder / name) for name in _files(self.folder, outputs)},
                 "seconds": round(time.monotonic() - self.started, 2),
                 **_circumstances(),
             }
@@ -199,7 +200,7 @@ def start(parameters: Step) -> Run:
                     f"{name} is {reference!r}, and that run is not finished: run its step first."
                 )
             verify(reference)
-    folder = run_folder(parameters)
+    folder = folder_of(parameters)
     # One lock object a process: a cell that is executed again by hand must not wait for itself.
     writer = _lock(folder, "writer", is_singleton=True)
     _acquire(writer, folder)
@@ -233,7 +234,7 @@ def clear(folder: Path, *, keep_work: bool, keep: tuple[str, ...] = ()) -> None:
 def add_output(folder: Path, name: str) -> None:
     """Add a file to the record of a finished run: its executed notebook, which is complete only after the seal."""
     record = read_record(folder)
-    record["outputs"][name] = _kept(folder / name)
+    record["outputs"][name] = sealed_sha256(folder / name)
     _write_record(folder, record)
 
 
@@ -257,7 +258,7 @@ def tidy(folder: Path) -> None:
         shutil.rmtree(folder / "work", ignore_errors=True)
         (folder / "failure.json").unlink(missing_ok=True)
     for path in (folder / "run.json", folder / "failure.json", _note_path(folder)):
-        _partial(path).unlink(missing_ok=True)
+        partial_path(path).unlink(missing_ok=True)
 
 
 def needs_tidying(folder: Path) -> bool:
@@ -266,10 +267,10 @@ def needs_tidying(folder: Path) -> bool:
     traces = (
         folder / "work",
         folder / "failure.json",
-        _partial(folder / "run.json"),
+        partial_path(folder / "run.json"),
         draft_path(folder),
         note,
-        _partial(note),
+        partial_path(note),
     )
     return any(path.exists() for path in traces) and not is_locked(folder)
 
@@ -414,36 +415,10 @@ def _acquire(lock: BaseFileLock, folder: Path) -> None:
         ) from None
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one atomic step: readers see the old file or the new one, never a part, also after a power cut."""
-    temporary = _partial(path)
-    try:
-        with temporary.open("w") as file:
-            file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
 def _replace(source: Path, target: Path) -> None:
     if target.is_dir():
         shutil.rmtree(target)
     os.replace(source, target)
-
-
-def _kept(path: Path) -> str:
-    """The sha256 of an output, which is on the disk and not only in memory when this returns."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _sha256(path)
 
 
 def _files(folder: Path, names: list[str]) -> list[str]:
@@ -453,11 +428,6 @@ def _files(folder: Path, names: list[str]) -> list[str]:
         inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         found += [str(file.relative_to(folder)) for file in inside]
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _circumstances() -> dict[str, Any]:
@@ -499,11 +469,6 @@ def unneeded(root: str | Path, kept: set[str]) -> list[Path]:
         folder for folder in sorted(Path(root).glob("*-*")) if _key_of_reference(str(folder)) != str(folder)
     ]
     return [folder for folder in folders if folder.name not in kept and not is_locked(folder)]
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all files of a run."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def remove(folder: Path) -> None:

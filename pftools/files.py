@@ -1,0 +1,74 @@
+"""Files that are whole or not there: written beside their place, and put there in one rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, for a file or a folder, that takes its place when the block ends without error.
+
+    Readers see the old content or the new, never a part, also after a power cut. A folder replaces only an empty one.
+    """
+    partial = partial_path(path)
+    _remove(partial)
+    try:
+        yield partial
+        if partial.is_file():
+            _to_disk(partial)
+        os.replace(partial, path)
+    finally:
+        _remove(partial)
+
+
+def partial_path(path: Path) -> Path:
+    """Where `replacing` writes what will be ``path``."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in one atomic step."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, in UTF-8, in one atomic step."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed_sha256(path: Path) -> str:
+    """`sha256` of a file that is on the disk, and not only in memory, when this returns."""
+    _to_disk(path)
+    return sha256(path)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,71 @@
+"""What a decoder is made of: its layers, and the matrices that are pruned and counted.
+
+"The weights" of a model are the matrices of the linear modules inside the decoder layers, fused experts included.
+Embeddings, norms and the head are never pruned and never counted (the convention of Wanda and SparseGPT).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pftools.errors import PftoolsError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def decoder_layers(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """The name and the list of the decoder layers: the outermost `ModuleList` that holds `nn.Linear` modules.
+
+    Raises:
+        PftoolsError: the model has no such list, so it is not a decoder that pftools knows how to walk.
+    """
+    import torch
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module):
+            if any(isinstance(inner, torch.nn.Linear) for inner in module[0].modules()):
+                return name, module
+    raise PftoolsError(
+        f"{type(model).__name__} has no list of decoder layers with nn.Linear modules: pftools prunes decoder-only "
+        "language models such as Llama, Mistral, Qwen, Gemma, Phi, OPT or GPT-NeoX."
+    )
+
+
+def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The linear modules inside the decoder layers, by their full name, in the model's order."""
+    import torch
+
+    prefix, layers = decoder_layers(model)
+    return {
+        f"{prefix}.{name}": module
+        for name, module in layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def fused_experts(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The modules that hold a mixture's experts in 3-D parameters (experts, outputs, inputs), by name: those of transformers 5."""
+    return {
+        name: inner
+        for name, inner in module.named_modules()
+        if getattr(getattr(inner, "down_proj", None), "ndim", 0) == 3 and hasattr(inner, "num_experts")
+    }
+
+
+def linear_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The weights that are pruned and counted, by full name: of linear modules, and of fused experts, in the decoder layers."""
+    prefix, layers = decoder_layers(model)
+    weights = {f"{name}.weight": module.weight for name, module in linear_modules(model).items()}
+    for name, module in fused_experts(layers).items():
+        weights |= {
+            f"{prefix}.{name}.{part}": weight for part, weight in module.named_parameters(recurse=False)
+        }
+    return weights
+
+
+def measured_sparsity(model: torch.nn.Module) -> float:
+    """Zeros / size over the linear weights of the decoder layers, between 0 and 1: what is there, not what was asked."""
+    weights = linear_weights(model).values()
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return zeros / sum(weight.numel() for weight in weights)
