@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 
+import numpy as np
 import torch
+from scipy import optimize, stats
 
 from pftools.layers import decoder_layers
 
@@ -182,3 +185,60 @@ def owl_sparsities(scores: list[torch.Tensor], sparsity: float, spread: float, m
     ]
     kept = [(share - min(shares)) / (max(shares) - min(shares)) * 2 * spread for share in shares]
     return [1 - (one - sum(kept) / len(kept) + 1 - sparsity) for one in kept]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics over seeds and blocks
+
+
+def crossed_mean_squares(d: np.ndarray) -> tuple[float, float, float]:
+    """Mean squares of seeds, blocks and the rest of d[s][b], each divided by seeds x blocks, in loops."""
+    seeds, blocks = d.shape
+    mean = sum(float(value) for row in d for value in row) / (seeds * blocks)
+    rows = [sum(map(float, d[s])) / blocks for s in range(seeds)]
+    columns = [sum(float(d[s][b]) for s in range(seeds)) / seeds for b in range(blocks)]
+    by_seed = blocks * sum((row - mean) ** 2 for row in rows) / (seeds - 1)
+    by_block = seeds * sum((column - mean) ** 2 for column in columns) / (blocks - 1)
+    rest = sum(
+        (float(d[s][b]) - rows[s] - columns[b] + mean) ** 2 for s in range(seeds) for b in range(blocks)
+    )
+    by_both = rest / ((seeds - 1) * (blocks - 1))
+    return tuple(square / (seeds * blocks) for square in (by_seed, by_block, by_both))
+
+
+def crossed_half_width(d: np.ndarray, level: float) -> float:
+    """Half of the interval for the mean of d[s][b], straight from the definition."""
+    seeds, blocks = d.shape
+    of_blocks = stats.t.ppf(1 - level / 2, blocks - 1) ** 2
+    if seeds == 1:
+        return math.sqrt(of_blocks * np.var(d[0], ddof=1) / blocks)
+    by_seed, by_block, by_both = crossed_mean_squares(d)
+    of_seeds = stats.t.ppf(1 - level / 2, seeds - 1) ** 2
+    widths = [of_seeds * max(by_seed - by_both, 0) + of_blocks * by_block]
+    if by_seed >= by_block:
+        widths.append(of_seeds * by_seed)
+    return math.sqrt(max(widths))
+
+
+def best_set(losses: np.ndarray, level: float) -> tuple[list[bool], list[float]]:
+    """Whom no rival beats at level / (k - 1), one-sided, pair by pair; and the level at which each would be beaten."""
+    k = len(losses)
+    members, p = [], []
+    for one in range(k):
+        found = []
+        for other in range(k):
+            if other != one:
+                d = losses[one] - losses[other]
+                found.append(_one_sided(d))
+        members.append(all(value > level / (k - 1) for value in found))
+        p.append(min(1.0, (k - 1) * min(found)))
+    return members, p
+
+
+def _one_sided(d: np.ndarray) -> float:
+    """The p-value of "d is above 0": half of the level at which the two-sided interval just holds 0."""
+    mean = float(d.mean())
+    edge = optimize.brentq(
+        lambda log: crossed_half_width(d, math.exp(log)) - abs(mean), math.log(1e-12), math.log(1 - 1e-12)
+    )
+    return math.exp(edge) / 2 if mean > 0 else 1 - math.exp(edge) / 2
