@@ -153,9 +153,9 @@ def result_table(table: pd.DataFrame) -> Any:
         *(["seeds"] if shown["seeds"].max() > 1 else []),
     ]
     shown = shown[columns].rename(columns={"finetune_tokens": "training tokens"})
-    bold = lambda column: [
+    bold = lambda column: [  # noqa: E731
         "font-weight: 600" if index in best and shown["asked"][index] > 0 else "" for index in column.index
-    ]  # noqa: E731
+    ]
     return _styled(shown, formats).apply(bold, subset=["ordering", "perplexity"])
 
 
