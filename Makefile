@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STUDY ?= data/studies/quick.yaml
 WORKERS ?= 2
 
-.PHONY: help study test notebooks bench figures lint clean
+.PHONY: help study test families notebooks bench figures lint clean
 
 help:
 	@echo "make study      run $(STUDY) and print where its report is   (STUDY=... for another)"
 	@echo "make notebooks  open the notebooks in JupyterLab"
 	@echo "make test       run all tests"
+	@echo "make families   check every class of causal language models; the table is data/families.csv"
 	@echo "make bench      measure every claim about speed and memory; results in benchmarks/results"
 	@echo "make figures    make the figures of the README anew from a finished quick study"
 	@echo "make lint       check the code, in modules and notebooks"
@@ -27,6 +28,10 @@ study: $(VENV)/ready
 
 test: $(VENV)/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
+
+# It can be stopped, and goes on where it was; ANEW=--anew begins again.
+families: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.walk $(ANEW)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
