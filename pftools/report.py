@@ -273,8 +273,10 @@ def _metric_chart(table: pd.DataFrame, metric: str, *, title: str, **options: An
     from pftools import figures
 
     if (table["asked"] > 0).any() and table["asked"][table["asked"] > 0].nunique() == 1:
-        return figures.metric_by_ordering(table, metric, title=title, **options)
-    return figures.metric_by_sparsity(table, metric, title=f"{title} against measured sparsity", **options)
+        return figures.metric_chart(table, metric, by="ordering", title=title, **options)
+    return figures.metric_chart(
+        table, metric, by="sparsity", title=f"{title} against measured sparsity", **options
+    )
 
 
 def task_charts(table: pd.DataFrame) -> list[alt.LayerChart]:

@@ -103,15 +103,19 @@ CHARTS = {
     ),
     "tasks": (lambda: figures.task_scores(SCORES), ["facts", "level of guessing"]),
     "metric": (
-        lambda: figures.metric_by_sparsity(RESULTS, "perplexity", title="Perplexity", log=True),
+        lambda: figures.metric_chart(RESULTS, "perplexity", by="sparsity", title="Perplexity", log=True),
         ["prune_finetune", "measured sparsity", "50%"],
     ),
     "accuracy": (
-        lambda: figures.metric_by_sparsity(RESULTS, "facts", title="Facts", percent=True, chance=0.25),
+        lambda: figures.metric_chart(
+            RESULTS, "facts", by="sparsity", title="Facts", percent=True, chance=0.25
+        ),
         ["Facts", "base"],
     ),
     "orderings": (
-        lambda: figures.metric_by_ordering(RESULTS, "facts", title="Facts", percent=True, chance=0.25),
+        lambda: figures.metric_chart(
+            RESULTS, "facts", by="ordering", title="Facts", percent=True, chance=0.25
+        ),
         ["prune_finetune", "60.0%"],
     ),
     "pairs": (lambda: figures.pair_ratios(PAIRS, title="Pairs"), ["a / b", "cannot be told apart"]),
@@ -131,7 +135,7 @@ def test_every_chart_is_drawn_with_its_words(name):
 
 
 def test_a_logarithmic_axis_spans_the_values_not_whole_decades():
-    svg = figures.as_svg(figures.metric_by_sparsity(RESULTS, "perplexity", title="", log=True))
+    svg = figures.as_svg(figures.metric_chart(RESULTS, "perplexity", by="sparsity", title="", log=True))
     labels = {float(text) for text in re.findall(r">(\d+(?:\.\d+)?)</text>", svg)}
     assert labels and min(labels) > 10 and max(labels) < 30
 

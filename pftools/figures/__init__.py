@@ -1,0 +1,48 @@
+"""Every chart of the notebooks, the report and the README: tidy DataFrame in, altair chart out.
+
+Charts are shown as SVG, so that they look the same in JupyterLab, in a rendered report and on a code-hosting
+page, with no network. One theme; an ordering has the same colour in every chart.
+
+theme       colours, scales, charts as files
+layers      what is drawn layer by layer
+training    the loss and the learning rate of a training
+evaluation  one model's losses and accuracies
+orderings   orderings beside each other
+plans       an ordering as stairs, a plan as a tree
+"""
+
+from pftools.figures.evaluation import block_losses, task_scores
+from pftools.figures.layers import (
+    adapter_matrices,
+    heat_map,
+    lines_by_layer,
+    output_error,
+    score_histogram,
+    sparsity_by_layer,
+)
+from pftools.figures.orderings import asked_and_measured, metric_chart, pair_ratios
+from pftools.figures.plans import ordering_chart, plan_chart
+from pftools.figures.theme import ORDERING_COLOURS, as_svg, colours_of, save
+from pftools.figures.training import learning_rate_curve, loss_curve
+
+__all__ = [
+    "ORDERING_COLOURS",
+    "adapter_matrices",
+    "as_svg",
+    "asked_and_measured",
+    "block_losses",
+    "colours_of",
+    "heat_map",
+    "learning_rate_curve",
+    "lines_by_layer",
+    "loss_curve",
+    "metric_chart",
+    "ordering_chart",
+    "output_error",
+    "pair_ratios",
+    "plan_chart",
+    "save",
+    "score_histogram",
+    "sparsity_by_layer",
+    "task_scores",
+]
