@@ -7,8 +7,8 @@ Every cell is 1,000 studies. A paired difference d[s, b] varies by seed, by bloc
 seed), ``shared`` is the share of the block variance that all seeds have in common. Contenders for a
 pair: blocks alone (the earlier test: seeds are averaged, blocks are drawn), Satterthwaite's
 quasi-F, the pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1), and the kit's
-`crossed`. For the set: the kit's `best_set`, and the model confidence set (Hansen, Lunde and Nason
-2011, T_max) with blocks drawn, and with seeds and blocks drawn.
+`crossed`. For the set: the kit's `best_set`, comparisons with every single rival, and the
+model confidence set (Hansen, Lunde and Nason 2011, T_max) with blocks drawn, and with seeds and blocks drawn.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SLOPE = 0.367  # what a unit of skill adds to an accuracy
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Simulated results: (studies, orderings, seeds, blocks)
 
 
@@ -96,7 +96,7 @@ def answers(
     return (skill > 0).astype(np.float64)
 
 
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Contenders: each gives (mean, half of its 95% interval) of paired differences (studies, seeds,
 # blocks)
 
@@ -146,6 +146,14 @@ def _drawn_means(values: np.ndarray, *, draw_seeds: bool = True) -> np.ndarray:
     return np.einsum("...sr,rs->...r", values @ by_block.T, by_seed)
 
 
+def every_rival(values: np.ndarray) -> np.ndarray:
+    """(studies, k) whom no single rival beats at level / (k - 1), one-sided, with the kit's `crossed` (Hsu
+    1981)."""
+    d = values[:, :, None] - values[:, None]
+    found = crossed_mean(d)
+    return ~(found.mean > found.half_width(2 * LEVEL / (values.shape[1] - 1))).any(axis=-1)
+
+
 def model_confidence_set(values: np.ndarray, *, draw_seeds: bool) -> np.ndarray:
     """(studies, k) members of Hansen, Lunde and Nason's set with T_max, of losses (studies, k,
     seeds, blocks)."""
@@ -166,7 +174,7 @@ def model_confidence_set(values: np.ndarray, *, draw_seeds: bool) -> np.ndarray:
     return inside
 
 
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The claims
 
 
@@ -217,6 +225,12 @@ def _true_difference(ahead: float, deviation: float, questions: int) -> float:
 def sets(studies: int) -> dict[str, Any]:
     """How often the set holds the best, and its size, with 2 and 8 orderings: all equal, and a
     ladder of ten per cent steps."""
+    contenders: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "kit": best_set,
+        "every rival": every_rival,
+        "bootstrap of blocks": lambda values: model_confidence_set(values, draw_seeds=False),
+        "bootstrap of seeds and blocks": lambda values: model_confidence_set(values, draw_seeds=True),
+    }
     cells = {}
     for orderings, seeds, blocks, deviation, ladder in product((2, 8), SEEDS, BLOCKS, DEVIATIONS, (0.0, 2.0)):
         name = (
@@ -225,7 +239,7 @@ def sets(studies: int) -> dict[str, Any]:
         )
         setting = {"seeds": seeds, "blocks": blocks, "shared": 0.5}
         means = np.arange(orderings) * ladder * error_of_mean(**setting)
-        found: dict[str, list[np.ndarray]] = {"kit": [], "blocks drawn": [], "seeds and blocks drawn": []}
+        found: dict[str, list[np.ndarray]] = {who: [] for who in contenders}
         for size in _portions(studies, 50):
             values = losses(
                 _generator(f"{name} {size}"),
@@ -235,11 +249,10 @@ def sets(studies: int) -> dict[str, Any]:
                 means=means,
                 **setting,
             )
-            found["kit"].append(best_set(values, level=LEVEL).members)
-            found["blocks drawn"].append(model_confidence_set(values, draw_seeds=False))
-            found["seeds and blocks drawn"].append(model_confidence_set(values, draw_seeds=True))
+            for who, choose in contenders.items():
+                found[who].append(choose(values))
         cells[name] = {who: _set_rates(np.concatenate(parts)) for who, parts in found.items()}
-    worst = {who: min(cell[who]["holds the best"] for cell in cells.values()) for who in found}
+    worst = {who: min(cell[who]["holds the best"] for cell in cells.values()) for who in contenders}
     return {"least often held": worst, "cells": cells}
 
 
@@ -263,8 +276,8 @@ def looks(studies: int) -> dict[str, Any]:
                 means=means,
                 **setting,
             )
-            fixed.append(best_set(values, level=LEVEL).members)
-            each = [best_set(values[:, :, :seeds], level=LEVEL).members[:, 0] for seeds in schedule]
+            fixed.append(best_set(values, level=LEVEL))
+            each = [best_set(values[:, :, :seeds], level=LEVEL)[:, 0] for seeds in schedule]
             careless += int(np.sum(~np.all(each, axis=0)))
             for one in values:
                 decision = decide(dict(zip(map(str, range(orderings)), one)), start=start, most=most)

@@ -1,4 +1,4 @@
-"""The command line: pftools plan | run | status | report | export | prune-runs | fetch-data | doctor.
+"""The command line: pftools plan | run | status | report | compare | export | prune-runs | fetch-data | doctor.
 
 Each command is a few lines over a function of the package; heavy imports wait until a command needs them.
 """
@@ -159,6 +159,28 @@ def report(
 ) -> None:
     """Render the comparison of a study's finished orderings to one HTML file that needs no network."""
     _write_report(study, runs, output, figures)
+
+
+@app.command()
+def compare(
+    first: Annotated[
+        Path, typer.Argument(help="Results: CSV, JSONL or a folder of lm-eval's samples", metavar="A")
+    ],
+    second: Annotated[Path, typer.Argument(help="Results of the same questions", metavar="B")],
+    metric: Annotated[
+        str | None, typer.Option(help="lm-eval's metric that is 1 for right; default: acc, else exact_match")
+    ] = None,
+    equivalent_within: Annotated[
+        float | None,
+        typer.Option(help="Points of accuracy that do not matter, such as 1", min=0.0001, max=100),
+    ] = None,
+) -> None:
+    """Compare two sets of right and wrong answers that other programs wrote: paired by question and seed."""
+    from pftools import other_results
+
+    margin = None if equivalent_within is None else equivalent_within / 100
+    for comparison in other_results.compare_results(first, second, metric=metric, margin=margin):
+        out.print(comparison.sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

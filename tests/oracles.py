@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import torch
-from scipy import optimize, stats
+from scipy import stats
 
 from pftools.layers import decoder_layers
 
@@ -220,25 +220,18 @@ def crossed_half_width(d: np.ndarray, level: float) -> float:
     return math.sqrt(max(widths))
 
 
-def best_set(losses: np.ndarray, level: float) -> tuple[list[bool], list[float]]:
-    """Whom no rival beats at level / (k - 1), one-sided, pair by pair; and the level at which each would be beaten."""
-    k = len(losses)
-    members, p = [], []
-    for one in range(k):
-        found = []
-        for other in range(k):
-            if other != one:
-                d = losses[one] - losses[other]
-                found.append(_one_sided(d))
-        members.append(all(value > level / (k - 1) for value in found))
-        p.append(min(1.0, (k - 1) * min(found)))
-    return members, p
-
-
-def _one_sided(d: np.ndarray) -> float:
-    """The p-value of "d is above 0": half of the level at which the two-sided interval just holds 0."""
-    mean = float(d.mean())
-    edge = optimize.brentq(
-        lambda log: crossed_half_width(d, math.exp(log)) - abs(mean), math.log(1e-12), math.log(1 - 1e-12)
-    )
-    return math.exp(edge) / 2 if mean > 0 else 1 - math.exp(edge) / 2
+def best_set(losses: np.ndarray, level: float) -> list[int]:
+    """One after the other, whoever is most clearly behind the mean of the others leaves, while that is beyond doubt."""
+    left = list(range(len(losses)))
+    while len(left) > 1:
+        behind = {}
+        for one in left:
+            others = [losses[other] for other in left if other != one]
+            d = losses[one] - sum(others) / len(others)
+            behind[one] = (float(d.mean()) / crossed_half_width(d, 2 * 0.75 * 0.05), d)
+        worst = max(left, key=lambda one: behind[one][0])
+        d = behind[worst][1]
+        if float(d.mean()) <= crossed_half_width(d, 2 * 0.75 * level):
+            break
+        left.remove(worst)
+    return left

@@ -168,8 +168,12 @@ def crossed_proportion(differences: ArrayLike) -> Estimate:
     mean.
     """
     d = np.asarray(differences, dtype=np.float64)
+    n_blocks = d.shape[-1]
     made_up = np.broadcast_to(np.array([1.0, -1.0]), (*d.shape[:-1], 2))
-    return replace(crossed_mean(np.concatenate([d, made_up], axis=-1)), mean=d.mean((-2, -1)))
+    found = crossed_mean(np.concatenate([d, made_up], axis=-1))
+    more = (n_blocks + 2) / n_blocks  # the mean is over the real questions only
+    squares = found.by_seed * more, found.by_block * more, found.by_both * more
+    return Estimate(d.mean((-2, -1)), *squares, found.n_seeds, n_blocks)
 
 
 def _sum_of_squares(values: np.ndarray) -> np.ndarray:

@@ -53,7 +53,7 @@ def _quantiles(freedom: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Needed:
-    """What would show a difference, each on its own and doubled together. None: more of that alone
+    """What would show a difference, each on its own and in proportion together. None: more of that alone
     never would."""
 
     seeds: int | None
@@ -82,11 +82,11 @@ def needed_for(
         return visible_difference(variances, seeds, blocks, level=level, power=power) <= difference
 
     seeds = max(n_seeds, 2)
-    factor = _smallest(lambda many: seen(seeds * many, n_blocks * many), 1, _MOST_SEEDS)
+    more = _smallest(lambda many: seen(many, math.ceil(n_blocks * many / seeds)), seeds, _MOST_SEEDS)
     return Needed(
         _smallest(lambda many: seen(many, n_blocks), seeds, _MOST_SEEDS),
         _smallest(lambda many: seen(seeds, many), n_blocks, _MOST_BLOCKS),
-        (seeds * factor, n_blocks * factor) if factor else None,
+        (more, math.ceil(n_blocks * more / seeds)) if more else None,
     )
 
 

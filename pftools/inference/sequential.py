@@ -92,7 +92,7 @@ def decide(
         if any(len(values[name]) < n_seeds for name in alive):
             return Decision(tuple(looks), alive, n_seeds, "")
         stacked = np.stack([values[name][:n_seeds] for name in alive])
-        members = best_set(stacked, level=share, estimate=estimate, rivals=max(1, len(values) - 1)).members
+        members = best_set(stacked, level=share, estimate=estimate)
         alive = tuple(name for name, stays in zip(alive, members) if stays)
         looks.append(Look(n_seeds, share, alive))
         if len(alive) == 1:
