@@ -1,4 +1,4 @@
-"""The published benchmarks, on small made-up data in the hub's columns, and on the real data where PFTOOLS_DATA has it."""
+"""The published benchmarks, on small made-up data in the hub's columns; on the real data where it is."""
 
 import json
 import os
@@ -14,7 +14,8 @@ from lm_eval.utils import make_table
 from pftools import data_root, evaluate
 from pftools.errors import PftoolsError
 from pftools.evaluate import questions
-from pftools.evaluate.tasks import TASKS, load_tasks, own_tasks
+from pftools.evaluate.task_names import TASKS, own_tasks
+from pftools.evaluate.tasks import load_tasks
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 real_data = pytest.mark.skipif(not os.environ.get("PFTOOLS_DATA"), reason="PFTOOLS_DATA names no data root")

@@ -1,13 +1,21 @@
-"""What a model is worth: perplexity with the loss of every block, and tasks with the outcome of every question.
+"""What a model is worth: perplexity with the loss of every block, and tasks with the outcome of every
+question.
 
-perplexity     as the pruning papers compute it
-prefix_cache   `PrefixCachedLM`: lm-eval's HFLM, with shared prompt beginnings read once
-tasks          `evaluate_tasks`: lm-eval tasks, embedded or by name, and the level of guessing
+block_perplexity  `perplexity`, as the pruning papers compute it
+prefix_cache      `PrefixCachedLM`: lm-eval's HFLM, with shared prompt beginnings read once
+tasks             `evaluate_tasks`: lm-eval tasks, embedded or by name, and the level of guessing
+task_names        which tasks there are, and whether one can be judged; without torch
+
+The names below are loaded at first use, so that a plan can check task names without torch.
 """
 
-from pftools.evaluate.perplexity import PerplexityResult, perplexity
-from pftools.evaluate.prefix_cache import PrefixCachedLM
-from pftools.evaluate.tasks import TaskResults, evaluate_tasks, scores_as_json
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pftools.evaluate.block_perplexity import PerplexityResult, perplexity
+    from pftools.evaluate.prefix_cache import PrefixCachedLM
+    from pftools.evaluate.tasks import TaskResults, evaluate_tasks, scores_as_json
 
 __all__ = [
     "PerplexityResult",
@@ -17,3 +25,18 @@ __all__ = [
     "perplexity",
     "scores_as_json",
 ]
+_MODULES = {
+    "PerplexityResult": "block_perplexity",
+    "perplexity": "block_perplexity",
+    "PrefixCachedLM": "prefix_cache",
+    "TaskResults": "tasks",
+    "evaluate_tasks": "tasks",
+    "scores_as_json": "tasks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return globals()[name]

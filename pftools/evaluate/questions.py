@@ -1,8 +1,9 @@
 """The questions of the task files in `data/tasks`, and how free answers are judged.
 
-A task file is an ordinary lm-eval YAML. Its data comes through `splits` (`custom_dataset: !function ...`), which reads what
-`metadata.files` names: `package:facts/facts.csv` in this project's `data/` folder, or `root:mmlu/test` in the data root.
-So lm-eval's own command line can run the files too: `lm-eval run --include_path data/tasks --tasks mmlu_published ...`.
+A task file is an ordinary lm-eval YAML. Its data comes through `splits` (`custom_dataset: !function ...`),
+which reads what `metadata.files` names: `package:facts/facts.csv` in this project's `data/` folder, or
+`root:mmlu/test` in the data root. So lm-eval's own command line can run the files too: `lm-eval run
+--include_path data/tasks --tasks mmlu_published ...`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def splits(
     Args:
         files: {split: place}.
         only: {column: value}, the rows to keep.
-        examples_from_test: so many test rows from the start become the split `examples`, and are not asked (published protocol).
+        examples_from_test: so many test rows from the start become the split `examples`, and are not asked
+            (published protocol).
         first: how many test rows are asked, at most.
         pages: join the lines of WikiText to the pages that they are from, the column `page`.
         by: the column by which the task is cut into one for each value; `tasks.load_tasks` does that.
@@ -56,7 +58,8 @@ def splits(
     if examples_from_test:
         if len(found["test"]) <= examples_from_test:
             raise PftoolsError(
-                f"{files['test']} has {len(found['test'])} rows: {examples_from_test} are examples, so none is left to ask."
+                f"{files['test']} has {len(found['test'])} rows: {examples_from_test} are examples, "
+                "so none is left to ask."
             )
         found["examples"], found["test"] = (
             found["test"][:examples_from_test],
@@ -96,7 +99,7 @@ def _read_root(name: str, split: str, data: str | None, stamp: int) -> list[dict
     return read_split(name, split, data=data)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # FreebaseQA
 
 
@@ -106,8 +109,8 @@ def published_prompt(row: dict[str, Any]) -> str:
 
 
 def found_anywhere(row: dict[str, Any], replies: list[str]) -> dict[str, float]:
-    """The published match: right when an accepted name occurs in the prompt or in the reply. The prompt holds the question, so a
-    question that names its answer counts as right whatever the model says."""
+    """The published match: right when an accepted name occurs in the prompt or in the reply. The prompt holds
+    the question, so a question that names its answer counts as right whatever the model says."""
     return {"acc": _occurs(row["answers"], published_prompt(row) + replies[0])}
 
 
@@ -126,7 +129,7 @@ def _squeeze(text: str) -> str:
     return "".join(text.split()).lower()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What lm-eval has
 
 
@@ -144,7 +147,10 @@ _TITLE = re.compile(r" = [^=].* = \n$")
 
 
 def wikitext_pages(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The lines of WikiText joined to pages; a page begins at a title of the first level. An empty line was " \\n" in the archive."""
+    """The lines of WikiText joined to pages;
+
+    a page begins at a title of the first level. An empty line was " \\n" in the archive.
+    """
     pages: list[str] = []
     for row in rows:
         line = row["text"] or " \n"

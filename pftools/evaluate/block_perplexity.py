@@ -1,4 +1,4 @@
-"""Perplexity as the pruning papers compute it: consecutive blocks of a stated length, each read from its first token."""
+"""Perplexity as the pruning papers compute it: consecutive blocks of a stated length, read one by one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from tqdm.auto import tqdm
 
 from pftools.errors import PftoolsError
 
-# Logits that may exist at a time, in numbers: a vocabulary is far wider than a model, so they are what fills the memory.
+# Logits that may exist at a time, in numbers: a vocabulary is far wider than a model, so they are what fills
+# the memory.
 _LOGITS_BUDGET = 50_000_000
 _TOKENS_A_FORWARD = 4096
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """perplexity: e to the mean of ``block_nll``. block_nll: float64 tensor (n_blocks,), mean loss of each block in nats a token."""
+    """perplexity: e to the mean of ``block_nll``.
+
+    block_nll: float64 tensor (n_blocks,), mean loss of each block in nats a token.
+    """
 
     perplexity: float
     block_nll: torch.Tensor
@@ -30,24 +34,27 @@ def perplexity(
 ) -> PerplexityResult:
     """The perplexity of a model on blocks of tokens.
 
-    The loss of a block is the mean over its tokens but the first, which nothing predicts; the result is e to the mean over blocks, as in
-    the code of SparseGPT and Wanda.
+    The loss of a block is the mean over its tokens but the first, which nothing predicts; the result is e to
+    the mean over blocks, as in the code of SparseGPT and Wanda.
 
     Args:
         blocks: LongTensor (n_blocks, block_length).
         batch_size: blocks a forward; None: chosen by size.
 
     Raises:
-        PftoolsError: no blocks, blocks longer than the model's context, or a loss that is not a number (the block is named).
+        PftoolsError: no blocks, blocks longer than the model's context, or a loss that is not a number (the
+        block is named).
     """
     if blocks.dim() != 2 or not len(blocks) or blocks.shape[1] < 2:
         raise PftoolsError(
-            f"the blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) with at least 2 tokens is needed."
+            f"the blocks have shape {tuple(blocks.shape)}: "
+            "(n_blocks, block_length) with at least 2 tokens is needed."
         )
     context = getattr(model.config, "max_position_embeddings", None)
     if context and blocks.shape[1] > context:
         raise PftoolsError(
-            f"blocks of {blocks.shape[1]} tokens are longer than the model's context of {context}: choose a block_length up to that."
+            f"blocks of {blocks.shape[1]} tokens are longer than the model's context of {context}: "
+            "choose a block_length up to that."
         )
     batch_size = batch_size or max(1, _TOKENS_A_FORWARD // blocks.shape[1])
     losses = []
@@ -67,7 +74,8 @@ def perplexity(
     if not torch.isfinite(block_nll).all():
         first = int((~torch.isfinite(block_nll)).nonzero()[0])
         raise PftoolsError(
-            f"the loss of block {first} is not a number: the model is broken, or float16 overflows; try dtype float32."
+            f"the loss of block {first} is not a number: "
+            "the model is broken, or float16 overflows; try dtype float32."
         )
     return PerplexityResult(math.exp(block_nll.mean()), block_nll)
 
