@@ -14,7 +14,7 @@ help:
 	@echo "make families   check every class of causal language models; the table is data/families.csv"
 	@echo "make bench      measure every claim about speed and memory; results in benchmarks/results"
 	@echo "make figures    make the figures of the README anew from a finished quick study"
-	@echo "make lint       check the code, in modules and notebooks"
+	@echo "make lint       check style, format, types and imports"
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -35,6 +35,9 @@ families: $(VENV)/ready
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 notebooks: $(VENV)/ready
 	$(BIN)/jupyter lab notebooks

@@ -1,15 +1,20 @@
 """pftools: in which order should a language model be pruned and fine-tuned, and is the difference real?
 
-The helper package behind the notebooks. A module is one idea; a module imports only from floors below it:
+The helper package behind the notebooks. A module is one idea, and imports only from the floors below its own
+(import-linter checks that; the list with every module is in pyproject.toml):
 
-    cli                                    the command line
-    study, report, widgets                 plan a study, render it, steer it by hand
-    executors, slurm                       execute its steps, here or on a cluster
-    figures, compare, weights              altair charts; paired statistics; weight analysis
-    prune, finetune, evaluate              the three steps
-    checkpoints, corpora, models           what steps read and write
-    orderings, runs, settings, errors      words of P and F; run folders; validated parameters
-    data_root, contents                    local data sets for machines without a hub; digests of inputs
+    cli, doctor                        commands
+    report, widgets                    render a study, steer it by hand
+    study                              run a plan, read its results
+    executors, slurm                   execute its steps, here or on a cluster
+    costs, plan, study_file            disk and time of a plan; the graph of steps; the YAML
+    figures, compare, weights          charts; paired statistics; weight analysis
+    models, checkpoints                a model by any name; base plus deltas, replayed
+    prune, finetune, evaluate          the three steps
+    adapters, base_models, corpora     an adapter and its merge; models and texts by name
+    data_root, layers, masks           data sets as files; a decoder's anatomy; packed masks
+    run_folder, orderings              run folders; words of P and F
+    settings, contents, files, errors  validated parameters; digests; atomic writes
 
 Importing pftools imports nothing heavy: torch and its friends come with the module that needs them.
 """

@@ -21,13 +21,13 @@ from pftools.adapters import merge_adapter
 from pftools.errors import PftoolsError
 from pftools.files import write_json
 from pftools.layers import measured_sparsity
-from pftools.masks import load_masks, save_masks
+from pftools.masks import MASKS, load_masks, save_masks
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MASKS, WEIGHTS, ADAPTER, MANIFEST = "masks.safetensors", "weights.safetensors", "adapter", "checkpoint.json"
+WEIGHTS, ADAPTER, MANIFEST = "weights.safetensors", "adapter", "checkpoint.json"
 
 
 def save_prune(

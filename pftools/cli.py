@@ -1,4 +1,4 @@
-"""The command line: pftools plan | run | status | report | compare | export | prune-runs | fetch-data | doctor.
+"""The command line: pftools plan | run | status | report | compare | export | clean | fetch-data | doctor.
 
 Each command is a few lines over a function of the package; heavy imports wait until a command needs them.
 """
@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pftools import run_folder, settings
+from pftools import costs, run_folder, settings
 from pftools import study as studies
 from pftools.errors import PftoolsError
-from pftools.files import size_of
+from pftools.files import as_bytes, size_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,7 +59,7 @@ def plan(study: StudyFile, runs: Runs = Path("runs")) -> None:
             _coloured(state),
         )
     out.print(table)
-    for line in planned.summary():
+    for line in costs.summary(planned):
         out.print(line, highlight=False)
 
 
@@ -81,7 +81,7 @@ def run(
     from pftools import executors
 
     planned = _plan(study, runs)
-    for line in planned.summary():
+    for line in costs.summary(planned):
         out.print(line, highlight=False)
     options = dict(option.partition("=")[::2] for option in slurm or [])
     try:
@@ -109,7 +109,8 @@ def run(
     if failures:
         left = len(planned.missing())
         raise PftoolsError(
-            f"{left} steps are not finished; what is finished is kept: mend the cause and call `pftools run {study}` again."
+            f"{left} steps are not finished; what is finished is kept: mend the cause and call "
+            f"`pftools run {study}` again."
         )
 
 
@@ -195,14 +196,12 @@ def export(
     """Write a run's model as a plain Hugging Face folder, and check that it gives the same logits."""
     from pftools import checkpoints
 
-    out.print(
-        f"Exported to {checkpoints.export(run, folder, dtype=dtype, trust_remote_code=trust_remote_code)}; its logits equal the run's.",
-        highlight=False,
-    )
+    path = checkpoints.export(run, folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    out.print(f"Exported to {path}; its logits equal the run's.", highlight=False)
 
 
-@app.command("prune-runs")
-def prune_runs(
+@app.command()
+def clean(
     keep: Annotated[
         list[Path], typer.Argument(help="The study files whose runs are kept", metavar="STUDY.yaml...")
     ],
@@ -217,7 +216,7 @@ def prune_runs(
         return
     table = Table("run", "size", "state")
     for folder in unneeded:
-        table.add_row(folder.name, studies.as_bytes(size_of(folder)), studies.run_state(folder))
+        table.add_row(folder.name, as_bytes(size_of(folder)), studies.run_state(folder))
     out.print(table)
     if yes or typer.confirm(f"Remove these {len(unneeded)} runs?"):
         for folder in unneeded:
@@ -234,7 +233,10 @@ def fetch_data(
         list[str] | None, typer.Option(help="A data set, such as mmlu; repeatable; default: all")
     ] = None,
 ) -> None:
-    """Fill a data root from the hub, for machines without network: WikiText-2, C4, MMLU, BBH, Belebele, FreebaseQA."""
+    """Fill a data root from the hub, for machines without network.
+
+    WikiText-2, C4, MMLU, BBH, Belebele, FreebaseQA.
+    """
     from pftools import data_root
 
     for path, rows in data_root.fetch(only or (), data=folder):
@@ -271,7 +273,7 @@ def _coloured(state: str) -> str:
 
 
 def _queue(planned: studies.Plan) -> dict[str, Any]:
-    """Steps of this plan that wait or run in SLURM's queue; empty where the study was never given to SLURM."""
+    """{run: job} of SLURM's queue; empty where no study with this folder of runs was given to SLURM."""
     if not (Path(planned.runs) / ".slurm").is_dir():
         return {}
     from pftools import slurm
@@ -292,9 +294,7 @@ def _print_results(planned: studies.Plan) -> None:
         "ordering", "asked", "measured", "perplexity", *tasks, title="Results", title_justify="left"
     )
     for row in found.to_dict("records"):
-        scores = [
-            f"{row[task]:.1%}" if row[task] <= 1 else f"{row[task]:.2f}" for task in tasks
-        ]  # accuracies, and perplexities
+        scores = [f"{row[task]:.1%}" if row[task] <= 1 else f"{row[task]:.2f}" for task in tasks]
         table.add_row(
             row["ordering"],
             f"{row['asked']:.0%}",

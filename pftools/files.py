@@ -14,9 +14,10 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, for a file or a folder, that takes its place when the block ends without error.
+    """A temporary path beside ``path``, that takes its place when the block ends without error.
 
-    Readers see the old content or the new, never a part, also after a power cut. A folder replaces only an empty one.
+    It may become a file or a folder; a folder replaces only an empty one. Readers see the old content or the
+    new, never a part, also after a power cut.
     """
     partial = partial_path(path)
     _remove(partial)
@@ -60,6 +61,15 @@ def sealed_sha256(path: Path) -> str:
 def size_of(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def as_bytes(number: float) -> str:
+    """A number of bytes in words, such as `16.8 MB`."""
+    for unit in ("bytes", "KB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"
 
 
 def _to_disk(path: Path) -> None:

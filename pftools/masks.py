@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+MASKS = "masks.safetensors"  # the file of a run that holds the masks of all its weights
+
 
 def pack(mask: torch.Tensor) -> np.ndarray:
     """A bool mask of any shape as uint8, eight weights a byte in row-major order, the first in the highest bit."""

@@ -5,9 +5,9 @@
     P F*5        prune, then fine-tune five times
     (P F)*7      seven rounds of both; the sparsity rises to the target in equal parts
 
-The ten pipelines of the published study are words with a name. Where a word has several P, they share the way to the
-target: in equal parts (`linear`), or fast at first and slower towards the end (`cubic`, Zhu & Gupta 2017, arXiv
-1710.01878).
+The ten pipelines of the published study are words with a name. Where a word has several P, they share the way
+to the target: in equal parts (`linear`), or fast at first and slower towards the end (`cubic`, Zhu & Gupta
+2017, arXiv 1710.01878).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Literal
 from pftools.errors import PftoolsError, nearest
 
 Schedule = Literal["linear", "cubic"]
+Reported = Literal["end", "P", "F"]
 
 # name: (word, where a result is reported: at the end, or after every P or every F)
-PUBLISHED = {
+PUBLISHED: dict[str, tuple[str, Reported]] = {
     "base": ("", "end"),
     "finetune": ("F", "end"),
     "finetune_iter": ("F*5", "F"),
@@ -40,8 +41,11 @@ MOST_STEPS = 1000  # a slip such as (P F)*10000 is refused, not planned
 class OrderingStep:
     """One letter of an ordering, with what it needs to know.
 
-    kind: "P" or "F". number: which P, or which F, of the ordering it is, from 1 (the k-th F has seed k). sparsity: for
-    a P the total sparsity after it; for an F the sparsity that it finds. reported: whether its model is evaluated.
+    Attributes:
+        kind: P (prune) or F (fine-tune).
+        number: which P, or which F, of the ordering it is, from 1.
+        sparsity: for a P the total sparsity after it, from 0 up to 1; for an F the sparsity that it finds.
+        reported: whether its model is evaluated.
     """
 
     kind: Literal["P", "F"]
@@ -52,11 +56,17 @@ class OrderingStep:
 
 @dataclass(frozen=True)
 class Ordering:
-    """A word over P and F. ``letters`` is the word written out, such as "PFPF"; ``name`` what people call it."""
+    """A word over P and F.
+
+    Attributes:
+        name: what people call it: a published name, or the word as it was given.
+        letters: the word written out, such as "PFPF".
+        report: where its results are: at the end, or after every P or every F.
+    """
 
     name: str
     letters: str
-    report: Literal["end", "P", "F"] = "end"
+    report: Reported = "end"
 
     @property
     def n_prunes(self) -> int:
@@ -77,13 +87,14 @@ class Ordering:
                 f"the sparsity of ordering {self.name!r} is {sparsity}: it should be from 0 up to 1."
             )
         targets = sparsity_schedule(sparsity, self.n_prunes, schedule)
-        steps, counts, current = [], {"P": 0, "F": 0}, 0.0
+        steps: list[OrderingStep] = []
+        counts, current = {"P": 0, "F": 0}, 0.0
         for place, letter in enumerate(self.letters, start=1):
             counts[letter] += 1
             if letter == "P":
                 current = targets[counts["P"] - 1]
             reported = place == len(self.letters) or letter == self.report
-            steps.append(OrderingStep(letter, counts[letter], current, reported))
+            steps.append(OrderingStep("P" if letter == "P" else "F", counts[letter], current, reported))
         return tuple(steps)
 
 
@@ -100,7 +111,8 @@ def sparsity_schedule(target: float, rounds: int, schedule: Schedule = "linear")
 def parse_ordering(text: str) -> Ordering:
     """An ordering from a published name or a word.
 
-    Grammar: a word is a row of items; an item is `P`, `F` or a bracketed word, each optionally with `*` and a count.
+    Grammar: a word is a row of items. An item is `P`, `F` or a word in brackets, with or without `*` and a
+    count.
 
     Raises:
         PftoolsError: with the place of the mistake, and the nearest published name if it looks like one.

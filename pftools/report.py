@@ -14,7 +14,7 @@ from pftools import compare, run_folder
 from pftools.errors import PftoolsError
 from pftools.executors import NOTEBOOKS, kernel_options, redact
 from pftools.orderings import parse_ordering
-from pftools.study import Plan, load_study, plan_study, results, run_state
+from pftools.study import load_study, plan_study, results
 
 if TYPE_CHECKING:
     import altair as alt
@@ -425,49 +425,6 @@ def circumstances(table: pd.DataFrame) -> str:
             f"- **{cut} prompts of a model were longer than its context, and cut at their beginning**"
         )
     return "\n".join(lines)
-
-
-def plan_layout(plan: Plan) -> pd.DataFrame:
-    """Where `figures.plan_chart` draws every model of a plan: a step to the right of the model it starts from, and on its
-    line or, where that has gone on already, on the next free one."""
-    models = {"base": ("", "base", "base", "finished")}
-    for name, step in plan.steps.items():
-        if step.parameters.step in ("prune", "finetune"):
-            parent = Path(step.parameters.model).name
-            kind = step.parameters.step[0].upper()
-            state = run_state(step.folder)
-            label = step.label.partition(",")[0]
-            models[name] = (
-                parent if parent in plan.steps else "base",
-                kind,
-                label,
-                state if state in ("finished", "failed") else "to do",
-            )
-    evaluated = {Path(row.model).name for row in plan.rows}
-    children: dict[str, list[str]] = {}
-    for name, (parent, *_) in models.items():
-        children.setdefault(parent, []).append(name)
-    rows, branches, lane = [], [("base", 0, 0)], 0
-    while branches:  # depth first, the first child on its parent's line
-        name, depth, level = branches.pop()
-        parent, kind, label, state = models[name]
-        if parent and name != children[parent][0]:
-            lane = level = lane + 1
-        rows.append(
-            {
-                "key": name,
-                "parent": parent,
-                "depth": depth,
-                "lane": level,
-                "kind": kind,
-                "label": label,
-                "state": state,
-                "evaluated": name in evaluated
-                or (name == "base" and plan.study.model in {row.model for row in plan.rows}),
-            }
-        )
-        branches += [(child, depth + 1, level) for child in reversed(children.get(name, []))]
-    return pd.DataFrame(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""The parameters of every step, in one place: their defaults, what they mean, and what is refused.
+"""The parameters of every step: their defaults, what they mean, and what is refused.
 
-A notebook's `parameters` cell repeats the names and defaults of one class here (a test keeps the two in step);
-`read` takes what the notebook was given and checks it. Fields marked `local` say where and how fast a step runs,
-never what it computes: they are not part of a run's key.
+A notebook's `parameters` cell repeats the names and defaults of one class here (a test keeps the two in
+step). `read` takes what the notebook was given and checks it. Fields made by `local` say where and how fast a
+step runs, never what it computes: they are not part of a run's key.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import ast
 import os
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pftools.errors import PftoolsError, nearest
 
-EMBEDDED_MODEL = (
-    "smollm2-135m"  # what this name stands for is made by `models`, and a folder of the name is not it
-)
+# What this name stands for is made by `base_models`; a folder of the same name is not it.
+EMBEDDED_MODEL = "smollm2-135m"
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-# The names of `prune.METHODS`, here as well so that a plan is checked without torch; a test keeps the two in step.
+Merge = Literal["auto", "masked", "dense"]
+# The names of `prune.METHODS`, here too, so that a plan is checked without torch; a test keeps the two in
+# step.
 PruningMethod = Literal[
     "magnitude",
     "wanda",
@@ -35,9 +36,7 @@ PruningMethod = Literal[
 ]
 PRUNING_METHODS = get_args(PruningMethod)
 # Those that also change the weights they keep, which then have to be stored whole.
-UPDATING_METHODS = tuple(
-    name for name in PRUNING_METHODS if name == "sparsegpt" or name.startswith("ablate_")
-)
+UPDATING_METHODS = tuple(name for name in PRUNING_METHODS if name.startswith(("sparsegpt", "ablate_")))
 
 
 def local(default: Any, description: str, **limits: Any) -> Any:
@@ -72,8 +71,10 @@ class Step(BaseModel):
     @classmethod
     def key_fields(cls) -> tuple[str, ...]:
         """The names of the parameters that decide what the step computes."""
-        fields = cls.model_fields.items()
-        return tuple(name for name, field in fields if (field.json_schema_extra or {}).get("in_key", True))
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return tuple(
+            name for name, extra in extras.items() if not isinstance(extra, dict) or extra.get("in_key", True)
+        )
 
 
 class _Blocks(Step):
@@ -87,7 +88,9 @@ class _Blocks(Step):
 
 
 def parse_nm(pattern: str) -> tuple[int, int] | None:
-    """(N, M) of an N:M pattern: of every M neighbours in a row, N are kept (Mishra et al. 2021, arXiv 2104.08378). None for `unstructured`.
+    """(N, M) of an N:M pattern: of every M neighbours in a row, N are kept. None for `unstructured`.
+
+    Source: Mishra et al. 2021, arXiv 2104.08378.
 
     Raises:
         PftoolsError: neither of the two.
@@ -151,18 +154,20 @@ class Prune(_Blocks):
         fixed = pattern_sparsity(self.pattern)
         if fixed is not None and abs(self.sparsity - fixed) > 1e-6:
             raise ValueError(
-                f"the pattern {self.pattern} fixes the sparsity at {fixed:g}, and {self.sparsity:g} is asked: ask for that."
+                f"the pattern {self.pattern} fixes the sparsity at {fixed:g}, and {self.sparsity:g} is "
+                "asked: ask for that."
             )
         if fixed is not None and self.allocation == "owl":
             raise ValueError(
-                f"the pattern {self.pattern} fixes the sparsity of every layer, so that allocation 'owl' has no room: use 'uniform'."
+                f"the pattern {self.pattern} fixes the sparsity of every layer, so that allocation 'owl' has "
+                "no room: use 'uniform'."
             )
         return self
 
 
-# The study's settings (Prune-Finetune-LLM): PEFT's LoRA on q and v of an 8-bit fp16 base, padded lines, batches of 4, four of them
-# a step, the dense merge; and a tenth of an epoch, where no other budget is given.
-_PRESETS = {
+# The published study's settings (Prune-Finetune-LLM): PEFT's LoRA on q and v of an 8-bit fp16 base, padded
+# lines, batches of 4, four of them a step, the dense merge; a tenth of an epoch where no budget is given.
+_PRESETS: dict[str, dict[str, Any]] = {
     "published": {
         "packing": False,
         "rank": 8,
@@ -200,9 +205,7 @@ class Finetune(_Blocks):
     adapter: Literal["lora", "hira"] = Field(
         "lora", description="LoRA, or HiRA (keeps zeros by construction)"
     )
-    merge: Literal["auto", "masked", "dense"] = Field(
-        "auto", description="auto: masked where the model has zeros"
-    )
+    merge: Merge = Field("auto", description="auto: masked where the model has zeros")
     rank: int = Field(8, ge=1, description="rank of the adapter")
     alpha: float = Field(16, gt=0, description="scale of the adapter is alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
@@ -290,8 +293,9 @@ STEPS: dict[str, type[Step]] = {kind.step: kind for kind in (Calibrate, Prune, F
 def read(kind: type[BaseModel], namespace: dict[str, Any]) -> Any:
     """The checked parameters of a notebook: call it with `globals()` in the cell under the parameters.
 
-    Names come from every executed cell that begins with the comment "# Parameters": the notebook's own and the one
-    that papermill injects. So a misspelt ``-p sparsty 0.5`` is refused, which papermill itself lets pass.
+    Names come from every executed cell that begins with the comment "# Parameters": the notebook's own and
+    the one that papermill injects. So a misspelt ``-p sparsty 0.5`` is refused, which papermill itself lets
+    pass.
 
     Raises:
         PftoolsError: an unknown parameter (the nearest valid one is named), or a value out of its range.
@@ -305,7 +309,7 @@ def read(kind: type[BaseModel], namespace: dict[str, Any]) -> Any:
 
 
 def _work_from_the_project() -> None:
-    """Paths in parameters count from the project's folder, also when JupyterLab starts a kernel in `notebooks/`."""
+    """Paths in parameters count from the project, also when JupyterLab starts a kernel in `notebooks/`."""
     here = Path.cwd()
     if here.name == "notebooks" and (here.parent / "pyproject.toml").exists():
         os.chdir(here.parent)
@@ -320,18 +324,26 @@ _SECRET = re.compile(r"(^|_)(token|secret|password|api_?key|credential)s?$", re.
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
-def check(kind: type[BaseModel], given: dict[str, Any], *, place: str = "") -> Any:
+_Kind = TypeVar("_Kind", bound=BaseModel)
+
+
+def check(kind: type[_Kind], given: dict[str, Any], *, place: str = "") -> _Kind:
     """``kind(**given)``, with pydantic's complaints turned into one sentence.
 
     Args:
-        place: where the values stand, such as "line 7 of quick.yaml", for the message.
+        kind: the class of the parameters.
+        given: their values by name.
+        place: where the values stand, such as "prune in the study 'quick'", for the message.
+
+    Raises:
+        PftoolsError: an unknown name (the nearest valid one is offered), or a value out of its range.
     """
     for name, value in given.items():
         secret_name = name not in kind.model_fields and _SECRET.search(name)
         if secret_name or (isinstance(value, str) and HUB_TOKEN.search(value)):
             raise PftoolsError(
-                f"{name} looks like a secret, and parameters are written into notebooks and reports: set it as an "
-                f"environment variable instead (HF_TOKEN for the hub)."
+                f"{name} looks like a secret, and parameters are written into notebooks and reports: set it "
+                "as an environment variable instead (HF_TOKEN for the hub)."
             )
     try:
         return kind(**given)

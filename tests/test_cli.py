@@ -54,15 +54,15 @@ def test_status_names_who_works_and_what_was_cut_short(call):
     assert "was cut short" in shown and "2 finished, 3 to do" in shown
 
 
-def test_prune_runs_shows_what_would_go_and_asks(call):
+def test_clean_shows_what_would_go_and_asks(call):
     finish("one.yaml")
     other = finish("other.yaml")
-    code, shown = call("prune-runs", "one.yaml", input="n\n")
+    code, shown = call("clean", "one.yaml", input="n\n")
     (needless,) = [step.folder for step in other.steps.values() if step.parameters.step == "finetune"]
     assert needless.name in shown and "Remove these 1 runs?" in shown and run_folder.is_whole(needless)
-    code, shown = call("prune-runs", "one.yaml", input="y\n")
+    code, shown = call("clean", "one.yaml", input="y\n")
     assert code == 0 and not needless.exists()
-    assert "Nothing to remove" in call("prune-runs", "one.yaml")[1]
+    assert "Nothing to remove" in call("clean", "one.yaml")[1]
 
 
 def test_a_mistake_is_one_sentence(call, monkeypatch, capsys):

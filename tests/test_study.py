@@ -4,8 +4,10 @@ import sys
 import pytest
 
 from pftools import run_folder, settings
+from pftools.costs import estimate_disk, estimate_seconds
 from pftools.errors import PftoolsError
-from pftools.study import Study, estimate_disk, estimate_seconds, load_study, plan_study
+from pftools.plan import plan_layout
+from pftools.study import Study, load_study, plan_study
 
 
 def study(**changes) -> Study:
@@ -49,9 +51,11 @@ def test_another_sparsity_leaves_what_does_not_depend_on_it():
 
 def test_the_published_grid_shares_its_prefixes():
     plan = plan_study(load_study("data/studies/published.yaml"))
-    # base 1, finetune 1, finetune_iter 5, three one-shot pipelines and finetune_iter_prune 7 each, P F*5 7 x 5, two chains of 7
+    # base 1, finetune 1, finetune_iter 5, three one-shot pipelines and finetune_iter_prune 7 each,
+    # P F*5 7 x 5, two chains of 7
     assert len(plan.rows) == 1 + 1 + 5 + 4 * 7 + 7 * 5 + 2 * 7
-    # F's: 5 of the chain F*5 (finetune and finetune_prune are its first), 7 x 5 after each P (the first is prune_finetune), 7 + 6
+    # F's: 5 of the chain F*5 (finetune and finetune_prune are its first), 7 x 5 after each P (the first is
+    # prune_finetune), 7 + 6
     finetunes = steps_of(plan).count("finetune")
     # iter_pf starts with P(0.1) F, which prune_finetune has; iter_fp with F, which finetune has
     assert finetunes == 5 + 7 * 5 + 6 + 6
@@ -102,8 +106,11 @@ def test_everything_is_crossed_with_everything():
 
 def test_planning_loads_no_library_that_takes_seconds_to_load():
     code = (
-        "import sys; from pftools.study import *; plan = plan_study(load_study('data/studies/published.yaml')); plan.summary(); plan.missing()\n"
-        "print([name for name in ('torch', 'transformers', 'pandas', 'papermill', 'numpy') if name in sys.modules])"
+        "import sys; from pftools import costs, study\n"
+        "plan = study.plan_study(study.load_study('data/studies/published.yaml'))\n"
+        "costs.summary(plan); plan.missing()\n"
+        "heavy = ('torch', 'transformers', 'pandas', 'papermill', 'numpy')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
@@ -131,10 +138,10 @@ def test_time_is_estimated_from_past_runs_of_the_same_kind_and_model(tmp_path):
 
 
 def test_the_chart_of_a_plan_draws_every_model_once_and_no_line_through_another():
-    from pftools import figures, report
+    from pftools import figures
 
     plan = plan_study(load_study("data/studies/published.yaml"))
-    table = report.plan_layout(plan).set_index("key")
+    table = plan_layout(plan).set_index("key")
     assert len(table) == 1 + steps_of(plan).count("prune") + steps_of(plan).count("finetune")
     assert not table.duplicated(["depth", "lane"]).any() and table["evaluated"].sum() == steps_of(plan).count(
         "evaluate"

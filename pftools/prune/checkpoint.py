@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from pftools.base_models import model_source, resolve_device, resolve_dtype
-from pftools.checkpoints import MASKS
 from pftools.errors import PftoolsError
 from pftools.files import write_json
 from pftools.layers import decoder_layers, linear_weights
+from pftools.masks import MASKS
 from pftools.prune.inputs import inference
 from pftools.prune.request import check_request
 from pftools.prune.result import PruneResult

@@ -1,0 +1,223 @@
+"""A study file: the orderings to compare, and everything that they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pftools import settings
+from pftools.errors import PftoolsError, nearest
+from pftools.orderings import Schedule, parse_ordering
+
+# What the plan sets in each step, and a study's sections therefore cannot.
+_PLANNED = {
+    "calibrate": {"model", "seed", "runs"},
+    "prune": {
+        "model",
+        "calibration",
+        "method",
+        "sparsity",
+        "pattern",
+        "seed",
+        "runs",
+        "corpus",
+        "n_blocks",
+        "block_length",
+    },
+    "finetune": {"model", "seed", "tokens", "steps", "epochs", "merge", "runs"},
+    "evaluate": {"model", "seed", "runs"},
+}
+
+
+class OrderingEntry(BaseModel):
+    """An ordering of a study, with sparsities of its own where the study's do not fit it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    ordering: str
+    sparsities: list[float] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_word(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"ordering": given}
+        for name in given if isinstance(given, dict) else ():
+            if name not in cls.model_fields:
+                raise PftoolsError(
+                    f"unknown word {name!r} of an ordering: {nearest(str(name), cls.model_fields)}.",
+                    where=(name,),
+                )
+        return given
+
+
+class Study(BaseModel):
+    """The contents of a study file. Every list is crossed with every other."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    step: ClassVar[str] = "study"
+
+    name: str = Field(
+        min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="names the report and the SLURM jobs"
+    )
+    description: str = ""
+    model: str = Field(settings.Step.model_fields["model"].default, description="as in every step")
+    dtype: settings.DtypeName = "auto"
+    orderings: list[OrderingEntry] = Field(min_length=1, description="published names or words over P and F")
+    sparsities: list[float] = Field([0.5], min_length=1, description="targets; each from 0 up to 1")
+    methods: list[str] = Field(["wanda"], min_length=1)
+    patterns: list[str] = Field(["unstructured"], min_length=1)
+    merges: list[settings.Merge] = Field(["auto"], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=4_000_000)]] = Field([0], min_length=1)
+    schedule: Schedule = Field("linear", description="how several P's share the way to the target")
+    budget: Literal["total", "per_step"] = Field(
+        "total", description="total: the tokens are split over an ordering's F's"
+    )
+    tokens: int = Field(
+        49_152, ge=1, description="fine-tuning tokens of an ordering, or of each F with per_step"
+    )
+    calibrate: dict[str, Any] = Field({}, description="parameters of 01_calibrate")
+    prune: dict[str, Any] = Field({}, description="parameters of 02_prune")
+    finetune: dict[str, Any] = Field({}, description="parameters of 03_finetune")
+    evaluate: dict[str, Any] = Field({}, description="parameters of 04_evaluate")
+    analyse: bool = Field(False, description="whether 05_analyse_weights is run on every model")
+    shape: dict[str, int] = Field(
+        {}, description="the model's config.json numbers, to estimate disk without the model"
+    )
+
+    @model_validator(mode="after")
+    def _words_and_parameters_are_valid(self) -> Study:
+        for number, method in enumerate(self.methods):
+            if method not in settings.PRUNING_METHODS:
+                says = nearest(method, settings.PRUNING_METHODS)
+                raise PftoolsError(f"unknown pruning method {method!r}: {says}.", where=("methods", number))
+        for number, pattern in enumerate(self.patterns):
+            with _at("patterns", number):
+                settings.pattern_sparsity(pattern)
+        for number, entry in enumerate(self.orderings):
+            with _at("orderings", number):
+                self._check_ordering(entry)
+        for section in _PLANNED:
+            with _at(section):
+                self.parameters(settings.STEPS[section])
+        with _at("finetune"):
+            self._check_preset()
+        return self
+
+    def _check_ordering(self, entry: OrderingEntry) -> None:
+        ordering = parse_ordering(entry.ordering)
+        for sparsity in entry.sparsities or self.sparsities:
+            ordering.steps(sparsity, schedule=self.schedule)
+        structured = [pattern for pattern in self.patterns if settings.pattern_sparsity(pattern) is not None]
+        if ordering.n_prunes > 1 and structured:
+            raise PftoolsError(
+                f"the ordering {ordering.name!r} has several P's, which raise the sparsity step by step, and "
+                f"the pattern {structured[0]} fixes it: leave one of them out of the study {self.name!r}."
+            )
+        if self.budget == "total" and ordering.n_finetunes and 0 in self.shares(ordering.n_finetunes):
+            raise PftoolsError(
+                f"{self.tokens} fine-tuning tokens cannot be split over the {ordering.n_finetunes} F's of "
+                f"{ordering.name!r}, of which each needs at least one block: raise tokens, or lower the "
+                "block_length under finetune."
+            )
+
+    def _check_preset(self) -> None:
+        found = self.parameters(settings.Finetune)
+        if found.preset and (found.merge not in self.merges or found.dtype != self.dtype):
+            raise PftoolsError(
+                f"the preset {found.preset!r} merges {found.merge} and computes in {found.dtype}, and the rest "
+                f"of the study does not: add 'merges: [{found.merge}]' and 'dtype: {found.dtype}'."
+            )
+
+    def parameters(self, kind: type[_Step], **planned: Any) -> _Step:
+        """The checked parameters of a step: the study's section for it, and what the plan sets.
+
+        Args:
+            kind: the step's class in `settings`.
+            planned: what the plan sets; it wins over the section.
+
+        Raises:
+            PftoolsError: the section is invalid, or names what the plan sets.
+        """
+        section: dict[str, Any] = getattr(self, kind.step, {})
+        for name in section:
+            if name in _PLANNED.get(kind.step, ()):
+                raise PftoolsError(
+                    f"{name!r} under {kind.step} is set by the plan: use the study's own words (model, "
+                    "sparsities, seeds, ...).",
+                    where=(name,),
+                )
+        given = {"model": self.model, "dtype": self.dtype, **section, **planned}
+        return settings.check(kind, given, place=f"{kind.step} in the study {self.name!r}")
+
+    def shares(self, n_finetunes: int) -> list[int]:
+        """The total budget split over F's, in tokens.
+
+        Shares are whole blocks, as even as these allow, so that every ordering is trained on as many tokens.
+        """
+        parameters = self.parameters(settings.Finetune)
+        unit = parameters.block_length if parameters.packing else 1
+        whole, rest = divmod(self.tokens // unit, n_finetunes)
+        return [unit * (whole + (number < rest)) for number in range(n_finetunes)]
+
+
+_Step = TypeVar("_Step", bound=settings.Step)
+
+
+@contextmanager
+def _at(*place: str | int) -> Iterator[None]:
+    """Mistakes found inside are at this place of the study."""
+    try:
+        yield
+    except PftoolsError as error:
+        error.where = (*place, *error.where)
+        raise
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        PftoolsError: no such file, or a mistake in it; the message names the line and the nearest valid word.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text)
+        content = yaml.safe_load(text)
+    except FileNotFoundError:
+        known = ", ".join(str(file) for file in sorted(Path("data/studies").glob("*.yaml")))
+        raise PftoolsError(
+            f"there is no study file {path}: give one such as {known or 'data/studies/quick.yaml'}."
+        ) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1} of {path}" if mark else str(path)
+        raise PftoolsError(f"{place} is not valid YAML: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(content, dict):
+        raise PftoolsError(f"{path} is not a study: it should hold 'name:', 'orderings:' and so on.")
+    try:
+        return settings.check(Study, {"name": path.stem, **content})
+    except PftoolsError as error:
+        line = _line_of(tree, error.where)
+        raise PftoolsError(f"{path}{f', line {line}' if line else ''}: {error}") from None
+
+
+def _line_of(tree: yaml.Node | None, where: tuple[str | int, ...]) -> int | None:
+    """The line of the place that these names and indices lead to, as far as the file follows them."""
+    node, line = tree, None
+    for part in where:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == part]
+            if not found:
+                break
+            key, node = found[0]
+            line = key.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line
