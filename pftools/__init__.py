@@ -26,6 +26,6 @@ __version__ = "0.1.0"
 # PEFT imports bitsandbytes, which reports on every start that a fast path of its own is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-# Part of every run's key. Raise it when a change to the code changes the numbers that a step computes, so that
-# runs of the older code are never mistaken for runs of this one.
+# Part of every run's key. Raise it when a change to the code changes the numbers that a step computes, so
+# that runs of the older code are never mistaken for runs of this one.
 RECIPE_VERSION = 3

@@ -129,8 +129,8 @@ class Study(BaseModel):
         found = self.parameters(settings.Finetune)
         if found.preset and (found.merge not in self.merges or found.dtype != self.dtype):
             raise PftoolsError(
-                f"the preset {found.preset!r} merges {found.merge} and computes in {found.dtype}, and the rest "
-                f"of the study does not: add 'merges: [{found.merge}]' and 'dtype: {found.dtype}'."
+                f"the preset {found.preset!r} merges {found.merge} and computes in {found.dtype}, and the "
+                f"rest of the study does not: add 'merges: [{found.merge}]' and 'dtype: {found.dtype}'."
             )
 
     def parameters(self, kind: type[_Step], **planned: Any) -> _Step:
