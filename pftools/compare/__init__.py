@@ -1,0 +1,46 @@
+"""Which differences between orderings are real: paired statistics on the same blocks and the same questions.
+
+Two results are compared only at equal measured sparsity. Perplexities are compared block by block, accuracies
+question by question, pooled over seeds, and p-values are corrected for the number of comparisons (Holm). What
+cannot be told apart is called so, with the difference that would have been seen. Intervals are over text and
+questions: another sample of them, the same models.
+
+paired    two results: estimate, interval and p-value; what a number of blocks or questions can show
+entries   the distinct results of a study, each once; which is best at which sparsity
+pairs     every pair of entries at equal sparsity, by perplexity and by task
+verdicts  the pairs in sentences
+"""
+
+from pftools.compare.entries import SPARSITY_TOLERANCE, best_entry, entries, geometric_mean, sparsity_words
+from pftools.compare.paired import (
+    ALPHA,
+    Comparison,
+    chance_interval,
+    compare_accuracy,
+    compare_perplexity,
+    holm,
+    smallest_visible_difference,
+    smallest_visible_ratio,
+)
+from pftools.compare.pairs import compare_orderings, compare_tasks
+from pftools.compare.verdicts import p_in_words, perplexity_in_words
+
+__all__ = [
+    "ALPHA",
+    "Comparison",
+    "SPARSITY_TOLERANCE",
+    "best_entry",
+    "chance_interval",
+    "compare_accuracy",
+    "compare_orderings",
+    "compare_perplexity",
+    "compare_tasks",
+    "entries",
+    "geometric_mean",
+    "holm",
+    "p_in_words",
+    "perplexity_in_words",
+    "smallest_visible_difference",
+    "smallest_visible_ratio",
+    "sparsity_words",
+]

@@ -1,0 +1,254 @@
+"""Every pair of entries at equal sparsity, compared by perplexity and by task.
+
+A pair is two distinct entries of the same asked sparsity, over the seeds that both have. It is tested where
+their measured sparsities are alike too. p-values are corrected over all tested pairs (Holm).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from pftools.compare.entries import best_entry, entries, rows_by_entry, sparsity_words
+from pftools.compare.paired import (
+    ALPHA,
+    FEWEST_BLOCKS,
+    Comparison,
+    compare_accuracy,
+    compare_perplexity,
+    holm,
+    paired,
+    smallest_visible_difference,
+    smallest_visible_ratio,
+)
+from pftools.compare.verdicts import perplexity_verdict, task_verdict
+
+COLUMNS = [
+    "first",
+    "second",
+    "pair",
+    "asked",
+    "where",
+    "best",
+    "measured_first",
+    "measured_second",
+    "tokens_first",
+    "tokens_second",
+    "seeds",
+    "low",
+    "high",
+    "p",
+    "p_holm",
+    "n",
+    "agree",
+    "visible",
+    "verdict_kind",
+    "verdict",
+]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two entries of one asked sparsity: a row of results for each seed that both have."""
+
+    first: pd.Series
+    second: pd.Series
+    where: str
+    best: str
+    one: pd.DataFrame
+    other: pd.DataFrame
+
+    @property
+    def comparable(self) -> bool:
+        return bool(self.first["level"] == self.second["level"])
+
+    @property
+    def collapsed(self) -> bool:
+        return bool(self.first["collapsed"] or self.second["collapsed"])
+
+    def row(self) -> dict[str, Any]:
+        """What every table of pairs begins with."""
+        return {
+            "first": self.first["label"],
+            "second": self.second["label"],
+            "pair": f"{self.first['label']} / {self.second['label']}, {self.where}",
+            "asked": self.first["asked"],
+            "where": self.where,
+            "best": self.best,
+            "measured_first": self.one["measured"].mean(),
+            "measured_second": self.other["measured"].mean(),
+            "tokens_first": int(self.one["finetune_tokens"].iloc[0]),
+            "tokens_second": int(self.other["finetune_tokens"].iloc[0]),
+            "seeds": len(self.one),
+            "low": math.nan,
+            "high": math.nan,
+            "p": math.nan,
+            "p_holm": math.nan,
+            "n": 0,
+            "agree": 0,
+            "visible": math.nan,
+        }
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A pair's row, and how the difference that its test would have seen is found once the level is known."""
+
+    values: dict[str, Any]
+    visible: Callable[..., float] | None = None
+
+
+def _pairs(results: pd.DataFrame) -> Iterator[_Pair]:
+    """Every two entries with the same asked sparsity and at least one seed in common, each pair once."""
+    table = entries(results)
+    frames = [rows.set_index("seed") for _, rows in rows_by_entry(results)]
+    words = sparsity_words(table["asked"])
+    for asked in table["asked"].unique().tolist():
+        group = table[table["asked"] == asked]
+        best = best_entry(table, asked)
+        for first, second in itertools.combinations(group.index, 2):
+            one, other = frames[first], frames[second]
+            seeds = [seed for seed in one.index if seed in other.index]
+            if seeds:
+                yield _Pair(
+                    table.loc[first],
+                    table.loc[second],
+                    words[asked],
+                    "" if best is None else str(best["label"]),
+                    one.loc[seeds],
+                    other.loc[seeds],
+                )
+
+
+def compare_orderings(results: pd.DataFrame, block_nll: Mapping[str, ArrayLike]) -> pd.DataFrame:
+    """Every pair of distinct results with the same asked sparsity, compared by perplexity, pooled over seeds.
+
+    Args:
+        results: as for `entries`.
+        block_nll: {run: mean loss of each block, in nats a token}.
+
+    Returns:
+        A row a pair. first, second (labels of the entries), pair (both, and where), asked, where (the
+        sparsity in words), best (the label of the best entry there, empty where all collapsed), measured,
+        tokens and perplexity of both (_first, _second), seeds, n (blocks), agree (seeds with the sign of
+        the whole), ratio, low, high, p, p_holm, visible (the ratio that would be seen four times in five),
+        verdict_kind (`differs`, `cannot be told apart`, `not comparable` or `collapsed`) and verdict, a
+        sentence.
+    """
+    rows = [_perplexity_row(pair, block_nll) for pair in _pairs(results)]
+    table = _corrected(rows, ["perplexity_first", "perplexity_second", "ratio"])
+    return table.assign(verdict=[perplexity_verdict(dict(row)) for _, row in table.iterrows()])
+
+
+def _perplexity_row(pair: _Pair, block_nll: Mapping[str, ArrayLike]) -> _Row:
+    row = {
+        **pair.row(),
+        "perplexity_first": float(pair.first["perplexity"]),
+        "perplexity_second": float(pair.second["perplexity"]),
+        "collapsed_first": bool(pair.first["collapsed"]),
+        "collapsed_second": bool(pair.second["collapsed"]),
+        "ratio": math.nan,
+    }
+    if pair.collapsed or not pair.comparable:
+        return _Row({**row, "verdict_kind": "collapsed" if pair.collapsed else "not comparable"})
+    first, second = (_stacked([block_nll[run] for run in frame["run"]]) for frame in (pair.one, pair.other))
+    row["n"] = first.shape[1]
+    if row["n"] < FEWEST_BLOCKS:
+        return _Row({**row, "verdict_kind": "not comparable"})
+    # A block's loss is averaged over the seeds first, so that seeds do not pose as new text.
+    losses = first.mean(axis=0), second.mean(axis=0)
+    found = compare_perplexity(*losses)
+    agree = _agreeing(first.mean(axis=1) - second.mean(axis=1))
+    row |= {"ratio": found.estimate, **_numbers(found), "agree": agree}
+    return _Row(row, partial(smallest_visible_ratio, *losses))
+
+
+def compare_tasks(results: pd.DataFrame, samples: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Every comparable pair, compared by every task, pooled over seeds. Holm's correction is by task.
+
+    Args:
+        results: as for `entries`.
+        samples: {run: DataFrame(task, subject, question, correct)}; questions whose ``correct`` is missing
+            are left out, as are results whose run is not there.
+
+    Returns:
+        A row a pair and task, with the columns of `compare_orderings`, but task, accuracy_first,
+        accuracy_second and difference for perplexities and ratio. n counts questions; visible is a
+        difference.
+    """
+    answered = results[results["run"].isin(list(samples))]
+    by_task: dict[str, list[_Row]] = {}
+    for pair in _pairs(answered) if len(answered) else ():
+        for task, row in _task_rows(pair, samples) if pair.comparable else ():
+            by_task.setdefault(task, []).append(row)
+    numbers = ["task", "accuracy_first", "accuracy_second", "difference"]
+    tables = [_corrected(rows, numbers) for rows in by_task.values()]
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*COLUMNS, *numbers])
+    return table.assign(verdict=[task_verdict(dict(row)) for _, row in table.iterrows()])
+
+
+def _task_rows(pair: _Pair, samples: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, _Row]]:
+    answers = [
+        pd.concat([_answers(samples[run], place) for place, run in enumerate(frame["run"])])
+        for frame in (pair.one, pair.other)
+    ]
+    both = answers[0].join(answers[1], how="inner", lsuffix="_first", rsuffix="_second")
+    for task, asked in both.groupby(level="task", sort=False):
+        # Questions that every seed has answered, under both orderings: (seeds, n).
+        first, second = (asked[f"correct_{side}"].unstack("seed").dropna().T for side in ("first", "second"))
+        found = compare_accuracy(first, second)
+        disagreement = float(((first.mean() - second.mean()) ** 2).mean())
+        row = {
+            **pair.row(),
+            "task": task,
+            "accuracy_first": float(first.to_numpy().mean()),
+            "accuracy_second": float(second.to_numpy().mean()),
+            "difference": found.estimate,
+            **_numbers(found),
+            "agree": _agreeing((first - second).mean(axis=1).to_numpy()),
+        }
+        yield str(task), _Row(row, partial(smallest_visible_difference, found.n, disagreement=disagreement))
+
+
+def _answers(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The outcomes of one run, by task, subject, question and seed."""
+    kept = samples.dropna(subset=["correct"])
+    subject = kept["subject"] if "subject" in kept else kept["task"]
+    named = kept.assign(subject=subject, seed=seed)
+    return named.set_index(["task", "subject", "question", "seed"])[["correct"]]
+
+
+def _numbers(found: Comparison) -> dict[str, Any]:
+    return {"low": found.low, "high": found.high, "p": found.p, "n": found.n}
+
+
+def _stacked(losses: list[ArrayLike]) -> np.ndarray:
+    """(seeds, n) losses of the same blocks."""
+    arrays = [np.asarray(values, dtype=np.float64) for values in losses]
+    return np.stack([paired(array, arrays[0])[0] for array in arrays])
+
+
+def _agreeing(differences: np.ndarray) -> int:
+    """How many seeds have the sign of their mean."""
+    return int((np.sign(differences) == np.sign(differences.mean())).sum())
+
+
+def _corrected(rows: list[_Row], numbers: list[str]) -> pd.DataFrame:
+    """The rows as a table, with p-values that are corrected, what they say, and what would be seen."""
+    if not rows:
+        return pd.DataFrame(columns=[*COLUMNS, *numbers])
+    tested = [row for row in rows if row.visible is not None]
+    for row, p in zip(tested, holm([row.values["p"] for row in tested])):
+        assert row.visible is not None
+        row.values["p_holm"] = p
+        row.values["verdict_kind"] = "differs" if p < ALPHA else "cannot be told apart"
+        row.values["visible"] = row.visible(alpha=ALPHA / len(tested))
+    return pd.DataFrame([row.values for row in rows])
