@@ -1,7 +1,7 @@
 """What a decoder is made of: its layers, and the matrices that are pruned and counted.
 
-"The weights" of a model are the matrices of the linear modules inside the decoder layers, fused experts included.
-Embeddings, norms and the head are never pruned and never counted (the convention of Wanda and SparseGPT).
+"The linear weights" of a model are the matrices of the linear modules inside the decoder layers, fused experts
+included. Embeddings, norms and the head are never pruned and never counted (as in Wanda and SparseGPT).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def decoder_layers(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
             if any(isinstance(inner, torch.nn.Linear) for inner in module[0].modules()):
                 return name, module
     raise PftoolsError(
-        f"{type(model).__name__} has no list of decoder layers with nn.Linear modules: pftools prunes decoder-only "
-        "language models such as Llama, Mistral, Qwen, Gemma, Phi, OPT or GPT-NeoX."
+        f"{type(model).__name__} has no list of decoder layers with nn.Linear modules: pftools prunes "
+        "decoder-only language models such as Llama, Mistral, Qwen, Gemma, Phi, OPT or GPT-NeoX."
     )
 
 
@@ -45,7 +45,10 @@ def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 
 def fused_experts(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The modules that hold a mixture's experts in 3-D parameters (experts, outputs, inputs), by name: those of transformers 5."""
+    """The modules that hold the experts of a mixture in 3-D parameters, by name within ``module``.
+
+    The parameters have the shape (experts, outputs, inputs), as in transformers 5.
+    """
     return {
         name: inner
         for name, inner in module.named_modules()
@@ -54,18 +57,19 @@ def fused_experts(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def linear_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The weights that are pruned and counted, by full name: of linear modules, and of fused experts, in the decoder layers."""
+    """The weights that are pruned and counted, by full parameter name.
+
+    Linear modules have matrices (outputs, inputs), fused experts 3-D parameters (experts, outputs, inputs).
+    """
     prefix, layers = decoder_layers(model)
-    weights = {f"{name}.weight": module.weight for name, module in linear_modules(model).items()}
+    names = [f"{name}.weight" for name in linear_modules(model)]
     for name, module in fused_experts(layers).items():
-        weights |= {
-            f"{prefix}.{name}.{part}": weight for part, weight in module.named_parameters(recurse=False)
-        }
-    return weights
+        names += [f"{prefix}.{name}.{part}" for part, _ in module.named_parameters(recurse=False)]
+    return {name: model.get_parameter(name) for name in names}
 
 
 def measured_sparsity(model: torch.nn.Module) -> float:
-    """Zeros / size over the linear weights of the decoder layers, between 0 and 1: what is there, not what was asked."""
+    """Zeros / size over the linear weights, between 0 and 1: what is there, not what was asked for."""
     weights = linear_weights(model).values()
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     return zeros / sum(weight.numel() for weight in weights)

@@ -4,12 +4,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from pftools.adapters import updated_weight
 from pftools.errors import PftoolsError
 from pftools.finetune import finetune_model, merge_adapter, padded_rows
 from pftools.finetune.quantize import quantized
 from pftools.finetune.recipe import find_targets, rows_of_budget, warmup_of
 from pftools.finetune.rows import training_order
-from pftools.finetune.update import dense_weight, kept_of, remember_kept, updated_linear, updated_weight
+from pftools.finetune.update import dense_weight, kept_of, remember_kept, updated_linear
 from pftools.layers import linear_modules, measured_sparsity
 from pftools.prune import prune_model
 from tests.tiny import tiny_blocks, tiny_llama, tiny_tokenizer
@@ -117,7 +118,7 @@ def test_an_updated_weight_is_formed_in_float32_under_autocast():
 def test_the_mask_beside_a_layer_is_bits():
     layer, kept = torch.nn.Linear(13, 7), torch.rand(7, 13) < 0.4
     remember_kept(layer, kept)
-    assert torch.equal(kept_of(layer), kept) and layer.kept_bits.numel() == 12
+    assert torch.equal(kept_of(layer), kept) and layer.kept[0].numel() == 12
     assert kept_of(torch.nn.Linear(2, 2)) is None
 
 

@@ -251,9 +251,9 @@ def test_only_one_layer_of_a_checkpoint_is_in_memory(tmp_path, monkeypatch):
         held.append([not any(weight.is_meta for weight in each.parameters()) for each in model.model.layers])
         return real(layer, index, *rest)
 
-    init = prune.checkpoint._Checkpoint.__init__
+    init = prune.on_disk.OnDisk.__init__
     monkeypatch.setattr(
-        prune.checkpoint._Checkpoint,
+        prune.on_disk.OnDisk,
         "__init__",
         lambda self, *args: (init(self, *args), held.append(self.model))[0],
     )

@@ -1,16 +1,17 @@
 """A frozen base in 8 bit or NF4 (bitsandbytes) while it is trained on.
 
-All linear weights of the decoder layers are quantized, adapted or not, as `load_in_8bit` does it; embeddings and head are not. The plain
-weights wait on the CPU meanwhile, since the merge goes into them.
+All linear weights of the decoder layers are quantized, adapted or not, as `load_in_8bit` does it; embeddings and head
+are not. The plain weights wait on the CPU meanwhile, since the merge goes into them.
 
-What a merged model has of a training on a quantized base: the update, entry by entry as it was trained. What it does not have is the
-rounding of the base, so its perplexity is not the one in training: `benchmarks/merge.py` measures both.
+A merged model has the update of a training on a quantized base, entry by entry. It does not have the rounding of the
+base, so its perplexity is not the one in training: `benchmarks/merge.py` measures both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -18,11 +19,14 @@ from pftools.errors import PftoolsError
 from pftools.finetune.update import remember_kept
 from pftools.layers import linear_modules
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 BASES = ("plain", "8bit", "nf4")
 
 
 @contextmanager
-def quantized(model: nn.Module, base: str, *, keep_masks_of: Collection[str] = ()) -> Iterator[None]:
+def quantized(model: PreTrainedModel, base: str, *, keep_masks_of: Collection[str] = ()) -> Iterator[None]:
     """The linear modules of a model replaced by bitsandbytes', and put back at the end.
 
     Args:
@@ -51,32 +55,37 @@ def quantized(model: nn.Module, base: str, *, keep_masks_of: Collection[str] = (
 
 
 def check_bitsandbytes(base: str) -> None:
-    """One sentence where bitsandbytes is asked for and missing."""
+    """Refuse a quantized base where bitsandbytes is missing.
+
+    Raises:
+        PftoolsError: bitsandbytes is not installed.
+    """
+    if base == "plain":
+        return
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise PftoolsError(
-            f"base {base!r} needs bitsandbytes, which is not installed: pip install bitsandbytes, or use 'plain'."
+            f"base {base!r} needs bitsandbytes, which is not installed: pip install bitsandbytes, or use "
+            "'plain'."
         ) from None
 
 
-def _bitsandbytes_linear(module: nn.Linear, base: str) -> nn.Module:
+def _bitsandbytes_linear(module: nn.Linear, base: str) -> nn.Linear:
     import bitsandbytes as bnb
 
-    shape, bias, device = (
-        (module.in_features, module.out_features),
-        module.bias is not None,
-        module.weight.device,
-    )
-    weight = (
-        module.weight.detach().cpu().clone()
-    )  # bitsandbytes quantizes on the way from the CPU to the device
+    shape, bias, device = (module.in_features, module.out_features), module.bias, module.weight.device
+    # bitsandbytes quantizes on the way from the CPU to the device.
+    weight = module.weight.detach().cpu().clone()
+    new: nn.Linear
     if base == "8bit":
-        new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=6.0)
+        new = bnb.nn.Linear8bitLt(*shape, bias=bias is not None, has_fp16_weights=False, threshold=6.0)
         new.weight = bnb.nn.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
     else:
-        new = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=module.weight.dtype, quant_type="nf4")
-        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=new)
-    if bias:
-        new.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+        new = four_bit = bnb.nn.Linear4bit(
+            *shape, bias=bias is not None, compute_dtype=module.weight.dtype, quant_type="nf4"
+        )
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=four_bit)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return new.to(device)

@@ -1,24 +1,154 @@
-"""What a training is told: which weights get an adapter, and how long it lasts."""
+"""What a training is told: a recipe, and what it comes to for one model and its rows."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from pftools.errors import PftoolsError
+from pftools.adapters import mask_digest, resolve_merge
+from pftools.errors import PftoolsError, nearest
+from pftools.finetune.quantize import BASES, check_bitsandbytes
+from pftools.finetune.rows import Rows
 from pftools.layers import linear_modules
 
+if TYPE_CHECKING:
+    from torch import nn
+
+ADAPTERS = ("lora", "hira")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense")
 _PUBLISHED = ("q_proj", "v_proj")
+# Tokens of a forward, where the batch size is left open.
+_TOKENS_A_FORWARD = 4096
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an adapter is trained: the keyword arguments of `finetune_model`.
+
+    Attributes:
+        keep_sparsity: mask the update wherever the weight is zero, if the model is pruned at all.
+        rank: of the adapter's factors A (rank, inputs) and B (outputs, rank).
+        alpha: the update is scaled by alpha / rank. HiRA has no alpha.
+        dropout: probability, on the input of the update.
+        targets: which linear modules get an adapter; see `find_targets`.
+        learning_rate: peak rate of AdamW.
+        warmup_steps: optimizer steps of linear warm-up; see `warmup_of`.
+        schedule: of the learning rate after warm-up: `linear`, `cosine` or `constant`.
+        blocks_per_step: rows an optimizer step; the last may have fewer.
+        micro_batch_size: rows a forward; None: chosen by size.
+        tokens, steps, epochs: the budget, in real tokens, optimizer steps or passes over the rows: one of the three.
+            None of them: one epoch.
+        adapter: `lora` or `hira`.
+        base: how the frozen weights are held while training: `plain`, `8bit` or `nf4`. The merge goes into the plain
+            weights: then the update is what was trained, and the base is free of rounding again.
+        gradient_checkpointing: compute activations twice instead of keeping them.
+        seed: of the adapter's start, the order of the rows, and dropout.
+    """
+
+    keep_sparsity: bool = True
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: str = "all-linear"
+    learning_rate: float = 2e-3
+    warmup_steps: int = 4
+    schedule: str = "linear"
+    blocks_per_step: int = 8
+    micro_batch_size: int | None = None
+    tokens: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    adapter: str = "lora"
+    base: str = "plain"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, valid in (("adapter", self.adapter, ADAPTERS), ("base", self.base, BASES)):
+            if value not in valid:
+                raise PftoolsError(f"unknown {name} {value!r}: {nearest(value, valid)}.")
+        check_bitsandbytes(self.base)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a recipe comes to for one model and its rows.
+
+    Attributes:
+        recipe: what was asked for.
+        targets: full names of the linear modules that get an adapter.
+        masked: whether the update is masked.
+        zeros: digest of the mask that it is trained on; empty where it is not masked.
+        n_rows: how many rows are trained on, the same row several times included.
+        rows_per_step: rows an optimizer step.
+        rows_per_forward: a divisor of it.
+        steps: optimizer steps; the last takes the rows that are left.
+        warmup_steps: optimizer steps of warm-up.
+    """
+
+    recipe: Recipe
+    targets: tuple[str, ...]
+    masked: bool
+    zeros: str
+    n_rows: int
+    rows_per_step: int
+    rows_per_forward: int
+    steps: int
+    warmup_steps: int
+
+    def identity(self, rows: Rows) -> dict[str, Any]:
+        """What has to be the same for a killed training to go on, as JSON; without what only costs memory."""
+        free = ("micro_batch_size", "gradient_checkpointing")
+        asked = {name: value for name, value in asdict(self.recipe).items() if name not in free}
+        digest = hashlib.sha256(rows.input_ids.numpy().tobytes()).hexdigest()
+        return {**asked, "masked": self.masked, "zeros": self.zeros, "n_rows": self.n_rows, "rows": digest}
+
+
+def prepare(recipe: Recipe, model: nn.Module, rows: Rows) -> Training:
+    """What a recipe comes to for ``model`` and ``rows``.
+
+    Raises:
+        PftoolsError: targets that the model does not have, several budgets, or rows longer than its context.
+    """
+    length = rows.input_ids.shape[1]
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and length > context:
+        raise PftoolsError(
+            f"the blocks have {length} tokens and the model's context is {context}: use a shorter block_length."
+        )
+    targets = find_targets(model, recipe.targets)
+    n_rows = rows_of_budget(
+        len(rows),
+        rows.real_tokens / len(rows),
+        recipe.blocks_per_step,
+        tokens=recipe.tokens,
+        steps=recipe.steps,
+        epochs=recipe.epochs,
+    )
+    masked = recipe.keep_sparsity and recipe.adapter == "lora" and resolve_merge("auto", model) == "masked"
+    rows_per_step = min(recipe.blocks_per_step, n_rows)
+    steps = math.ceil(n_rows / rows_per_step)
+    return Training(
+        recipe=recipe,
+        targets=tuple(targets),
+        masked=masked,
+        zeros=mask_digest(model, targets) if masked else "",
+        n_rows=n_rows,
+        rows_per_step=rows_per_step,
+        rows_per_forward=_rows_per_forward(rows_per_step, recipe.micro_batch_size, length),
+        steps=steps,
+        warmup_steps=warmup_of(recipe.warmup_steps, steps),
+    )
 
 
 def find_targets(model: nn.Module, targets: str) -> list[str]:
     """Full names of the linear modules that get an adapter.
 
     Args:
-        targets: `all-linear` (every `nn.Linear` of the decoder layers; fused experts are none), `attention`, `published` (q and v), or
-            module names with commas between.
+        targets: `all-linear` (every `nn.Linear` of the decoder layers; fused experts are none), `attention`,
+            `published` (q and v), or module names with commas between.
 
     Raises:
         PftoolsError: nothing matches; the names that exist are listed.
@@ -33,8 +163,8 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
     found = [name for name in modules if name.rpartition(".")[2] in wanted]
     if missing or not found:
         raise PftoolsError(
-            f"targets {targets!r} match nothing for {', '.join(missing or wanted)}: the linear modules of this model are "
-            f"{', '.join(short)}; or give 'all-linear' or 'attention'."
+            f"targets {targets!r} match nothing for {', '.join(missing or wanted)}: the linear modules of this "
+            f"model are {', '.join(short)}; or give 'all-linear' or 'attention'."
         )
     return found
 
@@ -48,25 +178,29 @@ def rows_of_budget(
     steps: int | None,
     epochs: float | None,
 ) -> int:
-    """How many rows are trained on, for a budget in real tokens, in steps, or in passes over the rows; one of the three.
+    """How many rows are trained on, for a budget in real tokens, in steps, or in passes over the rows.
 
     Raises:
-        PftoolsError: none or several are given.
+        PftoolsError: several budgets are given.
     """
-    given = {
-        name: value
-        for name, value in {"tokens": tokens, "steps": steps, "epochs": epochs}.items()
-        if value is not None
-    }
-    if len(given) != 1:
-        raise PftoolsError(
-            f"the training budget is {given or 'not given'}: give exactly one of tokens, steps and epochs."
-        )
+    budget = {"tokens": tokens, "steps": steps, "epochs": epochs}
+    given = {name: value for name, value in budget.items() if value is not None}
+    if len(given) > 1:
+        raise PftoolsError(f"the training budget is {given}: give exactly one of tokens, steps and epochs.")
     if tokens is not None:
         return max(1, round(tokens / tokens_per_row))
-    return max(1, math.ceil(epochs * rows)) if epochs is not None else steps * rows_per_step
+    if steps is not None:
+        return steps * rows_per_step
+    return max(1, math.ceil((1.0 if epochs is None else epochs) * rows))
 
 
 def warmup_of(warmup_steps: int, max_steps: int) -> int:
-    """The steps of warm-up: less than half of all, so that a short training, as one of an ordering's many, has learning rates at all."""
+    """Steps of warm-up: capped below half of ``max_steps``, so that a short training also reaches its peak rate."""
     return min(warmup_steps, (max_steps - 1) // 2)
+
+
+def _rows_per_forward(rows_per_step: int, wanted: int | None, length: int) -> int:
+    """The largest divisor of a step that is not above what is wanted, or above about 4,096 tokens."""
+    limit = wanted or max(1, _TOKENS_A_FORWARD // length)
+    sizes = range(min(limit, rows_per_step), 0, -1)
+    return next(size for size in sizes if rows_per_step % size == 0)

@@ -1,4 +1,4 @@
-"""Training rows. Packed: blocks of tokens, every one of them real. Padded: a line a row, the rest filled up (published)."""
+"""Training rows. Packed: blocks of real tokens only. Padded: a line a row, the rest filled up (published)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Rows(torch.utils.data.Dataset):
     def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
         if input_ids.dim() != 2 or not input_ids.numel():
             raise PftoolsError(
-                f"the training rows have shape {tuple(input_ids.shape)}: (rows, length) is needed, with tokens."
+                f"the training rows have shape {tuple(input_ids.shape)}: "
+                "(rows, length) is needed, with tokens."
             )
         self.input_ids, self.attention_mask = input_ids, attention_mask
         self.labels = (
@@ -41,7 +42,10 @@ class Rows(torch.utils.data.Dataset):
 
 
 def training_order(n_rows: int, length: int, seed: int) -> list[int]:
-    """``length`` row numbers: the rows shuffled, then shuffled anew, for as long as it takes. Steps are full across the ends of passes."""
+    """``length`` row numbers: the rows shuffled, then shuffled again, for as long as it takes.
+
+    So a step may hold rows of two passes, and none is short because a pass ends.
+    """
     generator = torch.Generator().manual_seed(seed)
     passes = [torch.randperm(n_rows, generator=generator) for _ in range(-(-length // n_rows))]
     return torch.cat(passes)[:length].tolist()
@@ -50,7 +54,10 @@ def training_order(n_rows: int, length: int, seed: int) -> list[int]:
 def padded_rows(tokenizer: PreTrainedTokenizerBase, lines: list[str], block_length: int) -> Rows:
     """One line a row, cut or padded to ``block_length`` tokens; lines without a token are left out.
 
-    The study keeps even those; a row of nothing but padding has no loss and only costs time.
+    The published study keeps even those; a row of nothing but padding has no loss and only costs time.
+
+    Raises:
+        PftoolsError: no line has a token.
     """
     tokens = [ids[:block_length] for ids in tokenizer(lines, add_special_tokens=False)["input_ids"] if ids]
     if not tokens:

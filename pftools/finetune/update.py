@@ -1,41 +1,36 @@
-"""The updated weight of a linear layer, and one product with it: the arithmetic that training and merging share.
+"""One product with the updated weight of a linear layer, and its gradients: what training computes.
 
-    y = x (W + s K * (B A))^T        K = M = (W != 0)    masked LoRA (MaskLoRA in "PERP", Zimmer et al. 2023, arXiv 2312.15230)
-                                     K = W               HiRA (Huang et al., ICLR 2025)
-                                     K = 1               plain LoRA, whose dense merge fills zeros: here only to be merged
+    y = x (W + s K * (B A))^T    K = M = (W != 0)   masked LoRA (MaskLoRA in "PERP", Zimmer et al. 2023, 2312.15230)
+                                 K = W              HiRA (Huang et al., ICLR 2025)
 
-The first two leave a zero where it is. The sum is formed in float32 and cast once to the dtype that the model computes in, here as in the
-merge: so training sees exactly the weights that are merged.
+Both leave a zero where it is. The sum is formed by `adapters.updated_weight`, in float32, and cast once to the dtype
+that the model computes in, as in the merge: training sees exactly the weights that are merged.
 
-The cast is dithered. Rounding to the nearest would lose most of an update: a bf16 weight moves only if it is changed by more than 1/512 of
-itself, and a short fine-tuning changes most weights by less. So a fixed pattern decides which weights of many are rounded up and which down, in
-proportion to what is left over: each is off by less than one unit in the last place, and their mean is right (Roberts, 1962, for images;
-Gupta et al., 2015, for weights). Where nothing is added, nothing changes.
-
-Cost. Plain LoRA never forms B A; here it has to be formed, to be multiplied by K entry by entry. So it is added to the weight, and
-forward, gradient of the input and gradient of the update are one product of full size each. Plain LoRA has the first two: the third
-is the price, since no thin form of (K * G) A^T exists. The sum itself is formed a few rows at a time, which stay in the processor's cache, and
-formed anew in the backward pass: nothing of the weight's size is kept for it.
+Cost. Plain LoRA never forms B A; here it has to be formed, to be multiplied by K entry by entry. So it is added to the
+weight, and the forward pass, the gradient of the input and the gradient of the update are one product of full size
+each. Plain LoRA has the first two. The third is the price, since no thin form of (K * G) A^T exists. The sum is formed
+a few rows at a time, which stay in the processor's cache, and formed again in the backward pass: nothing of the
+weight's size is kept for it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from pftools.adapters import Kind, row_slices, updated_weight
+from pftools.masks import pack, unpack_on_device
 
 
 class _UpdatedLinear(torch.autograd.Function):
-    """(x, A, B) -> x W'^T + bias, with W' the updated weight. The layer's own weight is frozen, so it gets no gradient."""
+    """(x, A, B) -> x W'^T + bias, with W' the updated weight. The layer's own weight is frozen: it has no gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: nn.Module, options: dict[str, Any]
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: nn.Linear, options: dict[str, Any]
     ) -> torch.Tensor:
         ctx.save_for_backward(x, a, b)
         ctx.layer, ctx.options = layer, options
@@ -58,7 +53,7 @@ def _updated(ctx: Any, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> 
 def _factor_gradients(
     ctx: Any, grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of A and B, (rank, columns) and (rows, rank), from that of the updated weight, (rows, columns); in float32."""
+    """Gradients of A (rank, columns) and B (rows, rank) from that of the updated weight (rows, columns), in float32."""
     weight, kept = dense_weight(ctx.layer), kept_of(ctx.layer)
     scaling, hira = ctx.options["scaling"], ctx.options["kind"] == "hira"
     grad_a, grad_b = torch.zeros_like(a, dtype=torch.float32), torch.empty_like(b, dtype=torch.float32)
@@ -74,7 +69,7 @@ def _factor_gradients(
 
 def updated_linear(
     x: torch.Tensor,
-    layer: nn.Module,
+    layer: nn.Linear,
     a: torch.Tensor,
     b: torch.Tensor,
     scaling: float,
@@ -85,8 +80,11 @@ def updated_linear(
     """x (W + s K * (B A))^T + bias, with gradients for x, A and B.
 
     Args:
-        x: (..., columns). layer: a frozen linear layer, plain or of bitsandbytes; its weight is (rows, columns).
-        dropout: acts on the input of the update alone, so that the two products cannot be one.
+        x: (..., columns), any float dtype; the product has the layer's, if that is a float dtype too.
+        layer: a frozen linear layer, plain or of bitsandbytes; its weight is (rows, columns).
+        a, b: the factors (rank, columns) and (rows, rank), float32.
+        scaling: s; 1 for HiRA.
+        dropout: acts on the input of the update alone, so that there are two products instead of one.
     """
     x = x.to(layer.weight.dtype if layer.weight.is_floating_point() else x.dtype)
     options = {"scaling": scaling, "kind": kind, "alone": dropout is not None}
@@ -95,7 +93,7 @@ def updated_linear(
     return layer(x) + _UpdatedLinear.apply(dropout(x), a, b, layer, options)
 
 
-def dense_weight(layer: nn.Module) -> torch.Tensor:
+def dense_weight(layer: nn.Linear) -> torch.Tensor:
     """(rows, columns), floating point: the layer's weight itself, or what its 8-bit or NF4 weight stands for."""
     weight = layer.weight
     if type(weight).__name__ not in ("Int8Params", "Params4bit"):
@@ -106,21 +104,15 @@ def dense_weight(layer: nn.Module) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The mask of a quantized layer: quantizing rounds small kept weights to zero too, so it is kept beside, one bit a weight.
-
-_BITS = torch.arange(7, -1, -1, dtype=torch.uint8)
+# The mask of a quantized layer, kept beside it as bits: quantizing rounds small kept weights to zero too.
 
 
 def remember_kept(layer: nn.Module, kept: torch.Tensor) -> None:
     """Keep the mask of a layer whose weight is about to be quantized. kept: bool (rows, columns)."""
-    layer.kept_bits = torch.from_numpy(np.packbits(kept.cpu().numpy())).to(kept.device)
-    layer.kept_shape = kept.shape
+    vars(layer)["kept"] = (torch.from_numpy(pack(kept)).to(kept.device), kept.shape)
 
 
 def kept_of(layer: nn.Module) -> torch.Tensor | None:
     """The mask that was kept beside a layer, bool (rows, columns); None: it is where the weight is not zero."""
-    bits = getattr(layer, "kept_bits", None)
-    if bits is None:
-        return None
-    spread = bits[:, None].bitwise_right_shift(_BITS.to(bits.device)).bitwise_and_(1)
-    return spread.flatten()[: layer.kept_shape.numel()].view(layer.kept_shape).bool()
+    bits, shape = vars(layer).get("kept", (None, None))
+    return None if bits is None else unpack_on_device(bits, shape)

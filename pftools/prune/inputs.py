@@ -1,8 +1,9 @@
 """What decoder layers are called with, and how large the inputs of their linear weights are.
 
-Layers of different families take different arguments (masks, position embeddings, cache positions), and layers of one model may
-take different ones (Gemma alternates sliding and full attention). So nothing is assumed: the real model runs once on one block, with
-layers that only note how they are called and pass the hidden states on, and every layer's own arguments are kept and replayed.
+Layers of different families take different arguments (masks, position embeddings, cache positions), and layers of
+one model may take different ones (Gemma alternates sliding and full attention). So nothing is assumed: the real
+model runs once on one block, with layers that only note how they are called and pass the hidden states on. Every
+layer's own arguments are kept and replayed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,7 +20,10 @@ from torch.utils._pytree import tree_map
 from pftools.errors import PftoolsError
 from pftools.layers import decoder_layers
 
-# Numbers that the widest activation of one forward may hold: few on a CPU, whose caches they should stay in, many elsewhere.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Numbers that the widest activation of one forward may hold: few on a CPU, to stay in its caches, many elsewhere.
 _BATCH_BUDGET = 1_000_000
 _BATCH_BUDGET_ELSEWHERE = 32_000_000
 # Tokens squared at a time: few enough to stay in a core's cache.
@@ -59,8 +63,8 @@ def widest_output(layer: nn.Module) -> int:
     return max(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
 
 
-def batch_size_for(model: nn.Module, block_length: int, n_blocks: int) -> int:
-    """Blocks a forward: as many as keep the widest activation of a layer within the budget of its device, at least 1."""
+def batch_size_for(model: PreTrainedModel, block_length: int, n_blocks: int) -> int:
+    """Blocks a forward: as many as keep a layer's widest activation within its device's budget, at least 1."""
     layer = decoder_layers(model)[1][0]
     budget = (
         _BATCH_BUDGET if next(layer.parameters()).device.type in ("cpu", "meta") else _BATCH_BUDGET_ELSEWHERE
@@ -74,7 +78,7 @@ def linears_of(layer: nn.Module) -> dict[str, nn.Linear]:
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
+def inference(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients and caches; everything is put back afterwards, whatever happens."""
     training, config = model.training, model.config
     use_cache = getattr(config, "use_cache", None)
@@ -88,18 +92,18 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def record_calls(model: nn.Module, block: torch.Tensor) -> list[LayerCall]:
-    """How every decoder layer is called for one block. No layer is computed, and their weights need not be there.
+def record_calls(model: PreTrainedModel, block: torch.Tensor) -> list[LayerCall]:
+    """How every decoder layer is called for one block. No layer is computed; their weights need not be loaded.
 
     Args:
         block: LongTensor (1, block_length).
     """
     calls = _run_without_layers(model, block, as_tuple=False)
-    # A model that takes the first of what a layer returns has cut the batch off hidden states that came alone.
+    # A model that takes the first of what a layer returns cuts the batch off hidden states that came alone.
     return calls or _run_without_layers(model, block, as_tuple=True)
 
 
-def _run_without_layers(model: nn.Module, block: torch.Tensor, *, as_tuple: bool) -> list[LayerCall]:
+def _run_without_layers(model: PreTrainedModel, block: torch.Tensor, *, as_tuple: bool) -> list[LayerCall]:
     layers = decoder_layers(model)[1]
     calls: list[LayerCall] = []
     shapes: set[torch.Size] = set()
@@ -130,7 +134,7 @@ def _run_without_layers(model: nn.Module, block: torch.Tensor, *, as_tuple: bool
     return calls if len(shapes) == 1 else []
 
 
-def first_hidden_states(model: nn.Module, blocks: torch.Tensor, batch_size: int) -> torch.Tensor:
+def first_hidden_states(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int) -> torch.Tensor:
     """What the first decoder layer is given: (n_blocks, block_length, width), in the model's dtype.
 
     The forward ends there: embeddings, and whatever a family does to them, are computed, and nothing else.
@@ -155,7 +159,7 @@ def first_hidden_states(model: nn.Module, blocks: torch.Tensor, batch_size: int)
     return torch.cat(caught)
 
 
-def _body(model: nn.Module) -> nn.Module:
+def _body(model: PreTrainedModel) -> nn.Module:
     """The model without its head: the head's product over the whole vocabulary is never needed here."""
     return getattr(model, getattr(model, "base_model_prefix", ""), model)
 
@@ -165,7 +169,7 @@ def _body(model: nn.Module) -> nn.Module:
 
 
 def squared_column_sums(x: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of every column over all leading dimensions, accumulated in float32: (..., columns) -> (columns,)."""
+    """Sum of squares of every column over all tokens, in float32: (..., columns) -> (columns,)."""
     total = torch.zeros(x.shape[-1], device=x.device)
     for part in x.reshape(-1, x.shape[-1]).split(_CHUNK if x.device.type == "cpu" else x.numel()):
         total += part.float().square().sum(dim=0)
@@ -175,8 +179,8 @@ def squared_column_sums(x: torch.Tensor) -> torch.Tensor:
 def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
     """Add X^T X to ``total`` (columns, columns), float32, on and above the diagonal blocks only.
 
-    Products and sums are float32. On a CPU that multiplies bf16 they are made of bf16 inputs by its faster unit: these products are
-    exact and summed in float32, so nothing is lost.
+    Products and sums are float32. On a CPU that multiplies bf16, its faster unit forms them from bf16 inputs: these
+    products are exact and summed in float32, so nothing is lost.
     """
     flat = x.reshape(-1, x.shape[-1])
     with _bf16_unit(flat):
@@ -191,7 +195,7 @@ def _bf16_unit(x: torch.Tensor) -> Iterator[None]:
     if x.dtype != torch.bfloat16 or x.device.type != "cpu":
         yield
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at import
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
@@ -203,12 +207,13 @@ def _bf16_unit(x: torch.Tensor) -> Iterator[None]:
 class InputMeter:
     """Measures the inputs of a layer's linear modules while the layer runs: column norms, or X^T X.
 
-    Modules that are given the same tensor (q, k and v; gate and up) are measured once, under the name of the first. Once every module
-    has been reached, and the layer's output is not wanted, the forward ends: before the product of the last one.
+    Modules that are given the same tensor (q, k and v; gate and up) are measured once, under the name of the first.
+    Where the layer's output is not wanted, the forward ends once every module has been reached: before the product
+    of the last one.
     """
 
     def __init__(self, linears: dict[str, nn.Linear], *, gram: bool = False, sample_of: int = 0) -> None:
-        """gram: X^T X instead of norms. sample_of: keep a sample of the inputs of so many tokens, as they come; 0: none."""
+        """gram: X^T X instead of norms. sample_of: of how many tokens to keep a sample of the inputs; 0: none."""
         self.linears, self.gram = linears, gram
         # An odd distance, so that a sample does not hold the same positions of every block.
         self.every = max(1, sample_of // _SAMPLE) | 1 if sample_of else 0
@@ -243,7 +248,8 @@ class InputMeter:
             leader = next((other for other, tensor in self._now.items() if tensor is x), name)
             if self.leader.setdefault(name, leader) != leader:
                 raise PftoolsError(
-                    f"{name} shares its input with {leader} in some batches and not in others: give batch_size=1."
+                    f"{name} shares its input with {leader} in some batches and not in others: "
+                    "give batch_size=1."
                 )
             if leader == name:
                 self._now[name] = x
@@ -282,8 +288,8 @@ class InputMeter:
                 total = total.diagonal()
             if not torch.isfinite(total).all():
                 raise PftoolsError(
-                    f"the input of {place}.{name} holds NaN or infinity on the calibration blocks: use dtype float32 or "
-                    "bfloat16 (float16 overflows above 65,504), or check the model."
+                    f"the input of {place}.{name} holds NaN or infinity on the calibration blocks: use dtype "
+                    "float32 or bfloat16 (float16 overflows above 65,504), or check the model."
                 )
             norms[name] = total.sqrt()
         shared = {name: norms[leader] for name, leader in self.leader.items()}
@@ -293,14 +299,20 @@ class InputMeter:
 
 @dataclass
 class Measured:
-    """A layer's inputs. norms: {module: (columns,)}; grams: {first module of those with this input: X^T X}; leader: {module:
-    that first module}; tokens: {module: how many tokens it saw}; samples: {first module: some of these inputs, (tokens, columns)}.
-    Modules that saw none are in tokens only."""
+    """The inputs of a layer's linear modules. Modules that saw no token are in ``tokens`` only.
 
-    norms: dict[str, torch.Tensor]
-    grams: dict[str, torch.Tensor]
-    leader: dict[str, str]
-    tokens: dict[str, int]
+    Attributes:
+        norms: {module: Euclidean norms of its input columns (columns,), float32}.
+        grams: {first module of those with this input: X^T X (columns, columns), float32}.
+        leader: {module: the first module with the same input}.
+        tokens: {module: how many tokens it saw}.
+        samples: {first module: some of these inputs, (tokens, columns), in their own dtype}.
+    """
+
+    norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    grams: dict[str, torch.Tensor] = field(default_factory=dict)
+    leader: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
 
 

@@ -1,4 +1,4 @@
-"""One decoder layer whose inputs are known: choose what goes, set it to zero and, for methods that do, mend the rest."""
+"""One decoder layer whose inputs are known: choose what goes, set it to zero and, for some methods, mend the rest."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from torch import nn
 from pftools.errors import PftoolsError
 from pftools.prune import experts, sparsegpt
 from pftools.prune.criteria import magnitude
-from pftools.prune.inputs import Measured, linears_of
+from pftools.prune.inputs import LayerCall, Measured, linears_of
 from pftools.prune.patterns import choose
+from pftools.prune.reconstruct import reconstruct
 from pftools.prune.request import Request
-from pftools.prune.result import output_error_on, table_row, zeros
+from pftools.prune.result import Choice, judge, output_error_on, zeros
 
-# An expert that saw fewer tokens is pruned by magnitude: norms over so few say more about chance than about the expert.
+# An expert that saw fewer tokens is pruned by magnitude: norms over so few say more about chance than about it.
 FEW_TOKENS = 32
 
 
 @dataclass
 class PrunedLayer:
-    """A layer that is done. masks: {full parameter name: bool, True = kept}, on the CPU; weights: the same for changed weights."""
+    """A layer that is done.
+
+    Attributes:
+        index: the layer's number.
+        masks: {full parameter name: bool, True = kept}, on the CPU.
+        rows: the layer's rows of the table, in the order of its modules.
+        weights: {full parameter name: whole weight}, on the CPU, where kept weights have changed.
+    """
 
     index: int
     masks: dict[str, torch.Tensor]
@@ -35,106 +43,144 @@ class PrunedLayer:
 def prune_layer(
     layer: nn.Module, index: int, place: str, measured: Measured, request: Request, n_tokens: int
 ) -> PrunedLayer:
-    """Choose, set to zero and, for methods that do, mend: all linear weights of a layer whose inputs were measured."""
+    """Choose, set to zero and, for methods that do, mend: all linear weights of a layer whose inputs were measured.
+
+    Args:
+        place: the layer's full name.
+        n_tokens: how many calibration tokens there are; an expert may have seen fewer.
+
+    Raises:
+        PftoolsError: a weight holds NaN or infinity.
+    """
     linears, asked = linears_of(layer), request.sparsities[index]
-    homes = {name: experts.home(name, module) for name, module in linears.items()}
-    shapes = {parameter: layer.get_parameter(parameter).shape for parameter, _ in homes.values()}
-    done = PrunedLayer(
-        index,
-        {f"{place}.{parameter}": torch.ones(shape, dtype=torch.bool) for parameter, shape in shapes.items()},
-        [],
-    )
-    by_input: dict[str, list[str]] = {}
-    for name in linears:
-        by_input.setdefault(measured.leader.get(name, name), []).append(name)
+    masks = _all_kept(layer, place)
     rows: dict[str, dict[str, Any]] = {}
-    for leader, names in by_input.items():
+    for leader, names in _by_input(linears, measured).items():
         started = time.perf_counter()
-        why = _unmeasured(measured, leader, n_tokens)
-        weights = {name: linears[name].weight.detach().float() for name in names}
-        for name, weight in weights.items():
-            if not math.isfinite(weight.sum()):
-                raise PftoolsError(
-                    f"the weight {place}.{name}.weight holds NaN or infinity: check the model before pruning it."
-                )
-        if request.method.update and not why:
-            solved = sparsegpt.solve(
-                list(weights.values()), measured.grams.pop(leader), request.method, asked, request.pattern
-            )
-        else:
-            solved = [_chosen(weight, measured, leader, request, asked, why) for weight in weights.values()]
-        for (name, weight), one in zip(weights.items(), solved):
+        weights = {name: _finite(linears[name], f"{place}.{name}") for name in names}
+        choices = _choices(list(weights.values()), leader, measured, request, asked, n_tokens)
+        for (name, weight), choice in zip(weights.items(), choices):
             norms = measured.norms.get(leader, torch.ones(weight.shape[1], device=weight.device))
-            rows[name] = table_row(
-                place,
-                name,
-                one.pruned,
-                weight,
-                one.scores,
-                norms,
-                asked,
-                one.note,
-                one.output_error,
-                one.error_is,
-            )
-            _write(linears[name], one)
-            parameter, part = homes[name]
-            done.masks[f"{place}.{parameter}"][part] = ~one.pruned.cpu()
-            rows[name]["measured"] = zeros(linears[name].weight)
+            facts = judge(choice, weight, norms, asked)
+            _write(linears[name], choice)
+            parameter, part = experts.home(name, linears[name])
+            masks[f"{place}.{parameter}"][part] = ~choice.pruned.cpu()
+            rows[name] = _named(place, name, asked, zeros(linears[name].weight)) | facts
         for name in names:
             rows[name]["seconds"] = (time.perf_counter() - started) / len(names)
-    done.rows = [rows[name] for name in linears]
+    done = PrunedLayer(index, masks, [rows[name] for name in linears])
     if request.method.update:
-        done.weights = weights_of(layer, place)
+        done.weights = _weights_of(layer, place)
     return done
 
 
-def _unmeasured(measured: Measured, leader: str, n_tokens: int) -> str:
-    """Why a module's inputs cannot be judged by, if so."""
-    seen = measured.tokens[leader]
-    if seen == 0 or not measured.norms[leader].any():
-        return (
-            "saw no calibration tokens: pruned by magnitude"
-            if seen == 0
-            else "its inputs are all zero: pruned by magnitude"
+def recover_layer(
+    layer: nn.Module,
+    place: str,
+    done: PrunedLayer,
+    call: LayerCall,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    steps: int,
+) -> None:
+    """Reconstruct a pruned layer's dense output, and note in every row of its table how far it came.
+
+    Args:
+        inputs: hidden states (n_blocks, block_length, width) that the layer is given in the pruned model.
+        targets: the layer's outputs in the dense model, of the same shape.
+        steps: Adam steps.
+    """
+    homes = {name: experts.home(name, module) for name, module in linears_of(layer).items()}
+    kept = {name: done.masks[f"{place}.{parameter}"][part] for name, (parameter, part) in homes.items()}
+    before, after = reconstruct(layer, call, inputs, targets, kept, steps=steps, place=place)
+    done.weights = _weights_of(layer, place)
+    for row in done.rows:
+        row |= {"block_error_before": before**0.5, "block_error": after**0.5}
+
+
+def _all_kept(layer: nn.Module, place: str) -> dict[str, torch.Tensor]:
+    parameters = {experts.home(name, module)[0] for name, module in linears_of(layer).items()}
+    found = [name for name, _ in layer.named_parameters() if name in parameters]
+    return {
+        f"{place}.{name}": torch.ones(layer.get_parameter(name).shape, dtype=torch.bool) for name in found
+    }
+
+
+def _by_input(linears: dict[str, nn.Linear], measured: Measured) -> dict[str, list[str]]:
+    """{first module: all modules that are given the same input}"""
+    groups: dict[str, list[str]] = {}
+    for name in linears:
+        groups.setdefault(measured.leader.get(name, name), []).append(name)
+    return groups
+
+
+def _finite(module: nn.Linear, name: str) -> torch.Tensor:
+    weight = module.weight.detach().float()
+    if not math.isfinite(weight.sum()):
+        raise PftoolsError(
+            f"the weight {name}.weight holds NaN or infinity: check the model before pruning it."
         )
+    return weight
+
+
+def _choices(
+    weights: list[torch.Tensor],
+    leader: str,
+    measured: Measured,
+    request: Request,
+    asked: float,
+    n_tokens: int,
+) -> list[Choice]:
+    """What goes of each of the weights that are given one input."""
+    method = request.method
+    why = _unmeasured(measured, leader, n_tokens) if method.needs_inputs else ""
+    if why:
+        by_size = [magnitude(weight, weight) for weight in weights]
+        return [Choice(choose(scores, asked, request.pattern), scores, note=why) for scores in by_size]
+    if method.update:
+        return sparsegpt.solve(weights, measured.grams.pop(leader), method, asked, request.pattern)
+    choices = []
+    for weight in weights:
+        scores = method.score(weight, measured.norms.get(leader, weight))
+        choice = Choice(choose(scores, asked, request.pattern, compare=method.compare), scores)
+        sample = measured.samples.get(leader)
+        if sample is not None and len(sample) >= FEW_TOKENS:
+            choice.output_error = output_error_on(sample, weight, choice.pruned)
+        choices.append(choice)
+    return choices
+
+
+def _unmeasured(measured: Measured, leader: str, n_tokens: int) -> str:
+    """Why a module cannot be judged by its inputs; empty: it can."""
+    seen = measured.tokens[leader]
+    if seen == 0:
+        return "saw no calibration tokens: pruned by magnitude"
+    if not measured.norms[leader].any():
+        return "its inputs are all zero: pruned by magnitude"
     return f"saw {seen} calibration tokens: pruned by magnitude" if seen < min(FEW_TOKENS, n_tokens) else ""
 
 
-@dataclass
-class _Chosen:
-    pruned: torch.Tensor
-    scores: torch.Tensor
-    note: str
-    output_error: float | None
-    weight: torch.Tensor | None = None
-    error_is: str = "sampled"
-
-
-def _chosen(
-    weight: torch.Tensor, measured: Measured, leader: str, request: Request, asked: float, why: str
-) -> _Chosen:
-    """The choice of a method that mends nothing; by magnitude within each row where the inputs are not known."""
-    if why:
-        scores, compare = magnitude(weight, weight), "row"
-    else:
-        scores, compare = request.method.score(weight, measured.norms[leader]), request.method.compare
-    pruned = choose(scores, asked, request.pattern, compare=compare)
-    sample = measured.samples.get(leader)
-    enough = sample is not None and len(sample) >= FEW_TOKENS
-    return _Chosen(pruned, scores, why, output_error_on(sample, weight, pruned) if enough else None)
-
-
-def _write(module: nn.Linear, one: _Chosen | sparsegpt.Solved) -> None:
-    if one.weight is None:
+def _write(module: nn.Linear, choice: Choice) -> None:
+    if choice.weight is None:
         # As integers, times 0 or 1: exact zeros, and ten times faster on a CPU than to fill by mask.
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[module.weight.element_size()]
-        module.weight.data.view(bits).mul_(~one.pruned)
+        module.weight.data.view(bits).mul_(~choice.pruned)
     else:
-        module.weight.data.copy_(one.weight)
+        module.weight.data.copy_(choice.weight)
 
 
-def weights_of(layer: nn.Module, place: str) -> dict[str, torch.Tensor]:
+def _named(place: str, name: str, asked: float, measured: float) -> dict[str, Any]:
+    return {
+        "layer": next((int(part) for part in place.split(".") if part.isdigit()), -1),
+        "module": name.rpartition(".")[2],
+        "weight": f"{place}.{name}.weight",
+        "asked": asked,
+        "measured": measured,
+    }
+
+
+def _weights_of(layer: nn.Module, place: str) -> dict[str, torch.Tensor]:
     """Copies of a layer's linear weights on the CPU, by full parameter name."""
     names = {experts.home(name, module)[0] for name, module in linears_of(layer).items()}
     return {

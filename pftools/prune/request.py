@@ -36,11 +36,6 @@ class Request:
         """Whether kept weights differ afterwards, so that masks alone do not say what was done."""
         return self.method.update or self.reconstruct_steps > 0
 
-    @property
-    def walks(self) -> bool:
-        """Whether tokens have to go through the layers while they are pruned, whatever was measured before."""
-        return self.changes_weights or (self.method.needs_inputs and self.inputs == "pruned")
-
 
 def check_request(
     model: nn.Module,

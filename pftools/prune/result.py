@@ -15,9 +15,16 @@ from pftools.prune.patterns import choose, count_true, parse_pattern
 
 @dataclass
 class PruneResult:
-    """masks: {weight name: bool tensor on the CPU, True = kept}; empty where they went to a file. layers: a row a weight (layer,
-    module, weight, asked, measured, score_kept, output_error, error_is, seconds, note). seconds: wall time of the whole walk.
-    weights: kept weights that the method changed, whole; empty for methods that only choose."""
+    """What `prune_model` returns.
+
+    Attributes:
+        masks: {weight name: bool tensor on the CPU, True = kept}; empty where they went to a file.
+        layers: a row a weight: layer, module, weight, asked and measured sparsity, score_kept, output_error,
+            error_is, note, seconds; with reconstruction also block_error_before and block_error.
+        seconds: wall time of the whole walk.
+        weights: {weight name: tensor}, whole weights where the method changed kept ones; empty for methods that only
+            choose.
+    """
 
     masks: dict[str, torch.Tensor]
     layers: pd.DataFrame
@@ -25,58 +32,63 @@ class PruneResult:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def table_row(
-    place: str,
-    name: str,
-    pruned: torch.Tensor,
-    weight: torch.Tensor,
-    scores: torch.Tensor,
-    norms: torch.Tensor,
-    asked: float,
-    note: str,
-    output_error: float | None = None,
-    error_is: str = "",
-) -> dict[str, Any]:
-    """One line of the table of a pruning.
+@dataclass
+class Choice:
+    """What was decided about one weight matrix (rows, columns).
 
-    output_error is the relative error of the module's output, ||(W - W') X|| / ||W X||. Column error_is says how it was found:
-    `measured` over all calibration tokens, as SparseGPT's update does anyway; `sampled`, on some 256 of them; or `estimated`,
-    where no token was at hand, with the input columns taken as uncorrelated: then it is the norm of the removed
-    |W_ij| ||X_j|| over the norm of all of them.
+    Attributes:
+        pruned: bool, True = goes.
+        scores: float32, the scores that it was first judged by.
+        weight: float32, the mended weight; None: what is kept stays as it is.
+        output_error: relative error of the module's output, ||(W - W') X|| / ||W X||; None: not computed.
+        error_is: `measured` over all calibration tokens, or `sampled` on some 256 of them.
+        note: what a reader of the table should know; often empty.
+    """
+
+    pruned: torch.Tensor
+    scores: torch.Tensor
+    weight: torch.Tensor | None = None
+    output_error: float | None = None
+    error_is: str = "sampled"
+    note: str = ""
+
+
+def judge(choice: Choice, weight: torch.Tensor, norms: torch.Tensor, asked: float) -> dict[str, Any]:
+    """Columns score_kept, output_error, error_is and note of a weight's row in the table.
+
+    Where the choice has no output error it is `estimated`, with the input columns taken as uncorrelated: the norm of
+    the removed |W_ij| ||X_j|| over the norm of all of them.
 
     Args:
-        weight, scores: (rows, columns), float32, as they were before. norms: (columns,).
+        weight: (rows, columns), float32, as it was before.
+        norms: (columns,), the norms of its input columns.
+        asked: the sparsity asked of it.
     """
-    already = zeros(weight)
-    gone = pruned.flatten().float()
-    total, lost = float(scores.sum()), float(scores.flatten().dot(gone))
-    if output_error is None:
-        error_is = "estimated"
+    gone = choice.pruned.flatten().float()
+    total, lost = float(choice.scores.sum()), float(choice.scores.flatten().dot(gone))
+    error, error_is = choice.output_error, choice.error_is
+    if error is None:
         effect = (weight * norms).square_().flatten()
-        output_error = (float(effect.dot(gone)) / max(float(effect.sum()), 1e-30)) ** 0.5
+        error, error_is = (float(effect.dot(gone)) / max(float(effect.sum()), 1e-30)) ** 0.5, "estimated"
+    already, notes = zeros(weight), [choice.note] if choice.note else []
     if already > asked + 0.005:
-        note = f"{note}; " * bool(note) + f"was {already:.1%} sparse before, more than asked"
+        notes.append(f"was {already:.1%} sparse before, more than asked")
     return {
-        "layer": next((int(part) for part in place.split(".") if part.isdigit()), -1),
-        "module": name.rpartition(".")[2],
-        "weight": f"{place}.{name}.weight",
-        "asked": asked,
-        "measured": 0.0,  # filled in once the weight is written
         "score_kept": 1 - lost / max(total, 1e-30),
-        "output_error": output_error,
+        "output_error": error,
         "error_is": error_is,
-        "note": note,
+        "note": "; ".join(notes),
     }
 
 
 def output_error_on(x: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> float:
-    """||(W - W') X|| / ||W X|| on a sample of inputs, (tokens, columns), computed in their dtype."""
+    """||(W - W') X|| / ||W X|| on a sample of inputs ``x`` (tokens, columns), computed in their dtype."""
     lost = x @ (weight * pruned).to(x.dtype).t()
     return float(lost.float().norm() / (x @ weight.to(x.dtype).t()).float().norm().clamp_min(1e-30))
 
 
 def zeros(weight: torch.Tensor) -> float:
-    """The share of zeros."""
+    """The share of zeros, between 0 and 1."""
     return count_true(weight == 0) / weight.numel()
 
 
@@ -89,22 +101,25 @@ def score_histogram(
     pattern: str = "unstructured",
     bins: int = 80,
 ) -> pd.DataFrame:
-    """How the scores of one weight lie, and which would go: columns low, high (log10 of the score), kept, pruned (counts).
+    """The distribution of the scores of one weight, and which would go.
 
-    SparseGPT's score is shown as it would be if the input columns were uncorrelated, and before any weight is mended.
+    SparseGPT's score is shown as if the input columns were uncorrelated, and before any weight is mended.
 
     Args:
-        weight: (rows, columns). norms: (columns,), the norms of its input columns.
+        weight: (rows, columns).
+        norms: (columns,), the norms of its input columns.
+        method, sparsity, pattern: as in `prune_model`.
+
+    Returns:
+        Columns low and high (log10 of the score), kept and pruned (counts), a row a bin.
     """
     rule = find_method(method)
     scores = rule.score(weight.detach().float(), norms.to(weight.device))
     pruned = choose(scores, sparsity, parse_pattern(pattern), compare=rule.compare).flatten()
     logs = scores.flatten().clamp_min(1e-12).log10()
-    low, high = (
-        (float(logs.quantile(q)) for q in (0.001, 1.0))
-        if logs.numel() < 2**24
-        else (float(logs.min()), float(logs.max()))
-    )
+    low, high = float(logs.min()), float(logs.max())
+    if logs.numel() < 2**24:  # as many as torch's quantile takes
+        low = float(logs.quantile(0.001))
     edges = np.linspace(low, high, bins + 1)
     counts = [np.histogram(logs[chosen].cpu().numpy(), edges)[0] for chosen in (~pruned, pruned)]
     return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "kept": counts[0], "pruned": counts[1]})

@@ -1,50 +1,42 @@
 """SparseGPT's weight update: what goes is made up for by the columns that come after it.
 
-Frantar and Alistarh, 2023, arXiv 2301.00774, algorithm 1. With H = X X^T and U the upper Cholesky factor of its inverse, taking w_j
-out of a row changes the columns after j by -(w_j / U_jj) U_j: the least squared error of the row's output on the
-calibration tokens. Rows do not meet, so that weights with the same input share H, U and one solve.
+Frantar and Alistarh, 2023, arXiv 2301.00774, algorithm 1. With H = X X^T and U the upper Cholesky factor of its
+inverse, taking w_j out of a row changes the columns after j by -(w_j / U_jj) U_j: the least squared error of the
+row's output on the calibration tokens. Rows are independent, so weights with the same input share H, U and one solve.
 
-The published code handles one column at a time, and after each corrects all columns left in its block of 128. Here a column is
-corrected when its turn comes, by one product with the errors made so far: within a panel of 32 columns a vector at a
-time, between panels and blocks as matrices. The arithmetic is the same and its order differs.
+The published code handles one column at a time, and after each corrects all columns left in its block of 128. Here a
+column is corrected when its turn comes, by one product with the errors made so far: within a panel of 32 columns a
+vector at a time, between panels and blocks as matrices. The arithmetic is the same and its order differs.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
 from pftools.errors import PftoolsError
 from pftools.prune.criteria import Method
 from pftools.prune.patterns import Pattern, choose
+from pftools.prune.result import Choice
 
 BLOCK = 128  # columns for which one choice is made (the paper's blocksize B and B_s)
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal of H
 _PANEL = 32
 
 
-@dataclass
-class Solved:
-    """One weight after the solve: the mended weight (float32, zeros where pruned), which weights went (bool), the scores they were
-    judged by first, the relative error of its output ||(W - W') X|| / ||W X|| over all calibration tokens, and a note."""
-
-    weight: torch.Tensor
-    pruned: torch.Tensor
-    scores: torch.Tensor
-    output_error: float
-    note: str = ""
-    error_is: str = "measured"
-
-
 def inverse_root(hessian: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The upper Cholesky factor U of the damped inverse, (H + damping mean(H_jj) I)^-1 = U^T U, and the damping that was needed.
+    """The upper Cholesky factor U of the damped inverse, (H + damping mean(H_jj) I)^-1 = U^T U.
 
-    With J the reversal of all columns and J H J = L L^T, J L J is an upper R with H = R R^T, and U = R^-1: one factorisation
-    and one triangular solve, where the published code makes two factorisations and an inverse.
+    With J the reversal of all columns and J H J = L L^T, J L J is an upper R with H = R R^T, and U = R^-1: one
+    factorisation and one triangular solve, where the published code makes two factorisations and an inverse.
 
     Args:
         hessian: (columns, columns), float32, symmetric; columns that were always zero have a 1 on the diagonal.
+
+    Returns:
+        U (columns, columns), float32, and the damping that was needed.
+
+    Raises:
+        PftoolsError: no damping up to 1 makes it invertible.
     """
     mean = float(hessian.diagonal().mean())
     for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
@@ -55,20 +47,24 @@ def inverse_root(hessian: torch.Tensor) -> tuple[torch.Tensor, float]:
             identity = torch.eye(len(hessian), device=hessian.device)
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), damping
     raise PftoolsError(
-        "the inputs' second moments could not be inverted even with a damping of 1: use more calibration blocks."
+        "the inputs' second moments could not be inverted even with a damping of 1: "
+        "use more calibration blocks."
     )
 
 
 def solve(
     weights: list[torch.Tensor], hessian: torch.Tensor, method: Method, sparsity: float, pattern: Pattern
-) -> list[Solved]:
+) -> list[Choice]:
     """Choose which weights go, and mend the others.
 
     Args:
         weights: matrices (rows, columns), float32, that read the same input.
         hessian: X X^T over the calibration tokens, (columns, columns), float32; changed in place.
+        sparsity: asked, for an unstructured pattern.
+
+    Returns:
+        A choice for each weight, with the mended weight and the error of its output over all calibration tokens.
     """
-    rows = [len(weight) for weight in weights]
     energy = [float((weight @ hessian * weight).sum()) for weight in weights]
     norms = hessian.diagonal().clamp_min(0).sqrt()
     dead = norms == 0
@@ -77,68 +73,94 @@ def solve(
     columns = root.diagonal().reciprocal() if method.columns == "curvature" else norms
     scores = [method.score(weight, columns) for weight in weights]
 
-    before = torch.cat(weights).t().contiguous()  # (columns, rows): an input column is one stretch of memory
+    # All weights as one (columns, rows) matrix: an input column is one stretch of memory.
+    before = torch.cat(weights).t().contiguous()
     before[dead] = 0
-    after, pruned = before.clone(), torch.zeros_like(before, dtype=torch.bool)
+    sweep = _Sweep(before, root, columns, [len(weight) for weight in weights], method, sparsity, pattern)
     if not method.renew:
-        pruned = (
-            torch.cat([choose(score, sparsity, pattern, compare=method.compare) for score in scores])
-            .t()
-            .contiguous()
-        )
-    errors = torch.zeros_like(before)
-    width = BLOCK // pattern.group * pattern.group or pattern.group if pattern.group else BLOCK
-    for start in range(0, len(before), width):
-        here = slice(start, min(start + width, len(before)))
-        if method.renew and not pattern.group:
-            block = after[here].t().split(rows)
-            picked = [
-                choose(method.score(part, columns[here]).contiguous(), sparsity, pattern, compare="matrix")
-                for part in block
-            ]
-            pruned[here] = torch.cat(picked).t()
-        _solve_block(
-            after[here], root[here, here], pruned[here], errors[here], columns[here], method, pattern
-        )
-        after[here.stop :].addmm_(root[here, here.stop :].t(), errors[here], alpha=-1)
-    after.masked_fill_(pruned, 0)
-
-    # Each error is the loss of one optimal step, so their squares add up to the whole, tr(D (H + added I) D^T) with D = W - W'.
-    added = damping * float(hessian.diagonal().mean())
-    lost = errors.square().sum(dim=0) - added * (before - after).square().sum(dim=0)
+        chosen = [choose(score, sparsity, pattern, compare=method.compare) for score in scores]
+        sweep.pruned = torch.cat(chosen).t().contiguous()
+    sweep.run()
+    lost = sweep.losses(before, added=damping * float(hessian.diagonal().mean()))
     note = f"its inputs are nearly dependent: damping raised to {damping:.0%}" if damping > DAMPING else ""
-    results = []
-    for place, (kept, gone, loss) in enumerate(
-        zip(after.t().split(rows), pruned.t().split(rows), lost.split(rows))
-    ):
-        relative = (max(float(loss.sum()), 0.0) / max(energy[place], 1e-30)) ** 0.5
-        results.append(Solved(kept.contiguous(), gone.contiguous(), scores[place], relative, note))
-    return results
+    choices = []
+    for place, (kept, gone, loss) in enumerate(zip(*map(sweep.by_weight, (sweep.after, sweep.pruned, lost)))):
+        error = (max(float(loss.sum()), 0.0) / max(energy[place], 1e-30)) ** 0.5
+        choices.append(
+            Choice(gone.contiguous(), scores[place], kept.contiguous(), error, error_is="measured", note=note)
+        )
+    return choices
 
 
-def _solve_block(
-    block: torch.Tensor,
-    root: torch.Tensor,
-    pruned: torch.Tensor,
-    errors: torch.Tensor,
-    columns: torch.Tensor,
-    method: Method,
-    pattern: Pattern,
-) -> None:
-    """The columns of one block, in place: ``block`` is corrected, ``errors`` filled, and for N:M ``pruned`` chosen group by group."""
-    choosing = method.renew and pattern.group
-    step = pattern.group if choosing else _PANEL
-    for start in range(0, len(block), step):
-        stop = min(start + step, len(block))
-        panel = block[start:stop]
-        panel.addmm_(root[:start, start:stop].t(), errors[:start], alpha=-1)
-        if choosing:
-            scores = method.score(panel.t(), columns[start:stop]).contiguous()
-            pruned[start:stop] = choose(scores, 0.0, pattern).t()
-        share = pruned[start:stop] / root.diagonal()[start:stop, None]
-        for place in range(stop - start):
-            column = start + place
-            torch.addmv(
-                panel[place], errors[start:column].t(), root[start:column, column], alpha=-1, out=panel[place]
-            )
-            torch.mul(panel[place], share[place], out=errors[column])
+class _Sweep:
+    """One pass over the columns, in blocks of 128 and panels of 32 (or of a pattern's groups).
+
+    after: (columns, rows), the weight on its way; pruned: bool, the same shape, what goes; errors: the same shape,
+    w_j / U_jj of what went.
+    """
+
+    def __init__(
+        self,
+        before: torch.Tensor,
+        root: torch.Tensor,
+        columns: torch.Tensor,
+        rows: list[int],
+        method: Method,
+        sparsity: float,
+        pattern: Pattern,
+    ) -> None:
+        self.root, self.columns, self.rows = root, columns, rows
+        self.method, self.sparsity, self.pattern = method, sparsity, pattern
+        self.after, self.errors = before.clone(), torch.zeros_like(before)
+        self.pruned = torch.zeros_like(before, dtype=torch.bool)
+
+    def by_weight(self, matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(columns, all rows) or (all rows,) apart again: one matrix (rows, columns) or (rows,) a weight."""
+        return matrix.t().split(self.rows)
+
+    def run(self) -> None:
+        """Correct all columns in their order."""
+        group = self.pattern.group
+        width = BLOCK // group * group or group if group else BLOCK
+        for start in range(0, len(self.after), width):
+            here = slice(start, min(start + width, len(self.after)))
+            if self.method.renew and not group:
+                self._choose_block(here)
+            self._solve_block(here)
+            after = slice(here.stop, None)
+            self.after[after].addmm_(self.root[here, after].t(), self.errors[here], alpha=-1)
+        self.after.masked_fill_(self.pruned, 0)
+
+    def _choose_block(self, here: slice) -> None:
+        """What goes of a block, weight by weight, by what is already mended."""
+        chosen = []
+        for part in self.by_weight(self.after[here]):
+            scores = self.method.score(part, self.columns[here]).contiguous()
+            chosen.append(choose(scores, self.sparsity, self.pattern, compare="matrix"))
+        self.pruned[here] = torch.cat(chosen).t()
+
+    def _solve_block(self, here: slice) -> None:
+        """Correct the columns of one block, panel by panel; an N:M pattern is chosen group by group."""
+        block, root = self.after[here], self.root[here, here]
+        pruned, errors, columns = self.pruned[here], self.errors[here], self.columns[here]
+        choosing = self.method.renew and self.pattern.group
+        step = self.pattern.group if choosing else _PANEL
+        for start in range(0, len(block), step):
+            stop = min(start + step, len(block))
+            panel = block[start:stop]
+            panel.addmm_(root[:start, start:stop].t(), errors[:start], alpha=-1)
+            if choosing:
+                scores = self.method.score(panel.t(), columns[start:stop]).contiguous()
+                pruned[start:stop] = choose(scores, self.sparsity, self.pattern).t()
+            share = pruned[start:stop] / root.diagonal()[start:stop, None]
+            for place, row in enumerate(panel):
+                column = start + place
+                torch.addmv(row, errors[start:column].t(), root[start:column, column], alpha=-1, out=row)
+                torch.mul(row, share[place], out=errors[column])
+
+    def losses(self, before: torch.Tensor, *, added: float) -> torch.Tensor:
+        """The squared error of every row's output, (rows,).
+
+        Each error is the loss of one optimal step, so their squares add up to tr(D (H + added I) D^T), D = W - W'.
+        """
+        return self.errors.square().sum(dim=0) - added * (before - self.after).square().sum(dim=0)

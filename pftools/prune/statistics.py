@@ -1,4 +1,4 @@
-"""The column norms of an unpruned model's inputs: what `inputs="dense"` and OWL need, kept by `01_calibrate`."""
+"""Column norms of an unpruned model's linear inputs: for `inputs="dense"` and OWL, kept by `01_calibrate`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,35 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
 
 from pftools import run_folder
 from pftools.errors import PftoolsError
+from pftools.prune.inputs import Measured
 
 
 @dataclass
 class ActivationStatistics:
     """Column norms of every linear input of an unpruned model, over the same calibration tokens.
 
-    norms: {linear module's full name: (columns,), float32 on the CPU}; n_tokens: how many tokens they were taken over; routed:
-    {name: tokens} of the modules that saw fewer, which are experts.
+    Attributes:
+        norms: {linear module's full name: Euclidean norms (columns,), float32 on the CPU}.
+        n_tokens: how many tokens they were taken over.
+        routed: {name: tokens} of the modules that saw fewer tokens, which are experts.
     """
 
     norms: dict[str, torch.Tensor]
     n_tokens: int
     routed: dict[str, int]
+
+    def add(self, place: str, linears: dict[str, nn.Linear], measured: Measured) -> None:
+        """Take in what was measured of one layer, whose full name is ``place``."""
+        for name, module in linears.items():
+            norms = measured.norms.get(name)  # an expert that saw no token has none
+            norms = torch.zeros(module.in_features) if norms is None else norms.cpu()
+            self.norms[f"{place}.{name}"] = norms
+            if measured.tokens[name] != self.n_tokens:
+                self.routed[f"{place}.{name}"] = measured.tokens[name]
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; a few MB even for large models."""
@@ -60,14 +73,18 @@ class ActivationStatistics:
         same_run = run_folder.is_finished(model) and Path(measured).name == Path(model).name
         if measured != model and not same_run:
             raise PftoolsError(
-                f"the statistics in {folder} are of {measured!r}, and {model!r} is to be pruned: run 01_calibrate on that model, "
-                "or leave calibration empty."
+                f"the statistics in {folder} are of {measured!r}, and {model!r} is to be pruned: "
+                "run 01_calibrate on that model, or leave calibration empty."
             )
         return cls.load(Path(folder) / "statistics.safetensors")
 
     def table(self) -> pd.DataFrame:
-        """A row a linear module: layer, module, mean_norm and max_norm of its input columns (root mean square a token), and
-        outlier_share, the share of columns more than five times the mean."""
+        """A row a linear module, for figures.
+
+        Returns:
+            Columns layer and module; mean_norm and max_norm over its input columns, as root mean square a token;
+            outlier_share, the share of columns whose norm is more than five times the mean.
+        """
         rows = []
         for name, norm in self.norms.items():
             layer = next(int(part) for part in name.split(".") if part.isdigit())

@@ -1,0 +1,203 @@
+"""A model in safetensors files, whose layers are loaded one at a time and written back one at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pftools.base_models import model_source, resolve_dtype
+from pftools.errors import PftoolsError
+from pftools.files import write_json
+from pftools.layers import decoder_layers
+
+INDEX = "model.safetensors.index.json"
+
+
+class OnDisk:
+    """A model's skeleton without weights, and the files that its weights come from: a `source.Source`."""
+
+    def __init__(self, name: str | Path, dtype: str, device: str, trust_remote_code: bool) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # transformers draws one for every layer that is loaded
+        self.folder, self.device = _folder_of(str(name)), device
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        self.dtype = stored if dtype == "auto" else resolve_dtype(dtype)
+        with init_empty_weights(
+            include_buffers=False
+        ):  # tables of positions are buffers, and are computed here
+            self.model = AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, trust_remote_code=trust_remote_code
+            )
+        self.prefix, self.layers = decoder_layers(self.model)
+        self.files = _files_by_name(self.folder)
+        # How names and shapes on disk become the model's: transformers stacks the experts of a mixture, for one.
+        self.conversions = get_model_conversion_mapping(self.model)
+        self.homes = self._homes()
+        self.written: dict[str, str] = {}
+
+    def _homes(self) -> dict[str, str]:
+        """{name on disk: the parameter of the model that it becomes, or becomes a part of}"""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
+        state = self.model.state_dict()
+        return {
+            name: rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)[0]
+            for name in self.files
+        }
+
+    @contextmanager
+    def entrance(self) -> Iterator[None]:
+        """Context in which all pre-layer weights are loaded: whatever is neither in the layers nor in the head."""
+        head, inward = self.model.get_output_embeddings(), self.model.get_input_embeddings().weight
+        outside = {
+            name: weight
+            for name, weight in self.model.named_parameters()
+            if not name.startswith(f"{self.prefix}.")
+            and (weight is inward or head is None or weight is not head.weight)
+        }
+        self._load(set(outside), "cpu")
+        try:
+            yield
+        finally:
+            self._drop(list(outside))
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """One layer with its weights, on the device; they are dropped afterwards."""
+        names = [
+            name for name, _ in self.model.named_parameters() if name.startswith(f"{self.prefix}.{index}.")
+        ]
+        self._load(set(names), self.device)
+        layer = self.layers[index].to(self.device)  # its buffers too
+        try:
+            yield layer.requires_grad_(False)
+        finally:
+            self._drop(names)
+
+    def _load(self, names: set[str], device: str) -> None:
+        """Give parameters their weights, by transformers' own loader.
+
+        Raises:
+            PftoolsError: the checkpoint lacks one of them.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        state = self._read([name for name, home in self.homes.items() if home in names])
+        config = LoadStateDictConfig(
+            dtype=self.dtype, device_map={"": device}, weight_mapping=self.conversions
+        )
+        convert_and_load_state_dict_in_model(self.model, state, config)
+        missing = [name for name, weight in self.model.named_parameters() if name in names and weight.is_meta]
+        if missing:
+            raise PftoolsError(
+                f"{self.folder} holds nothing that becomes {missing[0]}: "
+                "the checkpoint is not whole, or of another model."
+            )
+
+    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Tensors by their names on disk, copied out of files that are closed again: mapped pages count as memory."""
+        from safetensors import safe_open
+
+        found: dict[str, torch.Tensor] = {}
+        for file in sorted({self.files[name] for name in names}):
+            with safe_open(file, framework="pt") as opened:
+                found |= {name: opened.get_tensor(name).clone() for name in names if self.files[name] == file}
+        return found
+
+    def _drop(self, names: list[str]) -> None:
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            module._parameters[leaf] = nn.Parameter(
+                torch.empty_like(module._parameters[leaf], device="meta"), requires_grad=False
+            )
+
+    def write_layer(self, folder: Path, index: int) -> None:
+        """The layer that is open, as a shard, under the names that it has on disk."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        own = {
+            f"{self.prefix}.{index}.{name}": weight for name, weight in self.layers[index].named_parameters()
+        }
+        homes = set(self.homes.values())  # experts that are split for the walk have parameters twice
+        tensors = {name: weight.detach() for name, weight in own.items() if name in homes}
+        stored = revert_weight_conversion(self.model, tensors)
+        self._save(
+            {name: tensor.to("cpu").contiguous() for name, tensor in stored.items()},
+            folder,
+            f"layer-{index:05d}",
+        )
+
+    def write_rest(self, folder: Path) -> None:
+        """All that is not in the layers, a shard a tensor; the index of all shards; every other file of the source."""
+        rest = [name for name, home in self.homes.items() if not home.startswith(f"{self.prefix}.")]
+        for number, name in enumerate(rest):
+            self._save(
+                {key: tensor.to(self.dtype) for key, tensor in self._read([name]).items()},
+                folder,
+                f"rest-{number:05d}",
+            )
+        total = sum((folder / file).stat().st_size for file in set(self.written.values()))
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": self.written})
+        for path in sorted(self.folder.iterdir()):
+            if (
+                path.is_file()
+                and path.suffix not in (".safetensors", ".bin")
+                and path.name not in (INDEX, "run.json")
+            ):
+                shutil.copy(path, folder / path.name)
+        self.model.config.dtype = self.dtype
+        self.model.config.save_pretrained(folder)
+
+    def _save(self, tensors: dict[str, torch.Tensor], folder: Path, part: str) -> None:
+        from safetensors.torch import save_file
+
+        file = f"model-{part}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        self.written |= dict.fromkeys(tensors, file)
+
+
+def _folder_of(name: str) -> Path:
+    source = model_source(name)
+    if not Path(source).is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = snapshot_download(
+            source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]
+        )
+    return Path(source)
+
+
+def _files_by_name(folder: Path) -> dict[str, str]:
+    """{name of a tensor on disk: the file that holds it}"""
+    from safetensors import safe_open
+
+    if (folder / INDEX).exists():
+        return {
+            name: str(folder / file)
+            for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()
+        }
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise PftoolsError(
+            f"{folder} holds no safetensors files: save the model with save_pretrained, or use prune_model."
+        )
+    found: dict[str, str] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), str(path))
+    return found
