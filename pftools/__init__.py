@@ -13,8 +13,10 @@ The helper package behind the notebooks. A module is one idea, and imports only 
     prune, finetune, evaluate          the three steps
     adapters, base_models, corpora     an adapter and its merge; models and texts by name
     data_root, layers, masks           data sets as files; a decoder's anatomy; packed masks
+    notebook                           what a notebook does first
     run_folder, orderings              run folders; words of P and F
     settings, contents, files, errors  validated parameters; digests; atomic writes
+    cells                              what the source of a notebook's cell sets
 
 Importing pftools imports nothing heavy: torch and its friends come with the module that needs them.
 """

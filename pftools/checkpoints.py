@@ -92,6 +92,14 @@ def read_manifest(folder: str | Path) -> dict[str, str]:
     return json.loads((Path(folder) / MANIFEST).read_text())
 
 
+def parent_of(model: str | Path) -> str:
+    """The model that a run was made from, as `models.load_model` takes it; empty where ``model`` is no finished run."""
+    if not run_folder.is_finished(model):
+        return ""
+    parent = read_manifest(model)["parent"]
+    return str(Path(model).parent / Path(parent).name) if parent.startswith("../") else parent
+
+
 def lineage(folder: str | Path) -> tuple[str, list[Path]]:
     """The base model's name and the run folders to replay on it, oldest first.
 

@@ -5,9 +5,9 @@
 - a path to such a folder or to one `.jsonl` or `.txt` file.
 - `wikitext2` and `c4`: from the data root where it has them, else from the hub.
 
-Splits are `calibration`, `train`, `validation` and `test`. `pydocs` is split by topic, and topics that repeat each
-other's paragraphs go to the same split: the chapter "compound" contains the section "if", and a model calibrated
-on one must not be tested on the other.
+Splits are `calibration`, `train`, `validation` and `test`. `pydocs` is split by topic, and topics that repeat
+each other's paragraphs go to the same split: the chapter "compound" contains the section "if", and a model
+calibrated on one must not be tested on the other.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import warnings
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pftools import contents, run_folder
 from pftools.data_root import check_columns, data_root, read_json_lines, read_split
 from pftools.errors import PftoolsError, nearest
 
 if TYPE_CHECKING:
-    from torch import LongTensor
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("calibration", "train", "validation", "test")
@@ -43,14 +43,16 @@ def token_blocks(
     block_length: int,
     seed: int = 0,
     data: str | Path | None = None,
-) -> LongTensor:
+) -> Tensor:
     """Blocks of ``block_length`` tokens from one split of a corpus, whose documents are joined by blank lines.
 
     How blocks are chosen depends on what the split is for:
 
-    - `validation`, `test`: consecutive blocks from the start, as papers compute perplexity; ``seed`` has no effect.
+    - `validation`, `test`: consecutive blocks from the start, as papers compute perplexity; ``seed`` has no
+    effect.
     - `train`: consecutive blocks, in an order shuffled by ``seed``.
-    - `calibration`: blocks at random, drawn by ``seed`` without overlap; where the split is too short for that, random
+    - `calibration`: blocks at random, drawn by ``seed`` without overlap; where the split is too short for
+    that, random
       windows that may overlap, and a warning says so.
 
     Args:
@@ -99,7 +101,26 @@ def token_blocks(
     return torch.stack([stream[start : start + block_length] for start in starts])
 
 
-def save_blocks(path: str | Path, blocks: LongTensor) -> None:
+def blocks_for(parameters: Any, tokenizer: PreTrainedTokenizerBase, *, split: str | None = None) -> Tensor:
+    """`token_blocks` with what a step's parameters say of corpus, number and length of blocks, seed and data root.
+
+    Args:
+        parameters: those of a step that reads blocks.
+        tokenizer: of the model that will read them.
+        split: where the step's parameters name none.
+    """
+    return token_blocks(
+        tokenizer,
+        parameters.corpus,
+        split=split or parameters.split,
+        n_blocks=getattr(parameters, "n_blocks", None),
+        block_length=parameters.block_length,
+        seed=parameters.seed,
+        data=getattr(parameters, "data", None),
+    )
+
+
+def save_blocks(path: str | Path, blocks: Tensor) -> None:
     """Keep chosen blocks as safetensors (int32: half the size, and every vocabulary fits)."""
     import torch
     from safetensors.torch import save_file
@@ -107,7 +128,7 @@ def save_blocks(path: str | Path, blocks: LongTensor) -> None:
     save_file({"blocks": blocks.to(torch.int32)}, path)
 
 
-def load_blocks(run: str | Path) -> LongTensor:
+def load_blocks(run: str | Path) -> Tensor:
     """The blocks that a calibrate run chose, (n_blocks, block_length), checked against their seal.
 
     Raises:
@@ -122,7 +143,7 @@ def load_blocks(run: str | Path) -> LongTensor:
 
 def _token_stream(
     tokenizer: PreTrainedTokenizerBase, corpus: str, split: str, data: str | Path | None
-) -> LongTensor:
+) -> Tensor:
     import torch
 
     text = _JOINT.join(documents(corpus, split=split, data=data))
@@ -197,14 +218,15 @@ def _from_hub(corpus: str, split: str) -> list[str]:
         raise PftoolsError(f"{error} Without network, the corpus 'pydocs' is inside every Python.") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Python's language reference
 
 
 @cache
 def _pydocs() -> dict[str, list[str]]:
-    """The topics of each split. Groups of overlapping topics are dealt out whole, the largest first, each to the split
-    that is furthest below its share; sections that a chapter of the same group repeats are dropped."""
+    """The topics of each split. Groups of overlapping topics are dealt out whole, the largest first, each to
+    the split that is furthest below its share; sections that a chapter of the same group repeats are
+    dropped."""
     from pydoc_data.topics import topics
 
     groups = sorted(

@@ -1,8 +1,8 @@
 """The data root: a folder of data sets as JSON lines, for machines without a hub.
 
-One folder a data set, one file a split, in the column names that the hub's versions have: `mmlu/test.jsonl`. It is named by
-the `PFTOOLS_DATA` variable, or by a `data` parameter; `pftools fetch-data` fills it where there is network. What it does
-not hold is asked from the hub.
+One folder a data set, one file a split, in the column names that the hub's versions have: `mmlu/test.jsonl`.
+It is named by the `PFTOOLS_DATA` variable, or by a `data` parameter; `pftools fetch-data` fills it where
+there is network. What it does not hold is asked from the hub.
 """
 
 from __future__ import annotations

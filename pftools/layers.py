@@ -6,6 +6,7 @@ included. Embeddings, norms and the head are never pruned and never counted (as 
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from pftools.errors import PftoolsError
@@ -73,3 +74,22 @@ def measured_sparsity(model: torch.nn.Module) -> float:
     weights = linear_weights(model).values()
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     return zeros / sum(weight.numel() for weight in weights)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A digest of all parameters: models with the same weights, bit by bit, have the same one.
+
+    Rows are combined by exclusive or on the device where they are (`torch.hash_tensor`), and sha256 goes over
+    these: a third of a second for 100 million weights on a CPU. A permutation inside a row is not seen.
+    """
+    import torch
+
+    found = hashlib.sha256()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            rows = torch.hash_tensor(
+                weight.detach().reshape(len(weight), -1) if weight.dim() else weight[None, None], dim=1
+            )
+            found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            found.update(rows.cpu().numpy().tobytes())
+    return found.hexdigest()

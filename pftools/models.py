@@ -1,4 +1,4 @@
-"""A model by any name: the embedded SmolLM2, a hub id, a folder, or a run, whose deltas are replayed on its base."""
+"""A model by any name: the embedded SmolLM2, a hub id, a folder, or a run, replayed on its base."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from pftools import checkpoints
 from pftools.base_models import load_pretrained
-from pftools.layers import measured_sparsity
+from pftools.errors import PftoolsError
+from pftools.layers import fingerprint, measured_sparsity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_for", "load_model", "measured_sparsity"]
+__all__ = ["as_loaded", "dtype_of", "load_for", "load_model", "measured_sparsity"]
+
+_FINGERPRINT = "pftools_fingerprint"  # the attribute of a model that remembers its weights
 
 
 def load_model(
@@ -21,7 +24,8 @@ def load_model(
     """Load a causal language model and its tokenizer, ready for evaluation.
 
     Args:
-        name: `smollm2-135m` (embedded), a Hugging Face hub id, a folder in Hugging Face format, or a run folder of
+        name: `smollm2-135m` (embedded), a Hugging Face hub id, a folder in Hugging Face format, or a run
+        folder of
             pftools, whose masks and adapters are replayed on its base model.
         dtype: `auto`, `float32`, `bfloat16` or `float16` (or a torch dtype).
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
@@ -39,12 +43,38 @@ def load_model(
 def load_for(parameters: Any, *, model: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`load_model` with what a step's parameters say of model, dtype, device and remote code.
 
+    The model remembers the weights that it was loaded with, for `as_loaded`.
+
     Args:
+        parameters: those of a step.
         model: another model than the step's own.
     """
-    return load_model(
+    network, tokenizer = load_model(
         model or parameters.model,
         dtype=parameters.dtype,
         device=parameters.device,
         trust_remote_code=parameters.trust_remote_code,
     )
+    vars(network)[_FINGERPRINT] = fingerprint(network)
+    return network, tokenizer
+
+
+def as_loaded(network: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, after a check that its weights are still those that `load_for` has loaded.
+
+    A cell that changes a model asks for it in this way: executed twice, it would begin from its own result.
+
+    Raises:
+        PftoolsError: the weights were changed since.
+    """
+    if vars(network).get(_FINGERPRINT) != fingerprint(network):
+        raise PftoolsError(
+            "the model in memory was changed since it was loaded, most often because this cell was executed "
+            "before: execute the notebook again from the cell with models.load_for."
+        )
+    return network
+
+
+def dtype_of(network: PreTrainedModel) -> str:
+    """The number format that a model computes in, by the name that the parameter `dtype` has for it."""
+    return str(network.dtype).removeprefix("torch.")

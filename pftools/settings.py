@@ -1,17 +1,14 @@
 """The parameters of every step: their defaults, what they mean, and what is refused.
 
 A notebook's `parameters` cell repeats the names and defaults of one class here (a test keeps the two in
-step). `read` takes what the notebook was given and checks it. Fields made by `local` say where and how fast a
-step runs, never what it computes: they are not part of a run's key.
+step). `notebook.read` takes what the notebook was given and checks it. Fields made by `local` say where and
+how fast a step runs, never what it computes: they are not part of a run's key.
 """
 
 from __future__ import annotations
 
-import ast
-import os
 import re
-from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,6 +16,8 @@ from pftools.errors import PftoolsError, nearest
 
 # What this name stands for is made by `base_models`; a folder of the same name is not it.
 EMBEDDED_MODEL = "smollm2-135m"
+A_PATH = "a path"  # marks parameters that are always paths; others, such as a model, may be one
+FolderPath = Annotated[str, A_PATH]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Merge = Literal["auto", "masked", "dense"]
 # The names of `prune.METHODS`, here too, so that a plan is checked without torch; a test keeps the two in
@@ -63,7 +62,7 @@ class Step(BaseModel):
         "auto", description="number format; auto: bf16 where the hardware computes in it"
     )
     device: str = local("auto", "auto, cpu, cuda, cuda:1, mps")
-    runs: str = local("runs", "the folder of run folders")
+    runs: FolderPath = local("runs", "the folder of run folders")
     trust_remote_code: bool = Field(
         False, description="let a hub model run its own code; off unless you read it"
     )
@@ -111,6 +110,14 @@ def pattern_sparsity(pattern: str) -> float | None:
     return 1 - numbers[0] / numbers[1] if numbers else None
 
 
+class _Changing(_Blocks):
+    """Steps that change the model, and look at a held-out text to tell at once what that did."""
+
+    held_out_blocks: int = local(
+        8, "blocks of the validation split that tell what the step did; 0: none", ge=0
+    )
+
+
 class Calibrate(_Blocks):
     """01: choose the calibration blocks, and look at the activations they cause."""
 
@@ -121,7 +128,7 @@ class Calibrate(_Blocks):
     n_blocks: int = Field(64, ge=1, description="how many blocks")
 
 
-class Prune(_Blocks):
+class Prune(_Changing):
     """02: set the least important weights to zero."""
 
     step = "prune"
@@ -188,7 +195,7 @@ _PRESET_EPOCHS = {"published": 0.1}
 _BUDGETS = ("tokens", "steps", "epochs")
 
 
-class Finetune(_Blocks):
+class Finetune(_Changing):
     """03: train a low-rank adapter."""
 
     step = "finetune"
@@ -254,7 +261,9 @@ class Evaluate(_Blocks):
         ["facts", "reading"], description="lm-eval tasks by name, embedded ones included"
     )
     limit: int | None = Field(200, ge=1, description="questions a task; None: all")
-    data: str = local("", "the data root, a folder that `pftools fetch-data` fills; empty: PFTOOLS_DATA")
+    data: FolderPath = local(
+        "", "the data root, a folder that `pftools fetch-data` fills; empty: PFTOOLS_DATA"
+    )
 
 
 class Analyse(Step):
@@ -275,8 +284,8 @@ class PlanStudy(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     step: ClassVar[str] = "plan"
 
-    study: str = Field("data/studies/quick.yaml", description="the study file")
-    runs: str = Field("runs", description="the folder of run folders")
+    study: FolderPath = Field("data/studies/quick.yaml", description="the study file")
+    runs: FolderPath = Field("runs", description="the folder of run folders")
 
 
 class Compare(PlanStudy):
@@ -284,40 +293,12 @@ class Compare(PlanStudy):
 
     step: ClassVar[str] = "compare"
 
-    save_figures: str = Field("", description="a folder for the figures as files; empty: they are only shown")
+    save_figures: FolderPath = Field(
+        "", description="a folder for the figures as files; empty: they are only shown"
+    )
 
 
 STEPS: dict[str, type[Step]] = {kind.step: kind for kind in (Calibrate, Prune, Finetune, Evaluate, Analyse)}
-
-
-def read(kind: type[BaseModel], namespace: dict[str, Any]) -> Any:
-    """The checked parameters of a notebook: call it with `globals()` in the cell under the parameters.
-
-    Names come from every executed cell that begins with the comment "# Parameters": the notebook's own and
-    the one that papermill injects. So a misspelt ``-p sparsty 0.5`` is refused, which papermill itself lets
-    pass.
-
-    Raises:
-        PftoolsError: an unknown parameter (the nearest valid one is named), or a value out of its range.
-    """
-    _work_from_the_project()
-    given = {}
-    for source in namespace["In"]:
-        if source.lstrip().startswith("# Parameters"):
-            given |= {name: namespace[name] for name in _assigned(source) if name in namespace}
-    return check(kind, given)
-
-
-def _work_from_the_project() -> None:
-    """Paths in parameters count from the project, also when JupyterLab starts a kernel in `notebooks/`."""
-    here = Path.cwd()
-    if here.name == "notebooks" and (here.parent / "pyproject.toml").exists():
-        os.chdir(here.parent)
-
-
-def _assigned(source: str) -> list[str]:
-    targets = [node.targets[0] for node in ast.parse(source).body if isinstance(node, ast.Assign)]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|api_?key|credential)s?$", re.IGNORECASE)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from pftools import checkpoints, executors, models, run_folder, settings, study
+from pftools import cells, checkpoints, executors, models, run_folder, settings, study
 from tests.tiny import save_tiny, tiny_blocks
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -54,6 +54,21 @@ def test_notebooks_are_stripped_open_with_words_and_are_made_of_short_cells(name
             assert "parameters" in cell.metadata.get("tags", []) or len(cell.source.splitlines()) <= 32
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_no_other_cell_sets_a_parameter(name):
+    """Else the value that is read again would be another than the parameters cell shows."""
+    for cell in read(name).cells:
+        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+            assert not cells.assigned(cell.source) & set(KINDS[name].model_fields), cell.source
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_cell_takes_few_parameters_one_by_one(name):
+    for cell in read(name).cells:
+        if cell.cell_type == "code":
+            assert cell.source.count("parameters.") <= 7, cell.source
+
+
 def execute(name, tmp_path, **parameters):
     papermill.execute_notebook(
         str(NOTEBOOKS / f"{name}.ipynb"),
@@ -80,8 +95,13 @@ def test_stepping_through_the_notebooks_one_after_the_other(tmp_path):
     record, pruned = run_of(tmp_path, "prune")
     assert record["results"]["measured"] == 0.5
     execute("03_finetune", tmp_path, model=pruned, **TINY, steps=2, blocks_per_step=2)
+    before = record["results"]["perplexity_after"]
     record, tuned = run_of(tmp_path, "finetune")
     assert record["results"]["measured"] == 0.5 and record["results"]["merge"] == "masked"
+    assert (
+        record["results"]["perplexity_before"] == before
+    )  # one text; the three models were measured once each
+    assert len(list((tmp_path / "runs" / ".held_out").glob("*.json"))) == 3
     execute("04_evaluate", tmp_path, model=tuned, **TINY, n_blocks=4, tasks=["facts"], limit=5)
     record, evaluation = run_of(tmp_path, "evaluate")
     assert record["results"]["perplexity"] > 1 and record["results"]["tasks"]["facts"]["n"] == 5

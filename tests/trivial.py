@@ -18,8 +18,8 @@ _BODY = """
 import hashlib, json, os, time
 from pathlib import Path
 {before}
-from pftools import settings
-parameters = settings.read(settings.STEPS[{step!r}], globals())
+from pftools import notebook, settings
+parameters = notebook.read(settings.STEPS[{step!r}], globals())
 started = time.perf_counter()
 from pftools import run_folder
 run = run_folder.start(parameters)
@@ -46,8 +46,8 @@ _TIMED = '(run.folder / "seconds.json").write_text(json.dumps(in_start + in_seal
 _PLAIN = """
 import hashlib, json
 from pathlib import Path
-from pftools import settings
-parameters = settings.read(settings.STEPS[{step!r}], globals())
+from pftools import notebook, settings
+parameters = notebook.read(settings.STEPS[{step!r}], globals())
 Path(parameters.runs).with_suffix(".txt").write_text(hashlib.sha256(json.dumps(str(parameters)).encode()).hexdigest())
 """
 
@@ -70,7 +70,7 @@ def write_notebooks(folder: Path, *, timed: bool = False, plain: bool = False, *
         )
         cells = [
             nbformat.v4.new_code_cell(
-                "# Parameters\n" + "\n".join(defaults), metadata={"tags": ["parameters"]}
+                "# Parameters: of a trivial step\n" + "\n".join(defaults), metadata={"tags": ["parameters"]}
             ),
             nbformat.v4.new_code_cell(body + ("\n" + _TIMED if timed else "")),
         ]

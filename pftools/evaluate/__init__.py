@@ -2,6 +2,7 @@
 question.
 
 block_perplexity  `perplexity`, as the pruning papers compute it
+held_out          a text that tells at once what a step did to the model
 prefix_cache      `PrefixCachedLM`: lm-eval's HFLM, with shared prompt beginnings read once
 tasks             `evaluate_tasks`: lm-eval tasks, embedded or by name, and the level of guessing
 task_names        which tasks there are, and whether one can be judged; without torch
@@ -14,20 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pftools.evaluate.block_perplexity import PerplexityResult, perplexity
+    from pftools.evaluate.held_out import HeldOut, held_out_text
     from pftools.evaluate.prefix_cache import PrefixCachedLM
     from pftools.evaluate.tasks import TaskResults, evaluate_tasks, scores_as_json
 
 __all__ = [
+    "HeldOut",
     "PerplexityResult",
     "PrefixCachedLM",
     "TaskResults",
     "evaluate_tasks",
+    "held_out_text",
     "perplexity",
     "scores_as_json",
 ]
 _MODULES = {
     "PerplexityResult": "block_perplexity",
     "perplexity": "block_perplexity",
+    "HeldOut": "held_out",
+    "held_out_text": "held_out",
     "PrefixCachedLM": "prefix_cache",
     "TaskResults": "tasks",
     "evaluate_tasks": "tasks",

@@ -12,7 +12,7 @@ Merging an adapter needs none of these, and no PEFT: see `pftools.adapters`.
 """
 
 from pftools.adapters import Adapter, merge_adapter, resolve_merge, updated_weight
-from pftools.finetune.recipe import Recipe
+from pftools.finetune.recipe import Recipe, recipe_of
 from pftools.finetune.rows import Rows, padded_rows
 from pftools.finetune.train import FinetuneResult, finetune_model
 
@@ -24,6 +24,7 @@ __all__ = [
     "finetune_model",
     "merge_adapter",
     "padded_rows",
+    "recipe_of",
     "resolve_merge",
     "updated_weight",
 ]

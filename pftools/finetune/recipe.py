@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from pftools.adapters import mask_digest, resolve_merge
@@ -16,9 +16,12 @@ from pftools.layers import linear_modules
 if TYPE_CHECKING:
     from torch import nn
 
+    from pftools.settings import Finetune
+
 ADAPTERS = ("lora", "hira")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense")
 _PUBLISHED = ("q_proj", "v_proj")
+_DEFAULT_TOKENS = 49_152
 # Tokens of a forward, where the batch size is left open.
 _TOKENS_A_FORWARD = 4096
 
@@ -204,3 +207,12 @@ def _rows_per_forward(rows_per_step: int, wanted: int | None, length: int) -> in
     limit = wanted or max(1, _TOKENS_A_FORWARD // length)
     sizes = range(min(limit, rows_per_step), 0, -1)
     return next(size for size in sizes if rows_per_step % size == 0)
+
+
+def recipe_of(parameters: Finetune) -> dict[str, Any]:
+    """The settings of `Recipe` that a step's parameters decide, by name; without a budget, 49,152 tokens."""
+    names = [field.name for field in fields(Recipe) if field.name in type(parameters).model_fields]
+    recipe = {name: getattr(parameters, name) for name in names}
+    if parameters.tokens is None and parameters.steps is None and parameters.epochs is None:
+        recipe["tokens"] = _DEFAULT_TOKENS
+    return {**recipe, "micro_batch_size": parameters.batch_size}

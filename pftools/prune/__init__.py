@@ -20,6 +20,7 @@ result        masks and the table of what was done
 
 from pftools.prune.checkpoint import prune_checkpoint
 from pftools.prune.criteria import METHODS
+from pftools.prune.request import request_of
 from pftools.prune.result import PruneResult, score_histogram
 from pftools.prune.statistics import ActivationStatistics
 from pftools.prune.walk import measure_activations, prune_model
@@ -31,5 +32,6 @@ __all__ = [
     "measure_activations",
     "prune_checkpoint",
     "prune_model",
+    "request_of",
     "score_histogram",
 ]

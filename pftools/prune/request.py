@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from pftools.layers import linear_weights
 from pftools.prune.criteria import Method, find_method
 from pftools.prune.inputs import batch_size_for
 from pftools.prune.patterns import Pattern, check_width, parse_pattern
+
+if TYPE_CHECKING:
+    from pftools.settings import Prune
 
 
 @dataclass(frozen=True)
@@ -83,3 +86,20 @@ def check_request(
         check_width(name.removesuffix(".weight"), weight.shape[-1], shape)
     size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
     return Request(method=rule, sparsity=sparsity, pattern=shape, inputs=inputs, batch_size=size, **options)
+
+
+_KEYWORDS = (
+    "method",
+    "sparsity",
+    "pattern",
+    "allocation",
+    "owl_lambda",
+    "owl_m",
+    "reconstruct_steps",
+    "batch_size",
+)
+
+
+def request_of(parameters: Prune) -> dict[str, Any]:
+    """The keywords of `prune_model` that a step's parameters decide, but for `inputs`, which a notebook varies."""
+    return {name: getattr(parameters, name) for name in _KEYWORDS}

@@ -1,0 +1,181 @@
+"""The first call of every notebook: read its parameters, and open the run of its step.
+
+    parameters, run = notebook.start(settings.Prune, globals())
+
+The parameters are those that the reader sees: the values that the last executed parameters cell has set, and
+what papermill injected after it. A value that cannot be known for sure is an error. When parameters are read
+again in the same kernel, everything that was made from the earlier ones is forgotten, so that no run mixes
+two sets of them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel
+
+from pftools import cells, contents, run_folder, settings
+from pftools.errors import PftoolsError
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
+_Step = TypeVar("_Step", bound=settings.Step)
+_MARK = "# Parameters"  # how a parameters cell begins; the first line of papermill's own is nothing else
+
+
+def start(kind: type[_Step], namespace: dict[str, Any]) -> tuple[_Step, run_folder.Run]:
+    """`read` the parameters of a step, open its run, and print where it is.
+
+    Raises:
+        PftoolsError: as `read` and `run_folder.start`.
+    """
+    parameters = read(kind, namespace)
+    run = run_folder.start(parameters)
+    print(run)
+    return parameters, run
+
+
+def read(kind: type[_Kind], namespace: dict[str, Any]) -> _Kind:
+    """The checked parameters of a notebook. Call it with `globals()`, in the cell under the parameters.
+
+    Parameters that are not set have their defaults. Names that begin with an underscore, imports and
+    functions are helpers and no parameters. Paths count from the project's folder, also where JupyterLab
+    starts the kernel in `notebooks/`.
+
+    Raises:
+        PftoolsError: no parameters cell was executed, a value of it cannot be known, a name is unknown (the
+        nearest
+            valid one is offered), or a value is out of its range.
+    """
+    _forget_what_was_made(namespace)
+    values = _values(kind, namespace["In"][:-1], namespace)
+    typed = {name: _as_typed(kind, name, value) for name, value in values.items()}
+    return settings.check(kind, _from_the_project(kind, typed))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which values the reader sees
+
+
+def _values(kind: type[BaseModel], executed: list[str], namespace: dict[str, Any]) -> dict[str, Any]:
+    """{name: value} of the notebook's own parameters cell, and of papermill's where it was executed later.
+
+    Args:
+        kind: the class of the parameters.
+        executed: the sources of all executed cells, in order.
+        namespace: the names of the kernel.
+    """
+    found = [number for number, source in enumerate(executed) if _is_parameters_cell(kind, source)]
+    if not found:
+        raise PftoolsError(
+            f"no parameters cell was executed: execute the cell that begins with {_MARK!r} before this one."
+        )
+    own = next((number for number in reversed(found) if not _is_injected(kind, executed[number])), found[-1])
+    counted = sorted({own, found[-1]})
+    names = set[str]().union(*(_names_set_by(kind, executed[number]) for number in counted))
+    for number in range(own, len(executed)):
+        again = cells.assigned(executed[number]) & names if number not in counted else set()
+        if again:
+            raise PftoolsError(
+                f"{', '.join(sorted(again))} was set again in cell [{number}], after the parameters: write "
+                "the value into the parameters cell, and execute that again."
+            )
+    written: dict[str, Any] = {}
+    for number in counted:
+        written |= cells.literals(executed[number])
+    for name in names:  # a cell that failed half-way leaves older values
+        if name not in namespace or (name in written and repr(namespace[name]) != repr(written[name])):
+            raise PftoolsError(
+                f"{name} is not what the parameters cell says: execute that cell again, to its end."
+            )
+    return {name: namespace[name] for name in names}
+
+
+def _is_parameters_cell(kind: type[BaseModel], source: str) -> bool:
+    """Whether a cell is marked as one, also behind a magic, or sets most parameters."""
+    magic = source.startswith("get_ipython()") and _MARK in source
+    return source.lstrip().startswith(_MARK) or magic or _sets_most(kind, source)
+
+
+def _is_injected(kind: type[BaseModel], source: str) -> bool:
+    """Whether papermill wrote a cell to set some of the parameters."""
+    return source.lstrip().partition("\n")[0].strip() == _MARK and not _sets_most(kind, source)
+
+
+def _sets_most(kind: type[BaseModel], source: str) -> bool:
+    known = cells.assigned(source) & set(kind.model_fields)
+    return len(known) >= max(3, len(kind.model_fields) / 2)
+
+
+def _names_set_by(kind: type[BaseModel], source: str) -> set[str]:
+    """The names that a parameters cell has set.
+
+    Raises:
+        PftoolsError: whether it has set them cannot be known.
+    """
+    if hidden := cells.hidden_assignment(source):
+        raise PftoolsError(
+            f"what the parameters cell sets cannot be known, as it uses {hidden}: write a line "
+            "`name = value` for each parameter."
+        )
+    names = cells.assigned(source)
+    unsure = sorted((names - cells.surely_assigned(source)) & set(kind.model_fields))
+    if unsure:
+        raise PftoolsError(
+            f"whether the parameters cell sets {unsure[0]} depends on a condition or a loop: give it a value "
+            "before that, in the same cell."
+        )
+    return names
+
+
+def _as_typed(kind: type[BaseModel], name: str, value: Any) -> Any:
+    """The value; but a list or null that papermill's `-p` passed on as text becomes what it says."""
+    field = kind.model_fields.get(name)
+    if not isinstance(value, str) or field is None or field.annotation is str:
+        return value
+    if all(isinstance(option, str) for option in get_args(field.annotation)):
+        return value  # one of several words
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Paths
+
+
+def _from_the_project(kind: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
+    """The parameters, with paths that are good from where the kernel works."""
+    project = project_folder()
+    if project == Path.cwd():
+        return given
+    values = {name: field.default for name, field in kind.model_fields.items()} | given
+    found = {}
+    for name, value in values.items():
+        field = kind.model_fields.get(name)
+        if not isinstance(value, str) or not value or field is None:
+            continue
+        names_an_input = name in getattr(kind, "parents", ()) and value != settings.EMBEDDED_MODEL
+        names_an_input |= name == "corpus" and contents.is_path(value)
+        if settings.A_PATH in field.metadata or (names_an_input and (project / value).exists()):
+            found[name] = str(project / Path(value).expanduser())
+    return given | found
+
+
+def project_folder() -> Path:
+    """The folder that paths count from: where the kernel works, or above it if that is `notebooks/`."""
+    here = Path.cwd()
+    inside = here.name == "notebooks" and (here.parent / "pyproject.toml").exists()
+    return here.parent if inside else here
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading again
+
+
+def _forget_what_was_made(namespace: dict[str, Any]) -> None:
+    """Delete the parameters and the run that were read before, and the names that cells made from them."""
+    for name in cells.made_from(("parameters", "run"), namespace["In"]):
+        namespace.pop(name, None)
