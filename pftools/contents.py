@@ -17,9 +17,31 @@ _WHOLE = 64 * 2**20
 _PIECE, _PIECES = 64 * 2**10, 256
 
 
+# The endings of files with text.
+_TEXTS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".md")
+# Folders that people keep models and texts in, and that are no names of organizations on the hub.
+_PLACES = ("models", "model", "checkpoints", "runs", "data", "corpora", "texts", "outputs")
+
+
 def is_path(reference: str) -> bool:
     """Whether a corpus is named by a path."""
-    return "/" in reference or reference.endswith((".txt", ".jsonl"))
+    return "/" in reference or reference.startswith("~") or reference.endswith(_TEXTS)
+
+
+def looks_like_path(reference: str, folder: Path) -> bool:
+    """Whether a name can be nothing but a path, as `../model`, `a/b/c` and `x.txt`; `org/model` is a hub id.
+
+    Args:
+        folder: where relative paths count from; what begins with the name of a folder there is a path.
+    """
+    first, *rest = reference.split("/")
+    return (
+        first in ("", ".", "..", *_PLACES)
+        or first.startswith("~")
+        or len(rest) > 1
+        or reference.endswith(_TEXTS)
+        or (bool(rest) and ((folder / first).is_dir() or Path(reference).exists()))
+    )
 
 
 def digest(reference: str) -> str | None:

@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from pftools import run_folder, settings
-from pftools.base_models import cache_folder
 from pftools.errors import PftoolsError
 from pftools.files import as_bytes
+from pftools.model_files import (
+    Shapes,
+    count,
+    llama_shapes,
+    matrices,
+    model_folder,
+    module_name,
+    read_config,
+    weight_shapes,
+)
 from pftools.plan import Plan
-
-_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+from pftools.study_file import Study
 
 
 def summary(plan: Plan) -> list[str]:
@@ -40,63 +48,46 @@ def summary(plan: Plan) -> list[str]:
 
 
 def estimate_disk(plan: Plan) -> dict[str, int] | None:
-    """Bytes of all checkpoints as `deltas`, and as full 16-bit `copies`; None where the shape is not at hand.
+    """Bytes of all checkpoints, as `deltas` and as full 16-bit `copies`; None where no shapes are at hand.
 
     A mask is one bit a weight. An adapter has rank x (inputs + outputs) numbers in fp32 for each weight that
     it adapts.
     """
-    shape = plan.study.shape or _local_shape(plan.study.model)
-    if not shape:
+    shapes = shapes_of(plan.study)
+    if not shapes:
         return None
-    matrices = _linear_shapes(shape)
-    linear = shape["num_hidden_layers"] * sum(rows * columns for rows, columns in matrices.values())
-    embeddings = 1 if shape.get("tie_word_embeddings") else 2
-    total = linear + embeddings * shape["vocab_size"] * shape["hidden_size"]
+    weights, total = count(matrices(shapes)), count(shapes)
     deltas = copies = 0
     for step in plan.steps.values():
         parameters = step.parameters
         if isinstance(parameters, settings.Prune):
             changed = parameters.method in settings.UPDATING_METHODS or parameters.reconstruct_steps
-            deltas += linear // 8 + (2 * linear if changed else 0)
+            deltas += weights // 8 + (2 * weights if changed else 0)
             copies += 2 * total
         elif isinstance(parameters, settings.Finetune):
-            adapted = [matrices[name] for name in _adapted(parameters.targets)]
-            deltas += 4 * parameters.rank * shape["num_hidden_layers"] * sum(map(sum, adapted))
+            adapted = adapted_matrices(shapes, parameters.targets)
+            deltas += 4 * parameters.rank * sum(sum(shape) for shape in adapted.values())
             copies += 2 * total
     return {"deltas": deltas, "copies": copies}
 
 
-def _linear_shapes(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """{linear module of a Llama-like layer: (outputs, inputs)}."""
-    width, inner = shape["hidden_size"], shape["intermediate_size"]
-    heads = shape["num_attention_heads"]
-    head = shape.get("head_dim") or width // heads
-    kv = shape.get("num_key_value_heads", heads) * head
-    return {
-        "q_proj": (heads * head, width),
-        "k_proj": (kv, width),
-        "v_proj": (kv, width),
-        "o_proj": (width, heads * head),
-        "gate_proj": (inner, width),
-        "up_proj": (inner, width),
-        "down_proj": (width, inner),
-    }
+def shapes_of(study: Study) -> Shapes:
+    """{weight: shape} of a study's model, from its files or its `shape`; empty where neither is there."""
+    folder = model_folder(study.model)
+    shapes = weight_shapes(folder) if folder else {}
+    if shapes:
+        return shapes
+    config = study.shape or read_config(study.model)
+    return llama_shapes(config) if all(config.get(name) for name in settings.SHAPE) else {}
 
 
-def _adapted(targets: str) -> list[str]:
-    named = {
-        "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "published": ["q_proj", "v_proj"],
-    }
-    return named.get(targets, ["q_proj", "v_proj"])
-
-
-def _local_shape(model: str) -> dict[str, int]:
-    folder = cache_folder() / "models" / model if model == settings.EMBEDDED_MODEL else Path(model)
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
-    return config if all(name in config for name in _SHAPE) else {}
+def adapted_matrices(shapes: Shapes, targets: str) -> Shapes:
+    """The weights that get an adapter, as `finetune.recipe.find_targets` chooses them from a loaded model."""
+    linear = {name: shape for name, shape in matrices(shapes).items() if len(shape) == 2}
+    if targets == "all-linear":
+        return linear
+    wanted = settings.TARGETS.get(targets) or [name.strip() for name in targets.split(",")]
+    return {name: shape for name, shape in linear.items() if module_name(name) in wanted}
 
 
 def estimate_seconds(plan: Plan) -> tuple[float, set[str]]:

@@ -7,10 +7,19 @@ how fast a step runs, never what it computes: they are not part of a run's key.
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pftools.errors import PftoolsError, nearest
 
@@ -38,16 +47,72 @@ PRUNING_METHODS = get_args(PruningMethod)
 UPDATING_METHODS = tuple(name for name in PRUNING_METHODS if name.startswith(("sparsegpt", "ablate_")))
 
 
+# What `targets` of a fine-tuning may be called, and the modules that it then means.
+TARGETS = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense"),
+    "published": ("q_proj", "v_proj"),
+}
+# The numbers of a config.json that the sizes of a Llama-like model follow from.
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
 def local(default: Any, description: str, **limits: Any) -> Any:
     """A field that does not change results, and so is left out of a run's key."""
     return Field(default, description=description, json_schema_extra={"in_key": False}, **limits)
 
 
-class Step(BaseModel):
-    """What all five steps share."""
+class Parameters(BaseModel):
+    """Values that a person wrote, in a notebook, on a command line or in a file."""
 
     # Defaults are validated too, so that 16 and 16.0 never make two keys of one step.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_it_was_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Understand what can mean one thing only, such as papermill's `-p limit null`; refuse the rest."""
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, str) and str not in kinds and value in ("null", "None"):
+            value = None
+        elif list in kinds and isinstance(value, (str, int, float)):
+            value = _listed(value)
+        found = value if isinstance(value, list) else [value]
+        if not kinds & {bool, Any} and any(isinstance(item, bool) for item in found):
+            wanted = "text, in quotes" if str in kinds else "a number"
+            raise ValueError(f"true and false have no meaning here: give {wanted}.")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types in an annotation: {int, NoneType} of `int | None`, {list, str} of `list[str]`."""
+    origin = get_origin(annotation)
+    if origin is None:
+        return {annotation}
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin is dict:
+        return {dict}
+    inner = set().union(*map(_kinds, get_args(annotation)))
+    return inner | {list} if origin is list else inner
+
+
+def _listed(value: str | float) -> list[Any]:
+    """One value is a list of one; `facts, reading` and `["facts", "reading"]` are lists of two."""
+    if not isinstance(value, str):
+        return [value]
+    if not value.lstrip().startswith("["):
+        return [part.strip() for part in value.split(",")]
+    try:
+        return list(json.loads(value))
+    except ValueError:
+        raise ValueError('a list is written as \'["facts", "reading"]\' or as facts,reading.') from None
+
+
+class Step(Parameters):
+    """What all five steps share."""
+
     step: ClassVar[str]
     # The parameters that may name the run of an earlier step.
     parents: ClassVar[tuple[str, ...]] = ("model",)
@@ -278,10 +343,9 @@ class Analyse(Step):
     )
 
 
-class PlanStudy(BaseModel):
+class PlanStudy(Parameters):
     """00: show the plan of a study."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     step: ClassVar[str] = "plan"
 
     study: FolderPath = Field("data/studies/quick.yaml", description="the study file")
@@ -345,9 +409,28 @@ def _sentence(kind: type[BaseModel], failure: ValidationError, place: str) -> st
         return f"unknown parameter {name!r}{of}: {nearest(name, kind.model_fields)}."
     if isinstance(first.get("ctx", {}).get("error"), PftoolsError) or not name:
         return first["msg"].removeprefix("Value error, ")
-    says = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if first["type"] == "literal_error" and isinstance(first["input"], str):
-        says = nearest(first["input"], re.findall(r"'([^']*)'", first["ctx"]["expected"]))
-    elif first["type"] != "value_error":
-        says = f"it should be {says}"
-    return f"the parameter {name}{of} is {first['input']!r}: {says}."
+    if first["type"] == "missing":
+        return f"the parameter {name}{of} is missing: add '{name}:' with its value."
+    return f"the parameter {name}{of} is {_shown(first['input'])}: {_remedy(first)}."
+
+
+def _remedy(error: Any) -> str:
+    """What a value should be, from pydantic's description of the mistake."""
+    says = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removesuffix(".")
+    if error["type"] == "value_error":
+        return says
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        return nearest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+    if error["type"] == "string_type" and isinstance(error["input"], (int, float)):
+        return f"it should be text: put it in quotes, '{error['input']}'"
+    if error["type"] == "string_pattern_mismatch":
+        return "use letters, digits, '.', '_' and '-' only"
+    if says.startswith("String should"):
+        return says.replace("String should", "the text should")
+    return f"it should be {says[:1].lower()}{says[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value in a line of readable length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from pftools import settings
+from pftools import contents, settings
 from pftools.errors import PftoolsError, nearest
 from pftools.orderings import Schedule, parse_ordering
+from pftools.yaml_file import YamlFile, read_yaml
 
 # What the plan sets in each step, and a study's sections therefore cannot.
 _PLANNED = {
@@ -34,10 +36,9 @@ _PLANNED = {
 }
 
 
-class OrderingEntry(BaseModel):
+class OrderingEntry(settings.Parameters):
     """An ordering of a study, with sparsities of its own where the study's do not fit it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     ordering: str
     sparsities: list[float] | None = None
 
@@ -55,10 +56,9 @@ class OrderingEntry(BaseModel):
         return given
 
 
-class Study(BaseModel):
+class Study(settings.Parameters):
     """The contents of a study file. Every list is crossed with every other."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     step: ClassVar[str] = "study"
 
     name: str = Field(
@@ -85,9 +85,23 @@ class Study(BaseModel):
     finetune: dict[str, Any] = Field({}, description="parameters of 03_finetune")
     evaluate: dict[str, Any] = Field({}, description="parameters of 04_evaluate")
     analyse: bool = Field(False, description="whether 05_analyse_weights is run on every model")
-    shape: dict[str, int] = Field(
+    shape: dict[str, Annotated[int, Field(ge=0, lt=10**9)]] = Field(
         {}, description="the model's config.json numbers, to estimate disk without the model"
     )
+    _source: YamlFile | None = PrivateAttr(None)
+
+    @field_validator("calibrate", "prune", "finetune", "evaluate", "shape", mode="before")
+    @classmethod
+    def _an_empty_section_is_none(cls, given: Any) -> Any:
+        return {} if given is None else given
+
+    @field_validator("shape")
+    @classmethod
+    def _the_shape_is_whole(cls, shape: dict[str, int]) -> dict[str, int]:
+        lacks = [name for name in settings.SHAPE if not shape.get(name)]
+        if shape and lacks:
+            raise ValueError(f"{lacks[0]} is missing or 0: copy it from the model's config.json")
+        return shape
 
     @model_validator(mode="after")
     def _words_and_parameters_are_valid(self) -> Study:
@@ -154,6 +168,10 @@ class Study(BaseModel):
         given = {"model": self.model, "dtype": self.dtype, **section, **planned}
         return settings.check(kind, given, place=f"{kind.step} in the study {self.name!r}")
 
+    def place(self, *where: str | int) -> str:
+        """Where a value stands, such as `quick.yaml, line 7`, for a message."""
+        return self._source.place(where) if self._source else f"the study {self.name!r}"
+
     def shares(self, n_finetunes: int) -> list[int]:
         """The total budget split over F's, in tokens.
 
@@ -181,43 +199,73 @@ def _at(*place: str | int) -> Iterator[None]:
 def load_study(path: str | Path) -> Study:
     """Read and check a study file.
 
+    Paths in it (a model's folder, a corpus, a data root) count from the file's own folder, wherever pftools
+    is called from.
+
     Raises:
-        PftoolsError: no such file, or a mistake in it; the message names the line and the nearest valid word.
+        PftoolsError: no such file, or a mistake in it; the message names the line and what to write instead.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.compose(text)
-        content = yaml.safe_load(text)
+        source = read_yaml(path)
     except FileNotFoundError:
         known = ", ".join(str(file) for file in sorted(Path("data/studies").glob("*.yaml")))
         raise PftoolsError(
             f"there is no study file {path}: give one such as {known or 'data/studies/quick.yaml'}."
         ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1} of {path}" if mark else str(path)
-        raise PftoolsError(f"{place} is not valid YAML: {getattr(error, 'problem', error)}.") from None
-    if not isinstance(content, dict):
-        raise PftoolsError(f"{path} is not a study: it should hold 'name:', 'orderings:' and so on.")
+    if not isinstance(source.content, dict):
+        raise PftoolsError(f"{path}, line 1: this is not a study: write 'name:', 'orderings:' and so on.")
     try:
-        return settings.check(Study, {"name": path.stem, **content})
+        given = {"name": re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem), **source.content}
+        study = settings.check(Study, _with_paths(given, path.parent))
     except PftoolsError as error:
-        line = _line_of(tree, error.where)
-        raise PftoolsError(f"{path}{f', line {line}' if line else ''}: {error}") from None
+        raise PftoolsError(f"{source.place(error.where)}: {error}") from None
+    study._source = source
+    return study
 
 
-def _line_of(tree: yaml.Node | None, where: tuple[str | int, ...]) -> int | None:
-    """The line of the place that these names and indices lead to, as far as the file follows them."""
-    node, line = tree, None
-    for part in where:
-        if isinstance(node, yaml.MappingNode):
-            found = [(key, value) for key, value in node.value if key.value == part]
-            if not found:
-                break
-            key, node = found[0]
-            line = key.start_mark.line + 1
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-    return line
+def _with_paths(given: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A study's content, in which relative paths have become absolute ones."""
+    found = dict(given)
+    if isinstance(given.get("model"), str):
+        with _at("model"):
+            found["model"] = locate(given["model"], folder, "model")
+    for section in _PLANNED:
+        if not isinstance(given.get(section), dict):
+            continue
+        found[section] = dict(given[section])
+        for name, kind in (("corpus", "corpus"), ("data", "data root")):
+            if isinstance(value := given[section].get(name), str) and value:
+                with _at(section, name):
+                    found[section][name] = locate(value, folder, kind)
+    return found
+
+
+def locate(reference: str, folder: Path, kind: Literal["model", "corpus", "data root"]) -> str:
+    """What a study calls a model, corpus or data root: a name as it is, a path as an absolute one.
+
+    Args:
+        reference: a name or a path.
+        folder: where relative paths count from.
+        kind: what it stands for.
+
+    Raises:
+        PftoolsError: it looks like a path, and nothing is there.
+    """
+    try:
+        path = (folder / Path(reference).expanduser()).absolute()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long, or an unknown user after ~
+        path, there = folder / reference, False
+    if reference == settings.EMBEDDED_MODEL or (kind == "corpus" and not contents.is_path(reference)):
+        return reference
+    if there:
+        return os.path.normpath(path)
+    if kind == "data root" or contents.looks_like_path(reference, folder):
+        here = Path(reference).expanduser()
+        hint = f" (from here it is {os.path.relpath(here, folder)!r})" if here.exists() else ""
+        raise PftoolsError(
+            f"there is no {kind} {reference!r}, which is {os.path.normpath(path)}: paths count from the "
+            f"folder of the study file; mend the path{hint}."
+        )
+    return reference

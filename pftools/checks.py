@@ -1,0 +1,156 @@
+"""What can be known of a plan before its first step: a slip costs a sentence, and not a training."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pftools import corpora, settings
+from pftools.costs import adapted_matrices, estimate_disk, shapes_of
+from pftools.data_root import data_root
+from pftools.errors import PftoolsError
+from pftools.evaluate.task_names import check_tasks
+from pftools.files import as_bytes
+from pftools.model_files import context_length, matrices, module_name, read_config
+from pftools.plan import Plan
+from pftools.study_file import Study
+
+_HUB_CORPORA = ("wikitext2", "c4")
+_MOST_READ = 64 * 2**20  # bytes of a corpus that are read to check it
+# What the class of a model ends with that predicts no next token.
+_OTHER_CLASSES = (
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "ForPreTraining",
+)
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse a plan of which a step would fail.
+
+    Checked are the tasks and their metrics, corpora with their splits, the model's class, the length of
+    blocks, the targets of adapters, N:M patterns, and the room on the disk. What is on the hub only is taken
+    on trust.
+
+    Raises:
+        PftoolsError: what is wrong, and in which line of the study.
+    """
+    study = plan.study
+    steps = {step.parameters.step for step in plan.steps.values()}
+    check_runs_folder(plan.runs)
+    _check_tasks(study)
+    for section in ("calibrate", "finetune", "evaluate"):
+        if section in steps:
+            _check_corpus(study, section)
+    config = read_config(study.model)
+    if config:
+        _check_class(study, config)
+        for section in ("calibrate", "finetune", "evaluate"):
+            if section in steps:
+                _check_block_length(study, section, context_length(config))
+    if "finetune" in steps:
+        _check_targets(study)
+    if "prune" in steps:
+        _check_patterns(study, config)
+    _check_room(plan)
+
+
+def check_runs_folder(runs: str | Path) -> None:
+    """Refuse a folder of runs that is a file, or lies in one."""
+    path = Path(runs).absolute()
+    blocking = next((part for part in (path, *path.parents) if part.exists()), path)
+    if blocking.is_file():
+        raise PftoolsError(f"--runs is {runs}, and {blocking} is a file: give a folder.")
+
+
+def _check_tasks(study: Study) -> None:
+    try:
+        check_tasks(study.parameters(settings.Evaluate).tasks)
+    except PftoolsError as error:
+        raise PftoolsError(f"{study.place('evaluate', 'tasks')}: {error}") from None
+
+
+def _check_corpus(study: Study, section: str) -> None:
+    """Read the split that a step will read, where it is on this machine and of moderate size."""
+    parameters: Any = study.parameters(settings.STEPS[section])
+    corpus, split = parameters.corpus, getattr(parameters, "split", "train")
+    data = getattr(parameters, "data", "") or None
+    root = data_root(data)
+    if corpus in _HUB_CORPORA and not (root and (root / corpus).is_dir()):
+        return
+    try:
+        if _size(Path(corpus)) <= _MOST_READ:
+            corpora.documents(corpus, split=split, data=data)
+    except PftoolsError as error:
+        raise PftoolsError(f"{study.place(section, 'corpus')}: {error}") from None
+
+
+def _size(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else [path]
+    return max((file.stat().st_size for file in files if file.is_file()), default=0)
+
+
+def _check_class(study: Study, config: dict[str, Any]) -> None:
+    names = [str(name) for name in config.get("architectures") or ()]
+    if config.get("is_encoder_decoder") or (names and all(name.endswith(_OTHER_CLASSES) for name in names)):
+        raise PftoolsError(
+            f"{study.place('model')}: {study.model!r} is a {', '.join(names) or 'model with an encoder'}, "
+            "and pftools works on causal language models: give one such as smollm2-135m."
+        )
+
+
+def _check_block_length(study: Study, section: str, context: int | None) -> None:
+    parameters: Any = study.parameters(settings.STEPS[section])
+    if context and parameters.block_length > context:
+        raise PftoolsError(
+            f"{study.place(section, 'block_length')}: blocks of {parameters.block_length} tokens are longer "
+            f"than the {context} that {study.model!r} reads at once: give a block_length of at most "
+            f"{context} under {section}."
+        )
+
+
+def _check_targets(study: Study) -> None:
+    shapes = shapes_of(study)
+    targets = study.parameters(settings.Finetune).targets
+    if not shapes or targets == "all-linear":
+        return
+    known = sorted({module_name(name) for name, shape in matrices(shapes).items() if len(shape) == 2})
+    named = [] if targets in settings.TARGETS else [name.strip() for name in targets.split(",")]
+    missing = [name for name in named if name not in known]
+    if missing or not adapted_matrices(shapes, targets):
+        raise PftoolsError(
+            f"{study.place('finetune', 'targets')}: targets {targets!r} match nothing for "
+            f"{', '.join(missing) or 'this model'}: the linear modules of {study.model!r} are "
+            f"{', '.join(known)}; or give 'all-linear' or 'attention'."
+        )
+
+
+def _check_patterns(study: Study, config: dict[str, Any]) -> None:
+    if config.get("model_type") in ("gpt2", "openai-gpt"):  # store their weights the other way round
+        return
+    for number, pattern in enumerate(study.patterns):
+        group = (settings.parse_nm(pattern) or (0, 1))[1]
+        for name, shape in matrices(shapes_of(study)).items():
+            if shape[-1] % group:
+                raise PftoolsError(
+                    f"{study.place('patterns', number)}: the pattern {pattern} does not fit {name}: its "
+                    f"{shape[-1]} input columns are no multiple of {group}; choose another, or "
+                    "'unstructured'."
+                )
+
+
+def _check_room(plan: Plan) -> None:
+    """Refuse what will not fit on the disk; what is finished has its room already."""
+    missing = Plan(plan.study, plan.runs, steps={step.name: step for step in plan.missing()})
+    needed = (estimate_disk(missing) or {}).get("deltas", 0)
+    place = Path(plan.runs).absolute()
+    free = shutil.disk_usage(next(part for part in (place, *place.parents) if part.exists())).free
+    if needed > free:
+        raise PftoolsError(
+            f"the runs of {plan.study.name!r} need about {as_bytes(needed)}, and {plan.runs} has "
+            f"{as_bytes(free)} left: make room, or give --runs a folder on another disk."
+        )
