@@ -41,7 +41,6 @@ def check_plan(plan: Plan) -> None:
     """
     study = plan.study
     steps = {step.parameters.step for step in plan.steps.values()}
-    check_runs_folder(plan.runs)
     _check_tasks(study)
     for section in ("calibrate", "finetune", "evaluate"):
         if section in steps:
@@ -57,14 +56,6 @@ def check_plan(plan: Plan) -> None:
     if "prune" in steps:
         _check_patterns(study, config)
     _check_room(plan)
-
-
-def check_runs_folder(runs: str | Path) -> None:
-    """Refuse a folder of runs that is a file, or lies in one."""
-    path = Path(runs).absolute()
-    blocking = next((part for part in (path, *path.parents) if part.exists()), path)
-    if blocking.is_file():
-        raise PftoolsError(f"--runs is {runs}, and {blocking} is a file: give a folder.")
 
 
 def _check_tasks(study: Study) -> None:

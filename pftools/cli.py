@@ -5,6 +5,7 @@ Each command is a few lines over a function of the package; heavy imports wait u
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pftools import costs, run_folder, settings
+from pftools import checks, costs, run_folder, settings
 from pftools import study as studies
 from pftools.errors import PftoolsError
 from pftools.files import as_bytes, size_of
@@ -30,6 +31,7 @@ StudyFile = Annotated[
     Path, typer.Argument(help="The study file, such as data/studies/quick.yaml", metavar="STUDY.yaml")
 ]
 Runs = Annotated[Path, typer.Option(help="The folder of run folders")]
+_RUNS = Path("runs")
 
 
 def main() -> None:
@@ -42,9 +44,10 @@ def main() -> None:
 
 
 @app.command()
-def plan(study: StudyFile, runs: Runs = Path("runs")) -> None:
+def plan(study: StudyFile, runs: Runs = _RUNS) -> None:
     """Show the steps of a study, what is shared, what earlier runs hold, and what it will cost."""
     planned = _plan(study, runs)
+    checks.check_plan(planned)
     table = Table(
         "", "step", "does", "run", "shared by", "state", title=planned.study.name, title_justify="left"
     )
@@ -66,7 +69,7 @@ def plan(study: StudyFile, runs: Runs = Path("runs")) -> None:
 @app.command()
 def run(
     study: StudyFile,
-    runs: Runs = Path("runs"),
+    runs: Runs = _RUNS,
     executor: Annotated[str, typer.Option(help="local or slurm")] = "local",
     jobs: Annotated[int, typer.Option(help="local: how many steps at a time")] = 1,
     detach: Annotated[
@@ -78,30 +81,24 @@ def run(
     report: Annotated[bool, typer.Option(help="Write the report at the end")] = True,
 ) -> None:
     """Execute the missing steps of a study, then write its report."""
-    from pftools import executors
-
     planned = _plan(study, runs)
+    checks.check_plan(planned)
+    options = _slurm_options(slurm or [])
     for line in costs.summary(planned):
         out.print(line, highlight=False)
-    options = dict(option.partition("=")[::2] for option in slurm or [])
+    again = _command("run", study, runs, executor=executor, jobs=jobs, slurm=slurm or [])
     try:
-        failures = executors.run_plan(
+        failures = studies.run_study(
             planned, executor=executor, jobs=jobs, wait=not detach, slurm=options, progress=out.is_terminal
         )
     except KeyboardInterrupt:
-        rest = (
-            "the jobs go on without it"
-            if executor == "slurm"
-            else "steps at work were ended, what is finished is kept"
-        )
-        err.print(
-            f"Stopped; {rest}: `pftools run {study}` goes on from there.", highlight=False, soft_wrap=True
-        )
+        kept = "the jobs go on without it" if executor == "slurm" else "what is finished is kept"
+        err.print(f"Stopped; {kept}: `{again}` goes on from there.", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     for failure in failures:
         err.print(f"[bold red]failed:[/] {escape(str(failure))}", highlight=False, soft_wrap=True)
     if detach and executor == "slurm":
-        out.print(f"Submitted. `pftools status {study}` tells how far it is.", highlight=False)
+        out.print(f"Submitted. `{_command('status', study, runs)}` tells how far it is.", highlight=False)
         return
     _print_results(planned)
     if report and len(planned.rows) and not failures:
@@ -109,50 +106,60 @@ def run(
     if failures:
         left = len(planned.missing())
         raise PftoolsError(
-            f"{left} steps are not finished; what is finished is kept: mend the cause and call "
-            f"`pftools run {study}` again."
+            f"{left} steps are not finished; what is finished is kept: mend the cause and call `{again}` "
+            "again."
         )
 
 
 @app.command()
-def status(study: StudyFile, runs: Runs = Path("runs")) -> None:
+def status(study: StudyFile, runs: Runs = _RUNS) -> None:
     """Say which steps are finished, running, failed (with cell and cause) or still to do."""
-    from pftools import executors
-
     planned = _plan(study, runs)
     queue = _queue(planned)
     table = Table("step", "does", "run", "state", "", title=planned.study.name, title_justify="left")
     counts: dict[str, int] = {}
     broken: set[str] = set()  # steps that failed, and all that depend on them
     for name, step in planned.steps.items():
-        state, remark = studies.run_state(step.folder), ""
-        if name in queue and state != "finished":
-            job = queue[name]
-            state = "running" if job.state in ("RUNNING", "COMPLETING") else "queued"
-            remark = f"SLURM job {job.id}, {job.state.lower()}" + (
-                f" ({job.reason})" if job.reason != "None" else ""
-            )
-        elif state == "running":
-            remark = run_folder.owner(step.folder)
-        elif state == "failed":
-            failure = executors.read_failure(step.folder)
-            remark = (f"cell {failure.cell}: " if failure.cell else "") + failure.cause
-            broken.add(name)
-        elif state == "to do" and (causes := broken & set(step.parents)):
-            remark = f"needs {', '.join(sorted(causes))}"
-            broken.add(name)
-        elif state == "to do" and run_folder.was_interrupted(step.folder):
-            remark = f"was cut short ({run_folder.owner(step.folder)}); the next run goes on from there"
+        state, remark = _state(step, queue.get(name), broken)
         counts[state] = counts.get(state, 0) + 1
         table.add_row(step.parameters.step, step.label, name, _coloured(state), escape(remark))
     out.print(table)
     out.print(", ".join(f"{number} {state}" for state, number in counts.items()), highlight=False)
 
 
+def _state(step: studies.PlannedStep, job: Any, broken: set[str]) -> tuple[str, str]:
+    """The state of a step, and a remark: who works on it, why it failed, what it waits for.
+
+    Args:
+        step: the step.
+        job: its job in SLURM's queue, or None.
+        broken: names of failed steps and of all that depend on them; grows by this one where it is such.
+    """
+    from pftools import executors
+
+    state = studies.run_state(step.folder)
+    if job is not None and state != "finished":
+        reason = f" ({job.reason})" if job.reason != "None" else ""
+        at_work = job.state in ("RUNNING", "COMPLETING")
+        return "running" if at_work else "queued", f"SLURM job {job.id}, {job.state.lower()}{reason}"
+    if state == "running":
+        return state, run_folder.owner(step.folder)
+    if state == "failed":
+        broken.add(step.name)
+        failure = executors.read_failure(step.folder)
+        return state, (f"cell {failure.cell}: " if failure.cell else "") + failure.cause
+    if state == "to do" and (causes := broken & set(step.parents)):
+        broken.add(step.name)
+        return state, f"needs {', '.join(sorted(causes))}"
+    if state == "to do" and run_folder.was_interrupted(step.folder):
+        return state, f"was cut short ({run_folder.owner(step.folder)}); the next run goes on from there"
+    return state, ""
+
+
 @app.command()
 def report(
     study: StudyFile,
-    runs: Runs = Path("runs"),
+    runs: Runs = _RUNS,
     output: Annotated[Path | None, typer.Option(help="The HTML file; default: reports/STUDY.html")] = None,
     figures: Annotated[
         Path | None, typer.Option(help="Also write the figures as files into this folder")
@@ -205,10 +212,11 @@ def clean(
     keep: Annotated[
         list[Path], typer.Argument(help="The study files whose runs are kept", metavar="STUDY.yaml...")
     ],
-    runs: Runs = Path("runs"),
+    runs: Runs = _RUNS,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
 ) -> None:
     """Remove the runs that none of the given studies needs; shows what would go, and asks."""
+    runs = runs.expanduser()
     kept = {name for study in keep for name in _plan(study, runs).steps}
     unneeded = run_folder.unneeded(runs, kept)
     if not unneeded:
@@ -255,16 +263,35 @@ def fetch_data(
 @app.command()
 def doctor() -> None:
     """Say what this machine has: versions, devices, the embedded model, data, SLURM."""
-    from pftools import doctor as checks
+    from pftools import doctor as doctors
 
     table = Table("", "what", "found")
-    for fine, what, found in checks.findings():
+    for fine, what, found in doctors.findings():
         table.add_row("[green]ok[/]" if fine else "[yellow]--[/]", what, found)
     out.print(table)
 
 
 def _plan(study: Path, runs: Path) -> studies.Plan:
     return studies.plan_study(studies.load_study(study), runs=runs)
+
+
+def _command(name: str, study: Path, runs: Path, **options: Any) -> str:
+    """A command to type, with the options that were given to this one."""
+    words = ["pftools", name, str(study), *(["--runs", str(runs)] if runs != _RUNS else [])]
+    if options.get("executor", "local") != "local":
+        words += ["--executor", options["executor"]]
+    if options.get("jobs", 1) != 1:
+        words += ["--jobs", str(options["jobs"])]
+    for option in options.get("slurm", ()):
+        words += ["--slurm", option]
+    return shlex.join(words)
+
+
+def _slurm_options(given: list[str]) -> dict[str, str]:
+    for option in given:
+        if "=" not in option:
+            raise PftoolsError(f"--slurm is {option!r}: give NAME=VALUE, such as --slurm partition=gpu.")
+    return dict(option.partition("=")[::2] for option in given)
 
 
 def _coloured(state: str) -> str:
@@ -286,18 +313,24 @@ def _queue(planned: studies.Plan) -> dict[str, Any]:
 
 
 def _print_results(planned: studies.Plan) -> None:
+    """A row a distinct result, with the method, pattern, merge and seed where the study has several."""
+    from pftools import compare
+
     found = studies.results(planned)
     if not len(found):
         return
     tasks = [name for name in found.columns if name in _task_names(planned)]
-    table = Table(
-        "ordering", "asked", "measured", "perplexity", *tasks, title="Results", title_justify="left"
-    )
-    for row in found.to_dict("records"):
+    several = [name for name in ("method", "pattern", "merge", "seed") if found[name].nunique() > 1]
+    columns = ("ordering", *several, "asked", "measured", "perplexity", *tasks)
+    table = Table(*columns, title="Results", title_justify="left")
+    asked = compare.sparsity_words(found["asked"])
+    for _, same in found.groupby("run", sort=False):
+        row = same.iloc[0]
         scores = [f"{row[task]:.1%}" if row[task] <= 1 else f"{row[task]:.2f}" for task in tasks]
         table.add_row(
-            row["ordering"],
-            f"{row['asked']:.0%}",
+            " = ".join(dict.fromkeys(same["ordering"])),
+            *(str(row[name]) if same[name].nunique() == 1 else "all" for name in several),
+            asked[round(row["asked"], 6)],
             f"{row['measured']:.2%}",
             f"{row['perplexity']:.2f}",
             *scores,
@@ -306,7 +339,7 @@ def _print_results(planned: studies.Plan) -> None:
 
 
 def _task_names(planned: studies.Plan) -> list[str]:
-    return planned.study.evaluate.get("tasks", settings.Evaluate.model_fields["tasks"].default)
+    return planned.study.parameters(settings.Evaluate).tasks
 
 
 def _write_report(study: Path, runs: Path, output: Path | None, figures: Path | None) -> None:

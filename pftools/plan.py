@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pftools import run_folder, settings
+from pftools.errors import PftoolsError
 from pftools.orderings import MOST_STEPS, Ordering, OrderingStep, parse_ordering
 from pftools.study_file import OrderingEntry, Study
 
@@ -129,9 +130,12 @@ def plan_study(study: Study, *, runs: str | Path = "runs") -> Plan:
 
     Args:
         study: what `study_file.load_study` read.
-        runs: the folder of run folders.
+        runs: the folder of run folders; it need not be there yet.
+
+    Raises:
+        PftoolsError: ``runs`` is a file, or lies in one.
     """
-    plan = Plan(study, str(runs))
+    plan = Plan(study, str(_folder(runs)))
     for seed in study.seeds:
         for method in study.methods:
             for pattern in study.patterns:
@@ -140,6 +144,14 @@ def plan_study(study: Study, *, runs: str | Path = "runs") -> Plan:
                         _plan_ordering(plan, entry, method, pattern, merge, seed)
     plan.rows = list(dict.fromkeys(plan.rows))  # a value that the file repeats is one result
     return plan
+
+
+def _folder(runs: str | Path) -> Path:
+    path = Path(runs).expanduser()
+    blocking = next((part for part in (path, *path.parents) if part.exists()), path)
+    if blocking.is_file():
+        raise PftoolsError(f"--runs is {path}, and {blocking} is a file: give a folder.")
+    return path
 
 
 def _plan_ordering(

@@ -37,6 +37,8 @@ def run_study(
     jobs: int = 1,
     progress: bool = True,
     notebooks: str | Path | None = None,
+    wait: bool = True,
+    slurm: dict[str, str] | None = None,
 ) -> list[executors.Failure]:
     """Execute the missing steps of a plan.
 
@@ -46,11 +48,21 @@ def run_study(
         jobs: local: how many steps at a time.
         progress: show a bar of steps.
         notebooks: the folder of notebooks; None: pftools' own.
+        wait: slurm: stay until the last job has ended; otherwise leave after submitting.
+        slurm: options of sbatch for every job, such as {"partition": "gpu", "time": "120"}.
 
     Returns:
         The failures, empty when every step is finished.
     """
-    return executors.run_plan(plan, executor=executor, jobs=jobs, progress=progress, notebooks=notebooks)
+    return executors.run_plan(
+        plan,
+        executor=executor,
+        jobs=jobs,
+        progress=progress,
+        notebooks=notebooks,
+        wait=wait,
+        slurm=slurm,
+    )
 
 
 def results(plan: Plan) -> pd.DataFrame:
