@@ -330,7 +330,7 @@ def _print_results(planned: studies.Plan) -> None:
         table.add_row(
             " = ".join(dict.fromkeys(same["ordering"])),
             *(str(row[name]) if same[name].nunique() == 1 else "all" for name in several),
-            asked[round(row["asked"], 6)],
+            asked[round(row["asked"], 10)],
             f"{row['measured']:.2%}",
             f"{row['perplexity']:.2f}",
             *scores,

@@ -12,6 +12,7 @@ from pftools.errors import PftoolsError, nearest
 from pftools.finetune.quantize import BASES, check_bitsandbytes
 from pftools.finetune.rows import Rows
 from pftools.layers import linear_modules
+from pftools.settings import TARGETS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from pftools.settings import Finetune
 
 ADAPTERS = ("lora", "hira")
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "dense")
-_PUBLISHED = ("q_proj", "v_proj")
 _DEFAULT_TOKENS = 49_152
 # Tokens of a forward, where the batch size is left open.
 _TOKENS_A_FORWARD = 4096
@@ -159,10 +158,9 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
     modules = list(linear_modules(model))
     if targets == "all-linear":
         return modules
-    named = {"attention": _ATTENTION, "published": _PUBLISHED}
-    wanted = named.get(targets) or tuple(name.strip() for name in targets.split(",") if name.strip())
+    wanted = TARGETS.get(targets) or tuple(name.strip() for name in targets.split(",") if name.strip())
     short = sorted({name.rpartition(".")[2] for name in modules})
-    missing = [] if targets in named else [name for name in wanted if name not in short]
+    missing = [] if targets in TARGETS else [name for name in wanted if name not in short]
     found = [name for name in modules if name.rpartition(".")[2] in wanted]
     if missing or not found:
         raise PftoolsError(
