@@ -256,5 +256,6 @@ def test_only_what_changes_results_changes_the_key(kind):
                 "save_every",
                 "data",
                 "show_dense_cost",
+                "held_out_blocks",
             }
         ), name
