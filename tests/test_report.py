@@ -99,7 +99,7 @@ def test_tables_are_pooled_over_seeds_and_hold_the_ends_of_chains(wide):
     assert html.count("iter_pf") == 2 and "font-weight: 600" in html
     ends = report.final_states(wide)
     assert set(ends["asked"].round(3)) == {0.0, 0.3, 0.6} and len(wide) > len(ends) == 2 * (1 + 4 * 2)
-    pooled = report._pooled(ends)
+    pooled = report.entry_table(ends)
     one = pooled[(pooled["ordering"] == "prune") & (pooled["asked"] == 0.6)].iloc[0]
     own = ends[(ends["ordering"] == "prune") & (ends["asked"] == 0.6)]
     assert one["seeds"] == 2 and one["perplexity"] == pytest.approx(np.exp(np.log(own["perplexity"]).mean()))

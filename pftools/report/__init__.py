@@ -1,0 +1,52 @@
+"""The report of a study: what `06_compare_orderings` shows, and the page that it becomes.
+
+results    the finished results of a study, its entries, its pairs
+answers    the headline and the verdicts, in Markdown
+tables     orderings, guessing, pairs by task
+charts     perplexity, tasks, pairs, sparsity
+settings   what decided the numbers
+page       the notebook as one HTML file
+"""
+
+from pftools.report.answers import headline, told_apart, verdict_list
+from pftools.report.charts import (
+    perplexity_chart,
+    perplexity_subtitle,
+    ratio_chart,
+    sparsity_chart,
+    task_charts,
+)
+from pftools.report.page import render
+from pftools.report.results import (
+    entry_table,
+    final_states,
+    pair_table,
+    study_results,
+    task_names,
+    task_pairs,
+)
+from pftools.report.settings import circumstances, settings_table
+from pftools.report.tables import guessing_table, result_table, visible_differences
+
+__all__ = [
+    "circumstances",
+    "entry_table",
+    "final_states",
+    "guessing_table",
+    "headline",
+    "pair_table",
+    "perplexity_chart",
+    "perplexity_subtitle",
+    "ratio_chart",
+    "render",
+    "result_table",
+    "settings_table",
+    "sparsity_chart",
+    "study_results",
+    "task_charts",
+    "task_names",
+    "task_pairs",
+    "told_apart",
+    "verdict_list",
+    "visible_differences",
+]

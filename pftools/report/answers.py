@@ -1,0 +1,110 @@
+"""The headline of a report and its verdicts, in Markdown. What is not ours in it is escaped."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from pftools import compare
+from pftools.compare import perplexity_in_words, sparsity_words
+from pftools.report.markdown import bullets, code, plain
+from pftools.report.results import entry_table, final_states, pair_table
+
+
+def headline(table: pd.DataFrame) -> str:
+    """The first thing to read: the question, and which ordering won at each sparsity."""
+    study = table.attrs["study"]
+    lines = [f"**{plain(study['description'] or study['name'])}**"]
+    if len(table) < table.attrs["planned"]:
+        lines.append(
+            f"*{len(table)} of {table.attrs['planned']} results are finished; this is what they say.*"
+        )
+    lines += [f"> {sentence}" for sentence in answers(table)]
+    return "\n\n".join(lines)
+
+
+def answers(table: pd.DataFrame) -> list[str]:
+    """A sentence or two for every sparsity that orderings end at, the highest first."""
+    ends = entry_table(final_states(table))
+    pairs = pair_table(table)
+    levels = sorted(ends["asked"].unique(), reverse=True)
+    return [_answer(ends, pairs, asked) for asked in levels if asked > 0 or len(levels) == 1]
+
+
+def _answer(ends: pd.DataFrame, pairs: pd.DataFrame, asked: float) -> str:
+    """The best entry at a sparsity, how far it is from dense, and whether its nearest rival is behind."""
+    there = ends[ends["asked"] == asked]
+    collapsed = _collapsed(there)
+    best = compare.best_entry(ends, asked)
+    if best is None:
+        return f"At {sparsity_words(ends['asked'])[asked]} every model has collapsed: {collapsed}"
+    dense = ends.loc[ends["ordering"] == "base", "perplexity"]
+    against = f" (dense: {perplexity_in_words(dense.iloc[0])})" if len(dense) else ""
+    measured = sparsity_words([*ends["asked"], best["measured"].round(4)])[round(best["measured"], 4)]
+    sentence = (
+        f"At {measured} measured sparsity {code(best['ordering'])}{plain(_choices(best))} has the lowest "
+        f"perplexity, {perplexity_in_words(best['perplexity'])}{against}."
+    )
+    rivals = there[(there["level"] == best["level"]) & ~there["collapsed"]].drop(index=best.name)
+    if len(rivals):
+        nearest = rivals.loc[rivals["perplexity"].idxmin(), "label"]
+        two = [best["label"], nearest]
+        ours = (pairs["asked"] == asked) & pairs["first"].isin(two) & pairs["second"].isin(two)
+        verdicts = pairs.loc[ours, "verdict"].tolist()
+        sentence += f" Against its nearest rival: {plain(verdicts[0])}" if verdicts else ""
+    lost = there[(there["level"] != best["level"]) & ~there["collapsed"]]
+    if len(lost):
+        names = ", ".join(lost["label"])
+        sentence += plain(f" Not compared, because their measured sparsity is another: {names}.")
+    return f"{sentence} Collapsed: {collapsed}" if collapsed else sentence
+
+
+def _choices(entry: pd.Series) -> str:
+    """What beside its ordering tells the entry apart, as its label says it."""
+    return str(entry["label"]).removeprefix(entry["ordering"])
+
+
+def _collapsed(entries: pd.DataFrame) -> str:
+    """Names and perplexities of the models that are worse than guessing; empty: there is none."""
+    gone = entries[entries["collapsed"]]
+    if not len(gone):
+        return ""
+    named = [
+        f"{code(label)} (perplexity {plain(perplexity_in_words(perplexity))})"
+        for label, perplexity in zip(gone["label"], gone["perplexity"])
+    ]
+    return f"{', '.join(named)}, worse than guessing among all tokens of the vocabulary."
+
+
+def verdict_list(pairs: pd.DataFrame) -> str:
+    """The verdicts by sparsity, the highest first; pairs without the best are folded away."""
+    if not len(pairs):
+        return "Only one ordering is finished at each sparsity: there is nothing to compare yet."
+    parts = []
+    for asked in sorted(pairs["asked"].unique(), reverse=True):
+        group = pairs[pairs["asked"] == asked]
+        where = group["where"].iloc[0]
+        own = group[(group["first"] == group["best"]) | (group["second"] == group["best"])]
+        rest = group.drop(own.index)
+        parts.append(f"**At {where}**\n\n" + bullets(own["verdict"].tolist()))
+        if len(rest):
+            others = f"The other {len(rest)} pairs" if len(rest) > 1 else "The other pair"
+            parts.append(
+                f"<details><summary>{others} at {where}</summary>\n\n{bullets(rest['verdict'].tolist())}\n\n"
+                "</details>"
+            )
+    return "\n\n".join(parts)
+
+
+def told_apart(compared: pd.DataFrame) -> str:
+    """What the tasks say, in a sentence for each real difference, and a count of the others."""
+    if not len(compared):
+        return "No two orderings have answered the same questions."
+    real = compared[compared["verdict_kind"] == "differs"]
+    rest = len(compared) - len(real)
+    lines = [bullets(real["verdict"].tolist())] if len(real) else []
+    if rest:
+        lines.append(
+            f"{rest} of {len(compared)} comparisons cannot be told apart: whatever the dots above suggest, "
+            "the questions are too few."
+        )
+    return "\n\n".join(lines)

@@ -1,0 +1,91 @@
+"""What a report is made of: the finished results of a study, its entries, its pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pftools import compare, run_folder
+from pftools.errors import PftoolsError
+from pftools.orderings import parse_ordering
+from pftools.study import load_study, plan_study, results
+
+
+def study_results(study: str | Path, *, runs: str | Path = "runs") -> pd.DataFrame:
+    """The finished results of a study, a row each; `attrs` hold the study and how many results it plans.
+
+    Raises:
+        PftoolsError: nothing is finished yet.
+    """
+    plan = plan_study(load_study(study), runs=runs)
+    table = results(plan)
+    if not len(table):
+        raise PftoolsError(
+            f"the study {plan.study.name!r} has no finished result in {runs}: run it first, with "
+            f"`pftools run {study}`."
+        )
+    found = [run_folder.read_record(run)["results"] for run in table["run"]]
+    table["vocabulary"] = pd.Series([record.get("vocabulary") for record in found], dtype=float)
+    table.attrs = {
+        "study": plan.study.model_dump(mode="json"),
+        "planned": len(plan.rows),
+        "runs": str(runs),
+    }
+    return table
+
+
+def final_states(table: pd.DataFrame) -> pd.DataFrame:
+    """The results at the sparsities that orderings end at, of an ordering with several the most trained one.
+
+    The states between, which an ordering with several P's passes through, are points of its line in the
+    charts. As pairs they would only cost the others power.
+    """
+    ends = table[[parse_ordering(name).n_prunes <= 1 for name in table["ordering"]]]
+    asked = ends["asked"] if ends["asked"].max() > 0 else pd.Series(table.attrs["study"]["sparsities"])
+    at_ends = table[table["asked"].round(6).isin({*asked.round(6), 0.0})]
+    ordered = at_ends.sort_values("finetune_tokens", kind="stable")
+    same = ["ordering", "asked", "method", "pattern", "merge", "seed"]
+    return ordered.drop_duplicates(same, keep="last").sort_index()
+
+
+def entry_table(table: pd.DataFrame, **more: Any) -> pd.DataFrame:
+    """`compare.entries` of these results, with a column a task: its mean (of a perplexity: geometric)."""
+    means = {
+        task: compare.geometric_mean if is_perplexity(table, task) else "mean" for task in task_names(table)
+    }
+    return compare.entries(table, **means, **more)
+
+
+def task_names(table: pd.DataFrame) -> list[str]:
+    """The tasks that the table has a result of."""
+    names = table.attrs["study"]["evaluate"].get("tasks", ["facts", "reading"])
+    return [name for name in names if name in table]
+
+
+def task_record(run: str, task: str) -> dict[str, Any]:
+    """What an evaluation found of a task: metric, value, low, high, n, chance. Empty: it did not ask it."""
+    return run_folder.read_record(run)["results"]["tasks"].get(task, {})
+
+
+def is_perplexity(table: pd.DataFrame, task: str) -> bool:
+    """Whether the task's metric is a perplexity, of which lower is better, and no share of right answers."""
+    return "perplexity" in task_record(table["run"].iloc[0], task).get("metric", "")
+
+
+def pair_table(table: pd.DataFrame) -> pd.DataFrame:
+    """`compare.compare_orderings` on the losses that the evaluation runs keep, checked by their seals."""
+    ends = final_states(table)
+    losses = {}
+    for run in ends["run"].unique():
+        run_folder.verify(run)
+        losses[run] = pd.read_parquet(Path(run) / "block_nll.parquet")["nll"].to_numpy()
+    return compare.compare_orderings(ends, losses)
+
+
+def task_pairs(table: pd.DataFrame) -> pd.DataFrame:
+    """`compare.compare_tasks` on the answers that runs keep; empty where no task counts right answers."""
+    ends = final_states(table)
+    kept = [run for run in ends["run"].unique() if (Path(run) / "samples.parquet").exists()]
+    return compare.compare_tasks(ends, {run: pd.read_parquet(Path(run) / "samples.parquet") for run in kept})

@@ -1,0 +1,102 @@
+"""The tables of a report, styled; names in them are escaped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+from pftools import compare
+from pftools.compare import perplexity_in_words, sparsity_words
+from pftools.report.results import entry_table, final_states, is_perplexity, task_names, task_record
+
+
+def result_table(table: pd.DataFrame) -> Styler:
+    """The entries, pooled over seeds; the best of each sparsity is bold, a collapsed model is called so."""
+    entries = entry_table(final_states(table)).sort_values("asked", kind="stable").reset_index(drop=True)
+    tasks = task_names(table)
+    shown = pd.DataFrame({"ordering": [_name(row) for _, row in entries.iterrows()]})
+    for choice in ("method", "pattern", "merge"):
+        if table[choice].nunique() > 1:
+            shown[choice] = entries[choice].replace("", "any")
+    shown["asked"] = entries["asked"].map(sparsity_words(entries["asked"]))
+    shown["measured"] = entries["measured"]
+    shown["perplexity"] = [
+        perplexity_in_words(value) + (" (collapsed)" if gone else "")
+        for value, gone in zip(entries["perplexity"], entries["collapsed"])
+    ]
+    shown[tasks] = entries[tasks]
+    shown["training tokens"] = entries["finetune_tokens"]
+    if entries["seeds"].max() > 1:
+        shown["seeds"] = entries["seeds"]
+    formats = {"measured": "{:.2%}", "training tokens": "{:,}"}
+    formats |= {task: "{:.2f}" if is_perplexity(table, task) else "{:.1%}" for task in tasks}
+    rivals = entries.groupby("asked")["asked"].transform("size") > 1
+    bold = ["font-weight: 600" if best else "" for best in entries["best"] & rivals]
+    return styled(shown, formats).apply(lambda _: bold, subset=["ordering", "perplexity"])
+
+
+def _name(entry: pd.Series) -> str:
+    return f"{entry['ordering']}, also {entry['also']}" if entry["also"] else str(entry["ordering"])
+
+
+def styled(table: pd.DataFrame, formats: dict[str, Any]) -> Styler:
+    """A table without its index, escaped; numbers do not wrap."""
+    numbers: Any = list(table.columns[1:])
+    style = table.style.format(formats, na_rep="", escape="html").hide(axis="index")
+    return style.set_properties(numbers, **{"white-space": "nowrap"})
+
+
+def guessing_table(table: pd.DataFrame) -> Styler | None:
+    """By task: where 95% of guessers land, and which entries are in there: their accuracy says nothing."""
+    rows = []
+    ends = entry_table(final_states(table))
+    words = sparsity_words(ends["asked"])
+    for task in task_names(table):
+        score = task_record(ends["runs"].iloc[0][0], task)
+        if not score.get("chance"):
+            continue
+        low, high = compare.chance_interval(score["chance"], score["n"])
+        inside = ends[ends[task] <= high]
+        names = [f"{label} at {words[asked]}" for label, asked in zip(inside["label"], inside["asked"])]
+        rows.append(
+            {
+                "task": task,
+                "questions": score["n"],
+                "guessing": score["chance"],
+                "95% of guessers": f"{low:.1%} to {high:.1%}",
+                "not better than guessing": ", ".join(names) or "none",
+            }
+        )
+    return styled(pd.DataFrame(rows), {"guessing": "{:.0%}", "questions": "{:,}"}) if rows else None
+
+
+def visible_differences(compared: pd.DataFrame) -> Styler:
+    """Every comparable pair by task, in points of per cent: difference, interval, what would be seen."""
+    shown = pd.DataFrame(
+        {
+            "pair": compared["pair"],
+            "task": compared["task"],
+            "questions": compared["n"],
+            "difference": compared["difference"] * 100,
+            "95% interval": [
+                f"{low * 100:+.1f} to {high * 100:+.1f}"
+                for low, high in zip(compared["low"], compared["high"])
+            ],
+            "corrected p": compared["p_holm"],
+            "seen four times in five": compared["visible"] * 100,
+            "told apart": ["yes" if kind == "differs" else "no" for kind in compared["verdict_kind"]],
+        }
+    )
+    formats = {
+        "difference": "{:+.1f}",
+        "corrected p": compare.p_in_words,
+        "seen four times in five": "{:.1f}",
+        "questions": "{:,}",
+    }
+    return styled(shown, formats).apply(_bold_where_told_apart, axis=1)
+
+
+def _bold_where_told_apart(row: pd.Series) -> list[str]:
+    return ["font-weight: 600" if row["told apart"] == "yes" else ""] * len(row)
