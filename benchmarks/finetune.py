@@ -1,11 +1,12 @@
-"""What a training step costs: masked LoRA beside plain LoRA and beside the model alone, packed rows beside padded ones, bf16
-beside float32.
+"""What a training step costs: masked LoRA beside plain LoRA and beside the model alone, packed rows beside
+padded ones, bf16 beside float32.
 
     python benchmarks/finetune.py --store            (WikiText-2 lines from PFTOOLS_DATA, else from the hub)
 
-A step is 8 blocks of 512 tokens, as in the notebook's defaults, through `finetune_model`, Trainer and optimizer included. "Bare" is forward and
-backward of the same model without any adapter: once with frozen weights, where gradients flow to the inputs of all layers and no further (what
-every low-rank method must pay), once with gradients of all weights (what full fine-tuning pays, without its optimizer).
+A step is 8 blocks of 512 tokens, as in the notebook's defaults, through `finetune_model`, Trainer and
+optimizer included. "Bare" is forward and backward of the same model without any adapter: once with frozen
+weights, where gradients flow to the inputs of all layers and no further (what every low-rank method must
+pay), once with gradients of all weights (what full fine-tuning pays, without its optimizer).
 """
 
 import time
@@ -95,7 +96,8 @@ settings["dtype"] = str(model.dtype).removeprefix("torch.")
 packed = corpora.token_blocks(tokenizer, "wikitext2", split="train", block_length=512, n_blocks=24)
 lines = corpora.documents("wikitext2", split="train")
 padded = finetune.padded_rows(tokenizer, [line for line in lines if line.strip()], 512)
-# A padded row costs the same whatever it holds, so the time is measured on some and the tokens are counted on all.
+# A padded row costs the same whatever it holds, so the time is measured on some and the tokens are counted on
+# all.
 real = padded.real_tokens / len(padded)
 some = finetune.Rows(padded.input_ids[:24], padded.attention_mask[:24])
 prune.prune_model(model, packed[:2], method="magnitude", sparsity=0.5, progress=False)

@@ -1,7 +1,9 @@
-"""Peak memory of pruning a model that is larger than the memory it gets: a random Llama of 2.6 billion parameters in bf16.
+"""Peak memory of pruning a model that is larger than the memory it gets: a random Llama of 2.6 billion
+parameters in bf16.
 
-The model is written to disk a layer at a time, and pruned from there by `prune_checkpoint` in a process of its own, whose peak
-resident set is read from the system. It takes some 6 GB of disk (twice that with ``--write model``), all removed afterwards.
+The model is written to disk a layer at a time, and pruned from there by `prune_checkpoint` in a process of
+its own, whose peak resident set is read from the system. It takes some 6 GB of disk (twice that with
+``--write model``), all removed afterwards.
 
     python benchmarks/memory.py [--write masks] [--method wanda] [--store]
 """

@@ -1,10 +1,13 @@
-"""Whether the merged model is the one that was trained: perplexity before and after the merge, and zeros, on every kind of base.
+"""Whether the merged model is the one that was trained: perplexity before and after the merge, and zeros, on
+every kind of base.
 
     python benchmarks/merge.py --store                         (about 3 minutes on 2 cores with bf16)
 
-On a plain base the two must agree: every training step computes with the weight as the merge stores it. On a quantized base the training
-sees rounded weights and the merge goes into the plain ones, so two things are measured: the merge into what the quantized weights stand for,
-which must agree with the training, and the merge as it is done, which also takes the rounding away.
+On a plain base the two must agree: every training step computes with the weight as the merge stores it. On a
+    quantized base the training
+sees rounded weights and the merge goes into the plain ones, so two things are measured: the merge into what
+the quantized weights stand for, which must agree with the training, and the merge as it is done, which also
+takes the rounding away.
 """
 
 import copy

@@ -1,12 +1,15 @@
 """What each pruning method does to SmolLM2-135M, and that our walk is the published one.
 
     inputs        masks of three layers beside those of float64 arithmetic and full sorts on the same inputs
-    agreement     masks of `prune_model` beside those of the published walk (restated in prune.py), through all 30 layers, fp32
-    perplexity    every method at 50%, 16 x 512 calibration tokens, on the test split of Python's language reference
+    agreement     masks of `prune_model` beside those of the published walk (restated in prune.py), through
+    all 30 layers, fp32 perplexity    every method at 50%, 16 x 512 calibration tokens, on the test split of
+    Python's language reference
 
-    python benchmarks/prune_quality.py [--part inputs agreement perplexity] [--dtype bfloat16] [--methods wanda ria] [--store]
+    python benchmarks/prune_quality.py [--part inputs agreement perplexity] [--dtype bfloat16] [--methods
+    wanda ria] [--store]
 
-With `--store`, methods that are not asked for keep the perplexity that is stored, if it was measured with the same settings.
+With `--store`, methods that are not asked for keep the perplexity that is stored, if it was measured with the
+same settings.
 """
 
 from __future__ import annotations

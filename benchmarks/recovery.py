@@ -1,14 +1,17 @@
 """How much of what pruning cost each kind of fine-tuning wins back, and at which sparsity it ends.
 
-    python benchmarks/recovery.py --store                      (about half an hour a sparsity on 2 cores with bf16)
+    python benchmarks/recovery.py --store                      (about half an hour a sparsity on 2 cores with
+    bf16)
 
-The embedded model is pruned with Wanda, then trained on the same tokens of `pydocs` with LoRA merged densely (the published way), masked LoRA and HiRA;
-the dense merge is also pruned again to the sparsity that was asked. Every way is tried at several learning rates, and the validation split chooses
-one: at a rate that suits one of them alone, nothing could be said of the others. Perplexity is that of the test split; no two splits share a topic.
-Recovery is what a way wins back of the perplexity that pruning cost, beside what the dense merge wins back.
+The embedded model is pruned with Wanda, then trained on the same tokens of `pydocs` with LoRA merged densely
+(the published way), masked LoRA and HiRA; the dense merge is also pruned again to the sparsity that was
+asked. Every way is tried at several learning rates, and the validation split chooses one: at a rate that
+suits one of them alone, nothing could be said of the others. Perplexity is that of the test split; no two
+splits share a topic. Recovery is what a way wins back of the perplexity that pruning cost, beside what the
+dense merge wins back.
 
-With `--store`, what is stored stays in the choice, if it was measured with the same settings: ways that are not asked for (`--methods`) and learning
-rates that were tried before.
+With `--store`, what is stored stays in the choice, if it was measured with the same settings: ways that are
+not asked for (`--methods`) and learning rates that were tried before.
 """
 
 import copy

@@ -1,7 +1,8 @@
 """From adapter back to plain weights. The product is formed in float32, added, and cast once (see `update`).
 
-An adapter that was trained masked is stored as an ordinary PEFT adapter folder with one difference: its `peft_type` is a
-sentence. PEFT without pftools stops there and shows it, where it would otherwise merge densely and fill the zeros without a word.
+An adapter that was trained masked is stored as an ordinary PEFT adapter folder with one difference: its
+`peft_type` is a sentence. PEFT without pftools stops there and shows it, where it would otherwise merge
+densely and fill the zeros without a word.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ Kind = Literal["masked", "hira", "dense"]
 class Adapter:
     """A trained adapter.
 
-    factors: {linear module's full name: (A (rank, inputs), B (outputs, rank))}, float32 on the CPU. scaling: what the product is
-    multiplied by. kind: `lora` or `hira`. masked: whether it was trained masked. mask: digest of the zeros it was trained on.
+    factors: {linear module's full name: (A (rank, inputs), B (outputs, rank))}, float32 on the CPU. scaling:
+        what the product is
+    multiplied by. kind: `lora` or `hira`. masked: whether it was trained masked. mask: digest of the zeros it
+        was trained on.
     """
 
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -63,8 +66,9 @@ def merge_adapter(model: nn.Module, adapter: Adapter | str | Path, *, merge: str
 
     Args:
         adapter: what `finetune_model` gave, or an adapter folder.
-        merge: `masked` (zeros stay zeros), `dense` (the published behaviour: they are filled), or `auto`: masked where the
-            adapter was trained masked or the model is pruned. HiRA multiplies the weight, and keeps zeros with either.
+        merge: `masked` (zeros stay zeros), `dense` (the published behaviour: they are filled), or `auto`:
+            masked where the adapter was trained masked or the model is pruned. HiRA multiplies the weight,
+            and keeps zeros with either.
 
     Raises:
         PftoolsError: the adapter does not fit the model, or was trained on other zeros.
@@ -161,8 +165,8 @@ def updated_weight(
 ) -> torch.Tensor:
     """W + s K * (B A), computed in float32 and cast once.
 
-    But for `dense`, a kept weight that would become zero becomes the smallest number of its dtype instead, so that the number of zeros is
-    the same before and after, always.
+    But for `dense`, a kept weight that would become zero becomes the smallest number of its dtype instead, so
+    that the number of zeros is the same before and after, always.
 
     Args:
         weight: (rows, columns), any float dtype. a: (rank, columns). b: (rows, rank).

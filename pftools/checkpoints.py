@@ -1,13 +1,14 @@
 """Checkpoints: a model is its base plus what the steps changed.
 
-A prune step leaves packed masks (one bit a weight), a finetune step leaves its adapter, and only a method that changes the
-kept weights (SparseGPT, reconstruction) leaves full weights. `load` replays these deltas on the base, oldest first.
-Files are safetensors and JSON, never pickles; every file is checked against the sha256 in its run's record.
+A prune step leaves packed masks (one bit a weight), a finetune step leaves its adapter, and only a method
+that changes the kept weights (SparseGPT, reconstruction) leaves full weights. `load` replays these deltas on
+the base, oldest first. Files are safetensors and JSON, never pickles; every file is checked against the
+sha256 in its run's record.
 
-    runs/prune-4f.../checkpoint.json      {"parent": "smollm2-135m", "kind": "masks"}; "contents", a digest, of a parent that is a folder
-                     masks.safetensors    uint8, eight weights a byte, shapes in the header
-    runs/finetune-a1.../checkpoint.json   {"parent": "../prune-4f...", "kind": "adapter", "merge": "masked"}
-                        adapter/          a PEFT adapter folder
+    runs/prune-4f.../checkpoint.json      {"parent": "smollm2-135m", "kind": "masks"}; "contents", a digest,
+                     of a parent that is a folder masks.safetensors    uint8, eight weights a byte, shapes in
+                     the header runs/finetune-a1.../checkpoint.json   {"parent": "../prune-4f...", "kind":
+                     "adapter", "merge": "masked"} adapter/          a PEFT adapter folder
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def lineage(folder: str | Path) -> tuple[str, list[Path]]:
     """The base model's name and the run folders to replay on it, oldest first.
 
     Raises:
-        PftoolsError: a run of the chain is missing, unfinished or damaged, or the base is a folder that holds something else now.
+        PftoolsError: a run of the chain is missing, unfinished or damaged, or the base is a folder that holds
+            something else now.
     """
     chain: list[Path] = []
     manifest, parent, here = {}, str(folder), Path()

@@ -1,9 +1,10 @@
 """A cast to bf16 or fp16 that keeps small updates: dithered, not rounded to nearest.
 
-Rounding to nearest would lose most of an update: a bf16 weight moves only if it is changed by more than 1/512 of itself, and a
-short fine-tuning changes most weights by less. Here a fixed pattern decides which weights of many are rounded up and which
-down, in proportion to the remainder. Each is off by less than one unit in the last place, and their mean is right (Roberts,
-1962, for images; Gupta et al., 2015, for weights). A number that the smaller format holds exactly does not change.
+Rounding to nearest would lose most of an update: a bf16 weight moves only if it is changed by more than 1/512
+of itself, and a short fine-tuning changes most weights by less. Here a fixed pattern decides which weights of
+many are rounded up and which down, in proportion to the remainder. Each is off by less than one unit in the
+last place, and their mean is right (Roberts, 1962, for images; Gupta et al., 2015, for weights). A number
+that the smaller format holds exactly does not change.
 """
 
 import torch
@@ -13,8 +14,8 @@ _SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 
 def dithered(values: torch.Tensor, first_row: int, dtype: torch.dtype) -> torch.Tensor:
-    """float32 ``values``, changed in place into numbers that ``dtype`` holds: to one of the two neighbours, by a pattern of row and column that
-    is spread evenly over all fractions (Roberts' R2 sequence)."""
+    """float32 ``values``, changed in place into numbers that ``dtype`` holds: to one of the two neighbours,
+    by a pattern of row and column that is spread evenly over all fractions (Roberts' R2 sequence)."""
     spare = _SPARE_BITS.get(dtype, 0)
     if spare:
         steps = [

@@ -1,7 +1,8 @@
 """What a decoder is made of: its layers, and the matrices that are pruned and counted.
 
-"The linear weights" of a model are the matrices of the linear modules inside the decoder layers, fused experts
-included. Embeddings, norms and the head are never pruned and never counted (as in Wanda and SparseGPT).
+"The linear weights" of a model are the matrices of the linear modules inside the decoder layers, fused
+experts included. Embeddings, norms and the head are never pruned and never counted (as in Wanda and
+SparseGPT).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ MASKS = "masks.safetensors"  # the file of a run that holds the masks of all its
 
 
 def pack(mask: torch.Tensor) -> np.ndarray:
-    """A bool mask of any shape as uint8 (ceil(size / 8),), in row-major order, the first in the highest bit."""
+    """A bool mask of any shape as uint8 (ceil(size / 8),), row by row, the first in the highest bit."""
     import numpy as np
 
     return np.packbits(mask.detach().cpu().numpy().reshape(-1))

@@ -25,8 +25,7 @@ def load_model(
 
     Args:
         name: `smollm2-135m` (embedded), a Hugging Face hub id, a folder in Hugging Face format, or a run
-        folder of
-            pftools, whose masks and adapters are replayed on its base model.
+            folder of pftools, whose masks and adapters are replayed on its base model.
         dtype: `auto`, `float32`, `bfloat16` or `float16` (or a torch dtype).
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         trust_remote_code: let a hub model run code of its own.

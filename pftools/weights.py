@@ -1,7 +1,7 @@
 """What pruning and fine-tuning did to the weights, layer by layer: the study's weight analysis.
 
-Three tables: statistics of the linear weights, statistics of an adapter's two matrices, and the difference between a
-model and the one that it was made from. All are computed in float32, a matrix at a time.
+Three tables: statistics of the linear weights, statistics of an adapter's two matrices, and the difference
+between a model and the one that it was made from. All are computed in float32, a matrix at a time.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _Z95 = 1.96
 
 
 def weight_statistics(model: PreTrainedModel) -> pd.DataFrame:
-    """A row for every linear weight: layer, module, group, size, sparsity, mean, std, minimum, maximum, norm, outside_share (the share outside
-    mean +- 1.96 standard errors, as the study counts it) and outside_share_normal (what that share is of normal numbers)."""
+    """A row for every linear weight: layer, module, group, size, sparsity, mean, std, minimum, maximum, norm,
+    outside_share (the share outside mean +- 1.96 standard errors, as the study counts it) and
+    outside_share_normal (what that share is of normal numbers)."""
     rows = []
     for name, module in linear_modules(model).items():
         weight = module.weight.detach().float()
@@ -39,7 +40,8 @@ def weight_statistics(model: PreTrainedModel) -> pd.DataFrame:
 
 
 def adapter_statistics(folder: str | Path) -> pd.DataFrame:
-    """A row for each of an adapter's matrices: layer, module, matrix (A or B), and the columns of `weight_statistics` from mean on.
+    """A row for each of an adapter's matrices: layer, module, matrix (A or B), and the columns of
+    `weight_statistics` from mean on.
 
     Args:
         folder: a PEFT adapter folder, such as `adapter/` in the run of a finetune step.
@@ -76,13 +78,14 @@ def weight_differences(
     top_percent: float = 1.0,
     by: Literal["module", "group"] = "module",
 ) -> pd.DataFrame:
-    """How far ``model`` is from ``parent``: a row for every linear weight, or, by group, one for all attention weights of a layer together and
-    one for its MLP weights.
+    """How far ``model`` is from ``parent``: a row for every linear weight, or, by group, one for all
+    attention weights of a layer together and one for its MLP weights.
 
     Returns:
-        Columns layer, group and (by module) module, mean_difference (mean absolute difference over all weights of the row),
-        top_difference (over the ``top_percent`` per cent largest of them), relative (norm of the difference / norm of the parent),
-        zeroed (share of weights that became zero), filled (share of weights that were zero and no longer are) and size.
+        Columns layer, group and (by module) module, mean_difference (mean absolute difference over all
+        weights of the row), top_difference (over the ``top_percent`` per cent largest of them), relative
+        (norm of the difference / norm of the parent), zeroed (share of weights that became zero), filled
+        (share of weights that were zero and no longer are) and size.
 
     Raises:
         PftoolsError: the two models do not have the same linear weights.
@@ -133,7 +136,8 @@ def _place(name: str) -> dict[str, Any]:
 def _moments(weight: torch.Tensor) -> dict[str, float]:
     mean, std = float(weight.mean()), float(weight.std())
     margin = _Z95 * std / math.sqrt(weight.numel())
-    # The margin shrinks with the size, so most of any large matrix is outside: this share of one whose numbers are normal.
+    # The margin shrinks with the size, so most of any large matrix is outside: this share of one whose
+    # numbers are normal.
     normal = math.erfc(_Z95 / math.sqrt(2 * weight.numel()))
     return {
         "mean": mean,

@@ -13,7 +13,8 @@ from pftools.layers import decoder_layers
 
 
 def wanda_mask(weight: torch.Tensor, inputs: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """True = kept. Straight from the formula |W_ij| ||X_j||_2, compared within each output row (Wanda, equation 1).
+    """True = kept. Straight from the formula |W_ij| ||X_j||_2, compared within each output row (Wanda,
+    equation 1).
 
     weight: (rows, columns). inputs: (tokens, columns).
     """
@@ -59,8 +60,9 @@ def ria_scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 def wanda_walk(model: torch.nn.Module, blocks: torch.Tensor, sparsity: float) -> dict[str, torch.Tensor]:
-    """Masks of the published walk, in the slowest way: for each layer, the whole model is run on every block with one hook a
-    module, its inputs are kept, and the layer is pruned before the next is looked at. Prunes a copy."""
+    """Masks of the published walk, in the slowest way: for each layer, the whole model is run on every block
+    with one hook a module, its inputs are kept, and the layer is pruned before the next is looked at. Prunes
+    a copy."""
     model = copy.deepcopy(model)
     prefix, layers = decoder_layers(model)
     masks = {}
@@ -98,7 +100,7 @@ def perplexity(model: torch.nn.Module, blocks: torch.Tensor) -> float:
     return float(torch.tensor(losses, dtype=torch.float64).mean().exp())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pruning methods beyond Wanda
 
 
@@ -143,10 +145,12 @@ def sparsegpt(
     scores: str = "curvature",
     block: int = 128,
 ) -> torch.Tensor:
-    """The mended weight, float64: SparseGPT (Frantar and Alistarh, algorithm 1) column by column, each time correcting all columns
-    that are left; and, with ``mask`` (True = goes) or other ``scores``, the ablations of the Wanda paper.
+    """The mended weight, float64: SparseGPT (Frantar and Alistarh, algorithm 1) column by column, each time
+    correcting all columns that are left; and, with ``mask`` (True = goes) or other ``scores``, the ablations
+    of the Wanda paper.
 
-    Of every block of 128 columns the int(size x sparsity) lowest scores go, or of every m neighbours the m - n lowest.
+    Of every block of 128 columns the int(size x sparsity) lowest scores go, or of every m neighbours the m -
+    n lowest.
     """
     weight, inputs = weight.double().clone(), inputs.double()
     hessian = inputs.T @ inputs
@@ -187,7 +191,7 @@ def owl_sparsities(scores: list[torch.Tensor], sparsity: float, spread: float, m
     return [1 - (one - sum(kept) / len(kept) + 1 - sparsity) for one in kept]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Statistics over seeds and blocks
 
 

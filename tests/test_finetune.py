@@ -89,8 +89,8 @@ def test_an_updated_weight_keeps_the_number_of_zeros_even_where_a_weight_cancels
 
 @pytest.mark.parametrize(("dtype", "fraction_bits"), [(torch.bfloat16, 7), (torch.float16, 10)])
 def test_the_cast_is_dithered_so_that_small_updates_are_not_lost(dtype, fraction_bits):
-    """Against the pattern written out: the fraction that is left over is rounded up where the pattern's number is large enough. The
-    matrix is larger than what is worked on at once."""
+    """Against the pattern written out: the fraction that is left over is rounded up where the pattern's
+    number is large enough. The matrix is larger than what is worked on at once."""
     torch.manual_seed(0)
     weight, a, b = torch.randn(1000, 300).to(dtype), torch.randn(2, 300) * 0.01, torch.randn(1000, 2) * 0.01
     assert torch.equal(updated_weight(weight, a, 0 * b), weight)
@@ -205,8 +205,8 @@ class AtTheEnd(TrainerCallback):
     "options", [{}, {"dropout": 0.1}, {"gradient_checkpointing": True}, {"adapter": "hira"}]
 )
 def test_the_merged_model_is_the_one_that_was_trained(options, base):
-    """Logits of the unmerged model at the end of training against those of the merged one. On a quantized base the merge goes into
-    what the quantized weights stand for, since those were trained on."""
+    """Logits of the unmerged model at the end of training against those of the merged one. On a quantized
+    base the merge goes into what the quantized weights stand for, since those were trained on."""
     model, end = pruned_llama(), AtTheEnd()
     adapter = finetune_model(model, tiny_blocks(), base=base, callbacks=[end], **QUICK, **options).adapter
     kept = {name: module.weight != 0 for name, module in linear_modules(model).items()}

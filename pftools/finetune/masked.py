@@ -57,9 +57,9 @@ class HiraLinear(hira.Linear):
         names = [name for name in self.active_adapters if name in self.hira_A]
         if len(names) != 1 or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
+        base: Any = self.get_base_layer()
         a, b = self.hira_A[names[0]], self.hira_B[names[0]]
-        dropout = _active(self.hira_dropout[names[0]])
-        return updated_linear(x, self.get_base_layer(), a, b, 1.0, "hira", dropout=dropout)
+        return updated_linear(x, base, a, b, 1.0, "hira", dropout=_active(self.hira_dropout[names[0]]))
 
 
 def _active(dropout: nn.Module) -> nn.Module | None:

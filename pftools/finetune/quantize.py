@@ -1,10 +1,10 @@
 """A frozen base in 8 bit or NF4 (bitsandbytes) while it is trained on.
 
-All linear weights of the decoder layers are quantized, adapted or not, as `load_in_8bit` does it; embeddings and head
-are not. The plain weights wait on the CPU meanwhile, since the merge goes into them.
+All linear weights of the decoder layers are quantized, adapted or not, as `load_in_8bit` does it; embeddings
+and head are not. The plain weights wait on the CPU meanwhile, since the merge goes into them.
 
-A merged model has the update of a training on a quantized base, entry by entry. It does not have the rounding of the
-base, so its perplexity is not the one in training: `benchmarks/merge.py` measures both.
+A merged model has the update of a training on a quantized base, entry by entry. It does not have the rounding
+of the base, so its perplexity is not the one in training: `benchmarks/merge.py` measures both.
 """
 
 from __future__ import annotations

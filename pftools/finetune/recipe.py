@@ -40,11 +40,11 @@ class Recipe:
         schedule: of the learning rate after warm-up: `linear`, `cosine` or `constant`.
         blocks_per_step: rows an optimizer step; the last may have fewer.
         micro_batch_size: rows a forward; None: chosen by size.
-        tokens, steps, epochs: the budget, in real tokens, optimizer steps or passes over the rows: one of the three.
-            None of them: one epoch.
+        tokens, steps, epochs: the budget, in real tokens, optimizer steps or passes over the rows: one of the
+            three. None of them: one epoch.
         adapter: `lora` or `hira`.
-        base: how the frozen weights are held while training: `plain`, `8bit` or `nf4`. The merge goes into the plain
-            weights: then the update is what was trained, and the base is free of rounding again.
+        base: how the frozen weights are held while training: `plain`, `8bit` or `nf4`. The merge goes into
+            the plain weights: then the update is what was trained, and the base is free of rounding again.
         gradient_checkpointing: compute activations twice instead of keeping them.
         seed: of the adapter's start, the order of the rows, and dropout.
     """
@@ -118,7 +118,8 @@ def prepare(recipe: Recipe, model: nn.Module, rows: Rows) -> Training:
     context = getattr(model.config, "max_position_embeddings", None)
     if context and length > context:
         raise PftoolsError(
-            f"the blocks have {length} tokens and the model's context is {context}: use a shorter block_length."
+            f"the blocks have {length} tokens and the model's context is {context}: "
+            "use a shorter block_length."
         )
     targets = find_targets(model, recipe.targets)
     n_rows = rows_of_budget(
@@ -164,8 +165,8 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
     found = [name for name in modules if name.rpartition(".")[2] in wanted]
     if missing or not found:
         raise PftoolsError(
-            f"targets {targets!r} match nothing for {', '.join(missing or wanted)}: the linear modules of this "
-            f"model are {', '.join(short)}; or give 'all-linear' or 'attention'."
+            f"targets {targets!r} match nothing for {', '.join(missing or wanted)}: the linear modules of "
+            f"this model are {', '.join(short)}; or give 'all-linear' or 'attention'."
         )
     return found
 
@@ -196,7 +197,7 @@ def rows_of_budget(
 
 
 def warmup_of(warmup_steps: int, max_steps: int) -> int:
-    """Steps of warm-up: capped below half of ``max_steps``, so that a short training also reaches its peak rate."""
+    """Steps of warm-up: capped below half of all, so that a short training also reaches its peak rate."""
     return min(warmup_steps, (max_steps - 1) // 2)
 
 

@@ -39,8 +39,8 @@ class FinetuneResult:
         adapter: the trained factors; give them to `merge_adapter`.
         losses: a row an optimizer step: step, tokens (so far), loss, learning_rate.
         folder: where the adapter was saved; None: nowhere.
-        summary: tokens, steps, seconds, tokens_per_second, trainable (numbers), trainable_share (of all numbers),
-            loss (mean of the last five steps) and masked.
+        summary: tokens, steps, seconds, tokens_per_second, trainable (numbers), trainable_share (of all
+            numbers), loss (mean of the last five steps) and masked.
     """
 
     adapter: Adapter
@@ -66,15 +66,15 @@ def finetune_model(
     Args:
         model: a causal language model in its own dtype; the adapter is trained in float32.
         blocks: LongTensor (n_blocks, block_length), or `padded_rows(...)`.
-        output: a folder. The adapter is saved in `output/adapter`. Trainer's checkpoints in `output/trainer` let a
-            killed training go on, and are removed at the end.
+        output: a folder. The adapter is saved in `output/adapter`. Trainer's checkpoints in `output/trainer`
+            let a killed training go on, and are removed at the end.
         save_every: optimizer steps between those checkpoints.
         progress: show a progress bar.
         callbacks: of transformers' Trainer.
         recipe: the settings of `Recipe` by name; what is not given has the default that stands there.
 
     Raises:
-        PftoolsError: a request that cannot be met, or a loss that is not a number, with the step and likely cause.
+        PftoolsError: a request that cannot be met, or a loss that is not a number, with its likely cause.
     """
     rows = blocks if isinstance(blocks, Rows) else Rows(blocks)
     training = prepare(Recipe(**recipe), model, rows)
@@ -169,7 +169,9 @@ def _folder(output: str | Path | None) -> Iterator[Path]:
 
 
 def _checkpoint_to_go_on_from(folder: Path, identity: dict[str, Any]) -> str | None:
-    """Trainer's last complete checkpoint in ``folder``, which also gets the training's identity; None: none yet.
+    """Trainer's last complete checkpoint in ``folder``, if there is one.
+
+    The training's identity is written there too.
 
     Raises:
         PftoolsError: the checkpoints are of another training.
@@ -190,7 +192,7 @@ def _checkpoint_to_go_on_from(folder: Path, identity: dict[str, Any]) -> str | N
 
 
 def _is_json(path: Path) -> bool:
-    """Whether Trainer finished writing a checkpoint: this file is its last, and may itself have been cut short."""
+    """Whether Trainer finished a checkpoint: this file is its last, and may itself have been cut short."""
     try:
         return isinstance(json.loads(path.read_text()), dict)
     except ValueError:

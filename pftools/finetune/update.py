@@ -1,16 +1,18 @@
 """One product with the updated weight of a linear layer, and its gradients: what training computes.
 
-    y = x (W + s K * (B A))^T    K = M = (W != 0)   masked LoRA (MaskLoRA in "PERP", Zimmer et al. 2023, 2312.15230)
-                                 K = W              HiRA (Huang et al., ICLR 2025)
+    y = x (W + s K * (B A))^T
 
-Both leave a zero where it is. The sum is formed by `adapters.updated_weight`, in float32, and cast once to the dtype
-that the model computes in, as in the merge: training sees exactly the weights that are merged.
+    K = M = (W != 0)   masked LoRA: MaskLoRA in "PERP", Zimmer et al. 2023, arXiv 2312.15230
+    K = W              HiRA: Huang et al., ICLR 2025
 
-Cost. Plain LoRA never forms B A; here it has to be formed, to be multiplied by K entry by entry. So it is added to the
-weight, and the forward pass, the gradient of the input and the gradient of the update are one product of full size
-each. Plain LoRA has the first two. The third is the price, since no thin form of (K * G) A^T exists. The sum is formed
-a few rows at a time, which stay in the processor's cache, and formed again in the backward pass: nothing of the
-weight's size is kept for it.
+Both leave a zero where it is. The sum is formed by `adapters.updated_weight`, in float32, and cast once to
+the dtype that the model computes in, as in the merge: training sees exactly the weights that are merged.
+
+Cost. Plain LoRA never forms B A; here it has to be formed, to be multiplied by K entry by entry. So it is
+added to the weight, and the forward pass, the gradient of the input and the gradient of the update are one
+product of full size each. Plain LoRA has the first two. The third is the price, since no thin form of (K * G)
+A^T exists. The sum is formed a few rows at a time, which stay in the processor's cache, and formed again in
+the backward pass: nothing of the weight's size is kept for it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pftools.masks import pack, unpack_on_device
 
 
 class _UpdatedLinear(torch.autograd.Function):
-    """(x, A, B) -> x W'^T + bias, with W' the updated weight. The layer's own weight is frozen: it has no gradient."""
+    """(x, A, B) -> x W'^T + bias, with W' the updated weight. The layer's own weight is frozen."""
 
     @staticmethod
     def forward(
@@ -53,7 +55,11 @@ def _updated(ctx: Any, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> 
 def _factor_gradients(
     ctx: Any, grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of A (rank, columns) and B (rows, rank) from that of the updated weight (rows, columns), in float32."""
+    """Gradients of A (rank, columns) and B (rows, rank), in float32.
+
+    Args:
+        grad: the gradient of the updated weight, (rows, columns).
+    """
     weight, kept = dense_weight(ctx.layer), kept_of(ctx.layer)
     scaling, hira = ctx.options["scaling"], ctx.options["kind"] == "hira"
     grad_a, grad_b = torch.zeros_like(a, dtype=torch.float32), torch.empty_like(b, dtype=torch.float32)
@@ -94,16 +100,16 @@ def updated_linear(
 
 
 def dense_weight(layer: nn.Linear) -> torch.Tensor:
-    """(rows, columns), floating point: the layer's weight itself, or what its 8-bit or NF4 weight stands for."""
-    weight = layer.weight
-    if type(weight).__name__ not in ("Int8Params", "Params4bit"):
-        return weight.detach()
+    """(rows, columns), floating point: the layer's weight, or what its 8-bit or NF4 weight stands for."""
+    if type(layer.weight).__name__ not in ("Int8Params", "Params4bit"):
+        return layer.weight.detach()
     from peft.utils.integrations import dequantize_bnb_weight
 
-    return dequantize_bnb_weight(weight, state=getattr(layer, "state", None))
+    dense: torch.Tensor = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
+    return dense
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The mask of a quantized layer, kept beside it as bits: quantizing rounds small kept weights to zero too.
 
 
@@ -113,6 +119,6 @@ def remember_kept(layer: nn.Module, kept: torch.Tensor) -> None:
 
 
 def kept_of(layer: nn.Module) -> torch.Tensor | None:
-    """The mask that was kept beside a layer, bool (rows, columns); None: it is where the weight is not zero."""
+    """The mask kept beside a layer, bool (rows, columns); None: it is where the weight is not zero."""
     bits, shape = vars(layer).get("kept", (None, None))
     return None if bits is None else unpack_on_device(bits, shape)

@@ -10,8 +10,8 @@ from pftools.prune.patterns import count_true
 
 
 def outlier_share(weights: dict[str, torch.Tensor], norms: dict[str, torch.Tensor], m: float) -> float:
-    """The share of a layer's Wanda scores |W_ij| ||X_j|| above ``m`` times their mean, over all its weights together (Yin et al.,
-    2024, arXiv 2310.05175, equation 1: the layerwise outlier distribution)."""
+    """The share of a layer's Wanda scores |W_ij| ||X_j|| above ``m`` times their mean, over all its weights
+    together (Yin et al., 2024, arXiv 2310.05175, equation 1: the layerwise outlier distribution)."""
 
     def scores(
         name: str,
@@ -24,12 +24,13 @@ def outlier_share(weights: dict[str, torch.Tensor], norms: dict[str, torch.Tenso
 
 
 def owl(shares: list[float], sizes: list[int], sparsity: float, spread: float) -> list[float]:
-    """Sparsities of the layers, at most ``spread`` (lambda) from their mean and in the order of the outlier shares (Yin et al., 2024,
-    section 4): outliers are scaled to [0, 2 lambda], and what a layer has above the mean it keeps.
+    """Sparsities of the layers, at most ``spread`` (lambda) from their mean and in the order of the outlier
+    shares (Yin et al., 2024, section 4): outliers are scaled to [0, 2 lambda], and what a layer has above the
+    mean it keeps.
 
     Args:
-        shares: `outlier_share` of every layer of the unpruned model. sizes: their numbers of weights, so that the
-            whole is exactly as sparse as asked where layers differ in size (in the paper they do not).
+        shares: `outlier_share` of every layer of the unpruned model. sizes: their numbers of weights, so that
+            the whole is exactly as sparse as asked where layers differ in size (in the paper they do not).
 
     Raises:
         PftoolsError: a layer would have to be emptied.

@@ -1,6 +1,8 @@
-"""Prune a model that does not fit into memory: `prune_checkpoint` loads one layer at a time from safetensors files.
+"""Prune a model that does not fit into memory: `prune_checkpoint` loads one layer at a time from safetensors
+files.
 
-At any time there are one decoder layer, the calibration tokens' hidden states and, at the beginning, the embeddings.
+At any time there are one decoder layer, the calibration tokens' hidden states and, at the beginning, the
+embeddings.
 """
 
 from __future__ import annotations
@@ -49,9 +51,11 @@ def prune_checkpoint(
     Args:
         name: a folder in Hugging Face format with safetensors, or a hub id.
         blocks: LongTensor (n_blocks, block_length), the calibration tokens.
-        folder: where the result goes; new or empty. It appears there only when all is done: `masks.safetensors`
-            (packed bits, for `checkpoints.load_masks`), `layers.parquet` (the table) and `pftools.json`.
-        write: `model`: also the pruned model, as a plain Hugging Face folder with a shard a layer; `masks`: no more.
+        folder: where the result goes; new or empty. It appears there only when all is done:
+            `masks.safetensors` (packed bits, for `checkpoints.load_masks`), `layers.parquet` (the table) and
+            `pftools.json`.
+        write: `model`: also the pruned model, as a plain Hugging Face folder with a shard a layer; `masks`:
+            no more.
         dtype: `auto` is the dtype on disk.
         device: where layers are computed.
         method, sparsity, pattern, ...: as in `prune_model`.
@@ -83,8 +87,8 @@ def prune_checkpoint(
     )
     if request.changes_weights and write == "masks":
         raise PftoolsError(
-            f"{method!r} with reconstruct_steps={reconstruct_steps} changes the kept weights, and masks do not "
-            "hold them: write='model'."
+            f"{method!r} with reconstruct_steps={reconstruct_steps} changes the kept weights, and masks do "
+            "not hold them: write='model'."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as partial:
@@ -98,7 +102,7 @@ def prune_checkpoint(
 def _prune_into(
     folder: Path, source: OnDisk, blocks: torch.Tensor, request: Request, *, write_model: bool
 ) -> tuple[pd.DataFrame, float]:
-    """Write masks, table and, if asked for, the model; returns the table and the share of weights that went."""
+    """Write masks, table and, if asked for, the model; returns the table and the sparsity."""
     shapes = {key: tuple(weight.shape) for key, weight in linear_weights(source.model).items()}
     rows: list[dict[str, Any]] = []
     with inference(source.model), (folder / MASKS).open("wb") as file:

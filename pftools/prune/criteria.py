@@ -1,9 +1,9 @@
 """How much a weight matters: one function a criterion, all in one registry.
 
-A criterion takes a weight W (rows are outputs, columns inputs; float32) and one number for every input column, and gives scores of
-W's shape: the lowest go. The number is the Euclidean norm of the column over all calibration tokens, ||X_j||, or what SparseGPT
-knows instead. A new criterion is one function here, its name in `settings.PruningMethod`, and one test against a naive
-restatement in `tests/oracles.py`.
+A criterion takes a weight W (rows are outputs, columns inputs; float32) and one number for every input
+column, and gives scores of W's shape: the lowest go. The number is the Euclidean norm of the column over all
+calibration tokens, ||X_j||, or what SparseGPT knows instead. A new criterion is one function here, its name
+in `settings.PruningMethod`, and one test against a naive restatement in `tests/oracles.py`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def wanda(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def ria(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||_2^0.5: relative importance and activations (Zhang et al.,
-    2024, "Plug-and-Play", equation 5, with the paper's a = 0.5). A weight counts by its share of its row and of its column."""
+    """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||_2^0.5: relative importance and activations
+    (Zhang et al., 2024, "Plug-and-Play", equation 5, with the paper's a = 0.5). A weight counts by its share
+    of its row and of its column."""
     size = weight.abs()
     share = (
         size.sum(dim=0, keepdim=True).clamp_min(1e-30).reciprocal()
@@ -41,11 +42,12 @@ def ria(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def sparsegpt(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """w_j^2 / [U_jj]^2: by how much the output's squared error grows when w_j goes and the columns after it make up for it as
-    well as they can (Frantar and Alistarh, 2023, arXiv 2301.00774, equation 3 and algorithm 1).
+    """w_j^2 / [U_jj]^2: by how much the output's squared error grows when w_j goes and the columns after it
+    make up for it as well as they can (Frantar and Alistarh, 2023, arXiv 2301.00774, equation 3 and algorithm
+    1).
 
-    Here ``columns`` is 1 / U_jj, with U the upper Cholesky factor of the inverse Hessian. Were the input columns uncorrelated,
-    1 / U_jj would be ||X_j||.
+    Here ``columns`` is 1 / U_jj, with U the upper Cholesky factor of the inverse Hessian. Were the input
+    columns uncorrelated, 1 / U_jj would be ||X_j||.
     """
     return (weight * columns).square_()
 
@@ -56,13 +58,15 @@ class Method:
 
     Attributes:
         score: the criterion.
-        compare: what a weight is compared with in an unstructured pattern: its `row`; its whole `matrix` (within every block of
-            128 columns, where ``renew`` is set); or its row by `share`, Wanda's variant: every row loses what makes up one share
-            of its sum of scores, and that share is searched until the matrix is as sparse as asked.
+        compare: what a weight is compared with in an unstructured pattern: its `row`; its whole `matrix`
+            (within every block of 128 columns, where ``renew`` is set); or its row by `share`, Wanda's
+            variant: every row loses what makes up one share of its sum of scores, and that share is searched
+            until the matrix is as sparse as asked.
         needs_inputs: whether calibration inputs have any effect.
         update: mend the kept weights as SparseGPT does.
         renew: with ``update``: choose anew every 128 columns, by weights that are already mended.
-        columns: the number for every input column that the criterion is given: its `norm`, or its `curvature` 1 / U_jj.
+        columns: the number for every input column that the criterion is given: its `norm`, or its `curvature`
+            1 / U_jj.
     """
 
     score: Score
@@ -73,8 +77,9 @@ class Method:
     columns: Literal["norm", "curvature"] = "norm"
 
 
-# The last four are the ablations of the Wanda paper (section 5), under the names of its code: which weights go by magnitude
-# or Wanda, what is kept is mended by SparseGPT; the choice is made once, or iteratively, anew every 128 columns.
+# The last four are the ablations of the Wanda paper (section 5), under the names of its code: which weights
+# go by magnitude or Wanda, what is kept is mended by SparseGPT; the choice is made once, or iteratively, anew
+# every 128 columns.
 METHODS: dict[str, Method] = {
     "magnitude": Method(magnitude, compare="matrix", needs_inputs=False),
     "wanda": Method(wanda),

@@ -1,7 +1,8 @@
-"""Mixtures of experts whose weights transformers holds in one 3-D parameter: for a walk, each expert becomes linear modules.
+"""Mixtures of experts whose weights transformers holds in one 3-D parameter: for a walk, each expert becomes
+linear modules.
 
-The modules' weights are views of the parameter, so that what is set to zero in one is zero in the other, and the masks are those
-of the parameter. Each expert is measured on the tokens that the router sends it.
+The modules' weights are views of the parameter, so that what is set to zero in one is zero in the other, and
+the masks are those of the parameter. Each expert is measured on the tokens that the router sends it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def home(name: str, module: nn.Linear) -> tuple[str, tuple]:
 
 @contextmanager
 def split(layer: nn.Module) -> Iterator[nn.Module]:
-    """The layer with every fused expert as linear modules gate_proj, up_proj and down_proj; undone afterwards.
+    """The layer with every fused expert as linear modules gate_proj, up_proj and down_proj; undone
+    afterwards.
 
     Raises:
         PftoolsError: the experts are laid out in a way that is not known here.

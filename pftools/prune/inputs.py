@@ -1,9 +1,9 @@
 """What decoder layers are called with, and how large the inputs of their linear weights are.
 
-Layers of different families take different arguments (masks, position embeddings, cache positions), and layers of
-one model may take different ones (Gemma alternates sliding and full attention). So nothing is assumed: the real
-model runs once on one block, with layers that only note how they are called and pass the hidden states on. Every
-layer's own arguments are kept and replayed.
+Layers of different families take different arguments (masks, position embeddings, cache positions), and
+layers of one model may take different ones (Gemma alternates sliding and full attention). So nothing is
+assumed: the real model runs once on one block, with layers that only note how they are called and pass the
+hidden states on. Every layer's own arguments are kept and replayed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pftools.layers import decoder_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Numbers that the widest activation of one forward may hold: few on a CPU, to stay in its caches, many elsewhere.
+# Numbers that the widest activation of one forward may hold: on a CPU, few enough for its caches.
 _BATCH_BUDGET = 1_000_000
 _BATCH_BUDGET_ELSEWHERE = 32_000_000
 # Tokens squared at a time: few enough to stay in a core's cache.
@@ -64,7 +64,7 @@ def widest_output(layer: nn.Module) -> int:
 
 
 def batch_size_for(model: PreTrainedModel, block_length: int, n_blocks: int) -> int:
-    """Blocks a forward: as many as keep a layer's widest activation within its device's budget, at least 1."""
+    """Blocks a forward: as many as keep a layer's widest activation within its device's budget."""
     layer = decoder_layers(model)[1][0]
     budget = (
         _BATCH_BUDGET if next(layer.parameters()).device.type in ("cpu", "meta") else _BATCH_BUDGET_ELSEWHERE
@@ -93,7 +93,7 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
 
 
 def record_calls(model: PreTrainedModel, block: torch.Tensor) -> list[LayerCall]:
-    """How every decoder layer is called for one block. No layer is computed; their weights need not be loaded.
+    """How every decoder layer is called for one block. No layer is computed or needs its weights.
 
     Args:
         block: LongTensor (1, block_length).
@@ -164,7 +164,7 @@ def _body(model: PreTrainedModel) -> nn.Module:
     return getattr(model, getattr(model, "base_model_prefix", ""), model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
@@ -179,8 +179,8 @@ def squared_column_sums(x: torch.Tensor) -> torch.Tensor:
 def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
     """Add X^T X to ``total`` (columns, columns), float32, on and above the diagonal blocks only.
 
-    Products and sums are float32. On a CPU that multiplies bf16, its faster unit forms them from bf16 inputs: these
-    products are exact and summed in float32, so nothing is lost.
+    Products and sums are float32. On a CPU that multiplies bf16, its faster unit forms them from bf16 inputs:
+    these products are exact and summed in float32, so nothing is lost.
     """
     flat = x.reshape(-1, x.shape[-1])
     with _bf16_unit(flat):
@@ -207,13 +207,13 @@ def _bf16_unit(x: torch.Tensor) -> Iterator[None]:
 class InputMeter:
     """Measures the inputs of a layer's linear modules while the layer runs: column norms, or X^T X.
 
-    Modules that are given the same tensor (q, k and v; gate and up) are measured once, under the name of the first.
-    Where the layer's output is not wanted, the forward ends once every module has been reached: before the product
-    of the last one.
+    Modules that are given the same tensor (q, k and v; gate and up) are measured once, under the name of the
+    first. Where the layer's output is not wanted, the forward ends once every module has been reached: before
+    the product of the last one.
     """
 
     def __init__(self, linears: dict[str, nn.Linear], *, gram: bool = False, sample_of: int = 0) -> None:
-        """gram: X^T X instead of norms. sample_of: of how many tokens to keep a sample of the inputs; 0: none."""
+        """gram: X^T X instead of norms. sample_of: of how many tokens to keep a sample; 0: none."""
         self.linears, self.gram = linears, gram
         # An odd distance, so that a sample does not hold the same positions of every block.
         self.every = max(1, sample_of // _SAMPLE) | 1 if sample_of else 0

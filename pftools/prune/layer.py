@@ -1,4 +1,4 @@
-"""One decoder layer whose inputs are known: choose what goes, set it to zero and, for some methods, mend the rest."""
+"""One decoder layer whose inputs are known: choose what goes, set it to zero, and mend the rest if asked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from pftools.prune.reconstruct import reconstruct
 from pftools.prune.request import Request
 from pftools.prune.result import Choice, judge, output_error_on, zeros
 
-# An expert that saw fewer tokens is pruned by magnitude: norms over so few say more about chance than about it.
+# An expert that saw fewer tokens is pruned by magnitude: norms over so few say more about chance than about
+# it.
 FEW_TOKENS = 32
 
 
@@ -43,7 +44,8 @@ class PrunedLayer:
 def prune_layer(
     layer: nn.Module, index: int, place: str, measured: Measured, request: Request, n_tokens: int
 ) -> PrunedLayer:
-    """Choose, set to zero and, for methods that do, mend: all linear weights of a layer whose inputs were measured.
+    """Choose, set to zero and, for methods that do, mend: all linear weights of a layer whose inputs were
+    measured.
 
     Args:
         place: the layer's full name.

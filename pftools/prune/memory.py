@@ -40,7 +40,8 @@ def naming_the_levers(place: str, layer: nn.Module, hidden: torch.Tensor, batch_
 
 def _advice(place: str, layer: nn.Module, hidden: torch.Tensor, batch_size: int) -> str:
     n_blocks, block_length, width = hidden.shape
-    # A layer holds some eight tensors as wide as the model at a time, and up to four as wide as its widest output.
+    # A layer holds some eight tensors as wide as the model at a time, and up to four as wide as its widest
+    # output.
     block = (8 * width + 4 * widest_output(layer)) * block_length * hidden.element_size()
     free = free_memory(hidden.device)
     fits = int(free // block)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ class OnDisk:
             )
         self.prefix, self.layers = decoder_layers(self.model)
         self.files = _files_by_name(self.folder)
-        # How names and shapes on disk become the model's: transformers stacks the experts of a mixture, for one.
+        # How names and shapes on disk become the model's: transformers stacks a mixture's experts, for one.
         self.conversions = get_model_conversion_mapping(self.model)
         self.homes = self._homes()
         self.written: dict[str, str] = {}
@@ -60,7 +61,7 @@ class OnDisk:
 
     @contextmanager
     def entrance(self) -> Iterator[None]:
-        """Context in which all pre-layer weights are loaded: whatever is neither in the layers nor in the head."""
+        """Context in which all pre-layer weights are loaded: all that is not in the layers or the head."""
         head, inward = self.model.get_output_embeddings(), self.model.get_input_embeddings().weight
         outside = {
             name: weight
@@ -97,9 +98,8 @@ class OnDisk:
         from transformers.modeling_utils import LoadStateDictConfig
 
         state = self._read([name for name, home in self.homes.items() if home in names])
-        config = LoadStateDictConfig(
-            dtype=self.dtype, device_map={"": device}, weight_mapping=self.conversions
-        )
+        conversions: Any = self.conversions
+        config = LoadStateDictConfig(dtype=self.dtype, device_map={"": device}, weight_mapping=conversions)
         convert_and_load_state_dict_in_model(self.model, state, config)
         missing = [name for name, weight in self.model.named_parameters() if name in names and weight.is_meta]
         if missing:
@@ -109,7 +109,7 @@ class OnDisk:
             )
 
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Tensors by their names on disk, copied out of files that are closed again: mapped pages count as memory."""
+        """Tensors by their names on disk, copied: pages of a file that stays open count as memory."""
         from safetensors import safe_open
 
         found: dict[str, torch.Tensor] = {}
@@ -143,7 +143,7 @@ class OnDisk:
         )
 
     def write_rest(self, folder: Path) -> None:
-        """All that is not in the layers, a shard a tensor; the index of all shards; every other file of the source."""
+        """Write all that is not in the layers, the index of all shards, and every other file."""
         rest = [name for name, home in self.homes.items() if not home.startswith(f"{self.prefix}.")]
         for number, name in enumerate(rest):
             self._save(

@@ -1,7 +1,7 @@
 """From scores to masks. A pattern says where zeros may be; within it, the lowest scores go.
 
-No full sort is made where a partial one is exact. On the CPU numpy does the sorting: its vectorised partition is ten times faster
-than torch's `kthvalue`, and its sort thirty times faster than torch's.
+No full sort is made where a partial one is exact. On the CPU numpy does the sorting: its vectorised partition
+is ten times faster than torch's `kthvalue`, and its sort thirty times faster than torch's.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ def check_width(name: str, columns: int, pattern: Pattern) -> None:
 def choose(scores: torch.Tensor, sparsity: float, pattern: Pattern, *, compare: str = "row") -> torch.Tensor:
     """Which weights go: bool, True = pruned.
 
-    Unstructured, every row loses int(columns x sparsity) weights, as in the published code; compared over the `matrix`, the
-    whole loses int(size x sparsity), wherever they are (the published code takes one more, and all that equal it); by
-    `share`, about as much (`lowest_by_share`).
+    Unstructured, every row loses int(columns x sparsity) weights, as in the published code; compared over the
+    `matrix`, the whole loses int(size x sparsity), wherever they are (the published code takes one more, and
+    all that equal it); by `share`, about as much (`lowest_by_share`).
 
     Args:
-        scores: (rows, columns), float32. compare: see `criteria.Method`; an N:M pattern compares neighbours, whatever it says.
+        scores: (rows, columns), float32. compare: see `criteria.Method`; an N:M pattern compares neighbours,
+            whatever it says.
     """
     if pattern.group:
         return lowest_per_group(scores, pattern)
@@ -102,9 +103,10 @@ def lowest_per_group(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
 def lowest_by_share(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Wanda's variant (Sun et al., 2024, appendix; the published code's cumulative threshold search).
 
-    Of every row go the lowest scores whose sum is at most alpha times the row's sum (and all that equal the last of them). alpha,
-    one for the matrix, starts at 0.4 and is bisected in [0, 0.8] until the matrix is within 0.001 of the sparsity asked, or
-    the interval is narrower than that. So rows differ in their sparsity, and the matrix may miss its own slightly.
+    Of every row go the lowest scores whose sum is at most alpha times the row's sum (and all that equal the
+    last of them). alpha, one for the matrix, starts at 0.4 and is bisected in [0, 0.8] until the matrix is
+    within 0.001 of the sparsity asked, or the interval is narrower than that. So rows differ in their
+    sparsity, and the matrix may miss its own slightly.
     """
     ordered = _sorted_rows(scores)
     cumulative, total = ordered.cumsum(dim=1), scores.sum(dim=1, keepdim=True)
@@ -126,7 +128,8 @@ def lowest_by_share(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def _up_to(scores: torch.Tensor, threshold: torch.Tensor, count: int, *, dim: int) -> torch.Tensor:
-    """True at the ``count`` scores along ``dim`` that are up to the threshold, the ``count``-th smallest; of equal ones the first.
+    """True at the ``count`` scores along ``dim`` that are up to the threshold, the ``count``-th smallest; of
+    equal ones the first.
 
     Args:
         scores: two-dimensional. threshold: the same with size 1 along ``dim``.

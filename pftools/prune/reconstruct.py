@@ -1,8 +1,10 @@
-"""Local recovery: after a decoder layer is pruned, its kept weights are trained until it gives what the dense model gives there.
+"""Local recovery: after a decoder layer is pruned, its kept weights are trained until it gives what the dense
+model gives there.
 
-Roux et al., 2025, "A Free Lunch in LLM Compression" (arXiv 2510.14444), find that reconstructing one part of the model at a
-time against the dense model's activations does as well as retraining, on far less data, as long as the part holds a nonlinearity:
-a decoder layer does, a single matrix does not. Errors of earlier layers are seen in the inputs, so that they are mended too.
+Roux et al., 2025, "A Free Lunch in LLM Compression" (arXiv 2510.14444), find that reconstructing one part of
+the model at a time against the dense model's activations does as well as retraining, on far less data, as
+long as the part holds a nonlinearity: a decoder layer does, a single matrix does not. Errors of earlier
+layers are seen in the inputs, so that they are mended too.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from torch import nn
 from pftools.errors import PftoolsError
 from pftools.prune.inputs import LayerCall, linears_of
 
-# An early step of Adam moves each kept weight by this share of its matrix' root mean square; it falls linearly to zero.
+# An early step of Adam moves each kept weight by this share of its matrix' root mean square; it falls
+# linearly to zero.
 STEP = 0.005
 _TOKENS = 2048  # a step
 
@@ -32,10 +35,12 @@ def reconstruct(
 ) -> tuple[float, float]:
     """Train a pruned layer's kept linear weights, in place, to the least mean squared error of its output.
 
-    The weights are trained in float32; a layer of lower precision computes in bfloat16. Blocks are taken in order, over and over.
+    The weights are trained in float32; a layer of lower precision computes in bfloat16. Blocks are taken in
+    order, over and over.
 
     Args:
-        inputs, targets: (n_blocks, block_length, width): the layer's input in the pruned model; its output in the dense one.
+        inputs, targets: (n_blocks, block_length, width): the layer's input in the pruned model; its output in
+            the dense one.
         kept: {linear module's name: bool mask, True = kept}.
 
     Returns:

@@ -22,8 +22,8 @@ class PruneResult:
         layers: a row a weight: layer, module, weight, asked and measured sparsity, score_kept, output_error,
             error_is, note, seconds; with reconstruction also block_error_before and block_error.
         seconds: wall time of the whole walk.
-        weights: {weight name: tensor}, whole weights where the method changed kept ones; empty for methods that only
-            choose.
+        weights: {weight name: tensor}, whole weights where the method changed kept ones; empty for methods
+            that only choose.
     """
 
     masks: dict[str, torch.Tensor]
@@ -56,8 +56,8 @@ class Choice:
 def judge(choice: Choice, weight: torch.Tensor, norms: torch.Tensor, asked: float) -> dict[str, Any]:
     """Columns score_kept, output_error, error_is and note of a weight's row in the table.
 
-    Where the choice has no output error it is `estimated`, with the input columns taken as uncorrelated: the norm of
-    the removed |W_ij| ||X_j|| over the norm of all of them.
+    Where the choice has no output error it is `estimated`, with the input columns taken as uncorrelated: the
+    norm of the removed |W_ij| ||X_j|| over the norm of all of them.
 
     Args:
         weight: (rows, columns), float32, as it was before.

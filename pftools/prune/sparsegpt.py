@@ -1,12 +1,14 @@
 """SparseGPT's weight update: what goes is made up for by the columns that come after it.
 
-Frantar and Alistarh, 2023, arXiv 2301.00774, algorithm 1. With H = X X^T and U the upper Cholesky factor of its
-inverse, taking w_j out of a row changes the columns after j by -(w_j / U_jj) U_j: the least squared error of the
-row's output on the calibration tokens. Rows are independent, so weights with the same input share H, U and one solve.
+Frantar and Alistarh, 2023, arXiv 2301.00774, algorithm 1. With H = X X^T and U the upper Cholesky factor of
+its inverse, taking w_j out of a row changes the columns after j by -(w_j / U_jj) U_j: the least squared error
+of the row's output on the calibration tokens. Rows are independent, so weights with the same input share H, U
+and one solve.
 
-The published code handles one column at a time, and after each corrects all columns left in its block of 128. Here a
-column is corrected when its turn comes, by one product with the errors made so far: within a panel of 32 columns a
-vector at a time, between panels and blocks as matrices. The arithmetic is the same and its order differs.
+The published code handles one column at a time, and after each corrects all columns left in its block of 128.
+Here a column is corrected when its turn comes, by one product with the errors made so far: within a panel of
+32 columns a vector at a time, between panels and blocks as matrices. The arithmetic is the same and its order
+differs.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ _PANEL = 32
 def inverse_root(hessian: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The upper Cholesky factor U of the damped inverse, (H + damping mean(H_jj) I)^-1 = U^T U.
 
-    With J the reversal of all columns and J H J = L L^T, J L J is an upper R with H = R R^T, and U = R^-1: one
-    factorisation and one triangular solve, where the published code makes two factorisations and an inverse.
+    With J the reversal of all columns and J H J = L L^T, J L J is an upper R with H = R R^T, and U = R^-1:
+    one factorisation and one triangular solve, where the published code makes two factorisations and an
+    inverse.
 
     Args:
-        hessian: (columns, columns), float32, symmetric; columns that were always zero have a 1 on the diagonal.
+        hessian: (columns, columns), float32, symmetric; columns that were always zero have a 1 on the
+            diagonal.
 
     Returns:
         U (columns, columns), float32, and the damping that was needed.
@@ -63,7 +67,8 @@ def solve(
         sparsity: asked, for an unstructured pattern.
 
     Returns:
-        A choice for each weight, with the mended weight and the error of its output over all calibration tokens.
+        A choice for each weight, with the mended weight and the error of its output over all calibration
+        tokens.
     """
     energy = [float((weight @ hessian * weight).sum()) for weight in weights]
     norms = hessian.diagonal().clamp_min(0).sqrt()
@@ -95,8 +100,8 @@ def solve(
 class _Sweep:
     """One pass over the columns, in blocks of 128 and panels of 32 (or of a pattern's groups).
 
-    after: (columns, rows), the weight on its way; pruned: bool, the same shape, what goes; errors: the same shape,
-    w_j / U_jj of what went.
+    after: (columns, rows), the weight on its way; pruned: bool, the same shape, what goes; errors: the same
+    shape, w_j / U_jj of what went.
     """
 
     def __init__(
@@ -161,6 +166,7 @@ class _Sweep:
     def losses(self, before: torch.Tensor, *, added: float) -> torch.Tensor:
         """The squared error of every row's output, (rows,).
 
-        Each error is the loss of one optimal step, so their squares add up to tr(D (H + added I) D^T), D = W - W'.
+        Each error is the loss of one optimal step, so their squares add up to tr(D (H + added I) D^T), D = W
+        - W'.
         """
         return self.errors.square().sum(dim=0) - added * (before - self.after).square().sum(dim=0)

@@ -82,8 +82,8 @@ class ActivationStatistics:
         """A row a linear module, for figures.
 
         Returns:
-            Columns layer and module; mean_norm and max_norm over its input columns, as root mean square a token;
-            outlier_share, the share of columns whose norm is more than five times the mean.
+            Columns layer and module; mean_norm and max_norm over its input columns, as root mean square a
+            token; outlier_share, the share of columns whose norm is more than five times the mean.
         """
         rows = []
         for name, norm in self.norms.items():

@@ -1,9 +1,10 @@
 """The walk through the decoder layers: measure a layer's inputs, prune it, pass its outputs on.
 
-Each layer is measured behind the already pruned ones, so that it is judged on the inputs that it will see. That
-takes two passes of every layer over the calibration tokens, which is where all the time goes. So the first pass
-stops before the product of the module called last (down_proj), the last layer is not run a second time, inputs
-that several modules share are measured once, and one buffer of hidden states is updated in place.
+Each layer is measured behind the already pruned ones, so that it is judged on the inputs that it will see.
+That takes two passes of every layer over the calibration tokens, which is where all the time goes. So the
+first pass stops before the product of the module called last (down_proj), the last layer is not run a second
+time, inputs that several modules share are measured once, and one buffer of hidden states is updated in
+place.
 
 With `inputs="dense"` a layer is measured while its dense outputs are computed: one pass. Where the norms were
 measured earlier, or the criterion needs none, there is no pass at all.
@@ -73,19 +74,19 @@ def prune_model(
         sparsity: share of zeros in [0, 1); with an N:M pattern it has to be what the pattern fixes.
         pattern: `unstructured` or N:M.
         batch_size: blocks a forward; None: chosen by size.
-        inputs: `pruned`: measure each layer behind pruned ones (published); `dense`: measure the unpruned model.
+        inputs: `pruned`: measure a layer behind pruned ones (published); `dense`: behind unpruned ones.
         statistics: what `measure_activations` found on this model earlier, for `dense` and for OWL; None:
             measured here.
         allocation: `uniform`, or `owl`: less sparsity where outliers are many.
         owl_lambda: the most that a layer's sparsity may differ from the mean (see `allocation.owl`).
         owl_m: an outlier is this many times the layer's mean score.
         reconstruct_steps: Adam steps a layer that mend the kept weights after pruning; 0: none.
-        device: where layers are computed, one at a time; None: where each of them is (one or several devices).
+        device: where layers are computed, one at a time; None: where each of them is.
         progress: show a progress bar.
 
     Raises:
-        PftoolsError: a request that cannot be met, found before any weight is changed; NaN in a weight or in the
-            activations; or too little memory, with the sizes to lower.
+        PftoolsError: a request that cannot be met, found before any weight is changed; NaN in a weight or in
+            the activations; or too little memory, with the sizes to lower.
     """
     request = check_request(
         model,
@@ -149,7 +150,7 @@ def _check_statistics(model: nn.Module, statistics: ActivationStatistics) -> Non
                     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The walk
 
 
@@ -189,8 +190,8 @@ def measure_layers(
 def _walk(source: Source, blocks: torch.Tensor, request: Request) -> Iterator[PrunedLayer]:
     """Prune layers on the inputs that the calibration tokens give them.
 
-    ``hidden`` is where they are measured: behind pruned layers, or behind dense ones. Reconstruction needs both
-    streams: the inputs in the pruned model, and the outputs of the dense one.
+    ``hidden`` is where they are measured: behind pruned layers, or behind dense ones. Reconstruction needs
+    both streams: the inputs in the pruned model, and the outputs of the dense one.
     """
     calls, hidden = _enter(source, blocks, request.batch_size)
     on_dense, mends = request.inputs == "dense", request.reconstruct_steps > 0
@@ -222,7 +223,7 @@ def _meter_for(layer: nn.Module, request: Request, n_tokens: int) -> InputMeter 
 
 
 def _enter(source: Source, blocks: torch.Tensor, batch_size: int) -> tuple[list[LayerCall], torch.Tensor]:
-    """How every layer is called, and the first layer's hidden states."""
+    """How every layer is called, and the hidden states that the first is given."""
     with source.entrance():
         device = device_of(source.model.get_input_embeddings())
         calls = record_calls(source.model, blocks[:1].to(device))
