@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 
 from pftools import evaluate
 from pftools.errors import PftoolsError
-from pftools.evaluate.prefix_cache import _best_stretches, _common
+from pftools.evaluate.beginnings import best_stretches, common_length
 from pftools.evaluate.tasks import load_tasks
 from tests import oracles
 from tests.tiny import tiny_blocks, tiny_llama, tiny_tokenizer
@@ -109,18 +109,18 @@ def test_other_families_give_the_same_likelihoods(family):
 
 
 def test_stretches_are_cut_where_they_save_most(monkeypatch):
-    monkeypatch.setattr("pftools.evaluate.prefix_cache._WORTH_TOKENS", 0)
+    monkeypatch.setattr("pftools.evaluate.beginnings.WORTH_TOKENS", 0)
     # rows 0-2 share 100, rows 3-4 share 80, all share 5: two groups save 200 + 80, one would save 20
-    assert _best_stretches([100, 100, 5, 80], [200] * 5) == [(0, 3, 100), (3, 5, 80)]
-    assert _best_stretches([50, 49, 50], [200] * 4) == [(0, 4, 49)]
-    assert _best_stretches([0, 0], [10] * 3) == []
+    assert best_stretches([100, 100, 5, 80], [200] * 5) == [(0, 3, 100), (3, 5, 80)]
+    assert best_stretches([50, 49, 50], [200] * 4) == [(0, 4, 49)]
+    assert best_stretches([0, 0], [10] * 3) == []
 
 
 def test_common_beginnings():
     assert (
-        _common((1, 2, 3, 4), (1, 2, 9, 4)) == 2
-        and _common((1,), (2,)) == 0
-        and _common((1, 2), (1, 2, 3)) == 2
+        common_length((1, 2, 3, 4), (1, 2, 9, 4)) == 2
+        and common_length((1,), (2,)) == 0
+        and common_length((1, 2), (1, 2, 3)) == 2
     )
 
 
@@ -148,7 +148,7 @@ def test_an_unknown_task_is_refused_with_the_nearest():
         evaluate.evaluate_tasks(tiny_llama(), tiny_tokenizer(), ["fact"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Generation
 
 
@@ -212,28 +212,28 @@ def test_rolling_likelihoods_equal_those_of_hflm():
 
 def test_batches_are_bounded_by_tokens_keys_and_logits(monkeypatch):
     lm = evaluate.PrefixCachedLM(pretrained=tiny_llama(), tokenizer=tiny_tokenizer())
-    assert lm._bytes_a_token() == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
-    assert lm._rows_that_fit(100, 0, 1) == 40
-    monkeypatch.setattr("pftools.evaluate.prefix_cache._CACHE_BYTES", {"cpu": 256 * 5000})
-    assert lm._rows_that_fit(100, 400, 1) == 10
-    assert lm._rows_that_fit(100, 0, 100_000) == 3
+    assert lm.reader.bytes_a_token() == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
+    assert lm.reader.rows_that_fit(100, 0, 1) == 40
+    monkeypatch.setattr("pftools.evaluate.reader._CACHE_BYTES", {"cpu": 256 * 5000})
+    assert lm.reader.rows_that_fit(100, 400, 1) == 10
+    assert lm.reader.rows_that_fit(100, 0, 100_000) == 3
 
 
 def test_a_forward_that_does_not_fit_is_halved(monkeypatch):
     lm = evaluate.PrefixCachedLM(pretrained=tiny_llama(), tokenizer=tiny_tokenizer())
     expected = lm.loglikelihood(requests(1, 6), disable_tqdm=True)
-    whole = lm._forward
+    whole = lm.reader._forward
 
     def small(inputs, *args, **options):
         if len(inputs) > 2:
             raise torch.OutOfMemoryError
         return whole(inputs, *args, **options)
 
-    monkeypatch.setattr(lm, "_forward", small)
+    monkeypatch.setattr(lm.reader, "_forward", small)
     found = lm.loglikelihood(requests(1, 6), disable_tqdm=True)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
     monkeypatch.setattr(
-        lm, "_forward", lambda *args, **options: (_ for _ in ()).throw(torch.OutOfMemoryError())
+        lm.reader, "_forward", lambda *args, **options: (_ for _ in ()).throw(torch.OutOfMemoryError())
     )
     with pytest.raises(PftoolsError, match="does not fit the device's memory"):
         lm.loglikelihood(requests(1, 2), disable_tqdm=True)

@@ -25,9 +25,8 @@ def small_lm_eval(tmp_path, monkeypatch):
     )
     (folder / "b" / "translate.yaml").write_text(translate)
     (folder / "b" / "plain.yaml").write_text("task: plain\noutput_type: multiple_choice\ntag: spoken\n")
-    (folder / "b" / "all.yaml").write_text(
-        "group: all\ntask:\n  - hellaswag\n  - group: inner\n    task: [plain]\n"
-    )
+    group = "group: all\ntask: [hellaswag, {group: inner, task: [plain]}]\n"
+    (folder / "b" / "all.yaml").write_text(group)
     monkeypatch.setattr(task_names, "_lm_eval_folder", lambda: folder)
     monkeypatch.setenv("PFTOOLS_CACHE", str(tmp_path / "cache"))
     return folder
@@ -39,8 +38,8 @@ def test_all_tasks_of_the_kit_pass():
 
 def test_checking_names_loads_neither_torch_nor_the_index_of_lm_eval():
     code = (
-        "import sys\nfrom pftools.evaluate import task_names\n"
-        "task_names.lm_eval_index = None\ntask_names.check_tasks(['facts', 'mmlu', 'freebaseqa', 'wikitext2'])\n"
+        "import sys\nfrom pftools.evaluate import task_names\ntask_names.lm_eval_index = None\n"
+        "task_names.check_tasks(['facts', 'mmlu', 'freebaseqa', 'wikitext2'])\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -129,7 +129,7 @@ def _chance(configuration: dict[str, Any], answers: pd.DataFrame) -> float:
 
 
 def strict_json(value: Any) -> Any:
-    """The value as plain numbers, texts, lists and mappings. JSON has no NaN and infinity: they become null."""
+    """The value as plain numbers, texts, lists and mappings. JSON has no NaN, which becomes null."""
     if isinstance(value, dict):
         return {str(key): strict_json(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

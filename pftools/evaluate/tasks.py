@@ -171,8 +171,9 @@ def _load_foreign(name: str) -> list[Any]:
     except Exception as error:  # the hub fails in many ways; the remedy is the same
         cause = (str(error).strip().splitlines() or [""])[0]
         raise PftoolsError(
-            f"lm-eval's task {name!r} could not be loaded ({type(error).__name__}: {cause}): its data comes from "
-            "the hub, which needs network or the hub's cache; the tasks of this kit read the data root "
+            f"lm-eval's task {name!r} could not be loaded ({type(error).__name__}: {cause}): its data "
+            "comes from the hub, which needs network or the hub's cache; the tasks of this kit read the data "
+            "root "
             f"({', '.join(task_names.own_tasks())})."
         ) from error
     group = found["groups"].get(name)

@@ -1,0 +1,193 @@
+"""`Reader`: rows of tokens through a model, in batches that fit, after a beginning that is read once.
+
+Nothing is taken for granted about the model. Before rows are read after a shared beginning, or padded beside
+longer ones, one of them is compared with a plain forward. Where they differ, rows are read on their own, and
+the reader says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from pftools.errors import PftoolsError
+from pftools.evaluate.beginnings import Group, Row
+from pftools.evaluate.forwards import Beginning, Forwards, alike_up_to, tolerance
+
+# What bounds the memory of a forward: tokens read, bytes of keys and values (beginning + rest, over all
+# rows), and logits kept. Fixed numbers, not what happens to be free: another batch would round differently.
+_TOKENS_A_FORWARD = {"cpu": 4096, "cuda": 16_384}
+_CACHE_BYTES = {"cpu": 2_000_000_000, "cuda": 4_000_000_000}
+_LOGITS_BUDGET = 100_000_000
+# Rows about which nothing is taken for granted: read from their first token, and without padding.
+PLAIN = Beginning(pads=False)
+Answer = TypeVar("Answer")
+Check = Callable[[Beginning, Group], float]
+
+
+class _Differs(Exception):
+    """Rows cannot be read after a shared beginning, or with padding; its message says why."""
+
+
+class Reader:
+    """Reads rows of tokens through a model.
+
+    Args:
+        rows_a_forward: rows a batch; None: as many as fit a bound on tokens, cached keys and logits.
+
+    Attributes:
+        tokens_read: prompt tokens that were read, checks included.
+        shares: whether any beginning was shared.
+        plain_because: why rows were read on their own, as a half-sentence; empty where that was not needed.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, rows_a_forward: int | None = None) -> None:
+        self.forwards = Forwards(model)
+        self.device = device
+        self.rows_a_forward = rows_a_forward
+        self.tokens_read = 0
+        self.shares = False
+        self.plain_because = ""
+        self._config = model.config.get_text_config()
+        self._dtype = model.dtype
+        self._alike_up_to = alike_up_to(model.config)
+        self._only_plain = False
+        self._checked: dict[tuple[str, bool], int] = {}
+
+    def beginning(self, group: Group, differs: Check, kind: str, new: int = 0) -> Beginning:
+        """The beginning of a group, read; `PLAIN` where its rows have to be read one by one.
+
+        Groups come with the longest rows first, so that the check of the first one stands for the others.
+
+        Args:
+            differs: how far the group's longest row, read after a beginning, is from a plain forward.
+            kind: what ``differs`` checks, "likelihood" or "generation".
+            new: tokens that may follow a row.
+        """
+        longest = len(group.longest.tokens)
+        if self._alike_up_to is not None and longest + new > self._alike_up_to:
+            return self._plainly(f"rows are longer than the original context of {self._alike_up_to} tokens")
+        uneven = kind == "likelihood" and len({len(row.tokens) for row in group.rows}) > 1
+        if self._only_plain or not (group.shared or uneven):
+            return PLAIN
+        try:
+            beginning = self._read(group)
+            self._check(beginning, group, differs, kind)
+        except torch.OutOfMemoryError:
+            raise _too_long(group.longest.tokens) from None
+        except _Differs as fault:
+            self._only_plain = True
+            return self._plainly(str(fault))
+        self.shares = self.shares or group.shared > 0
+        return beginning
+
+    def _read(self, group: Group) -> Beginning:
+        if not group.shared:
+            return Beginning()
+        self.tokens_read += group.shared
+        beginning = self.forwards.read(group.rows[0].tokens[: group.shared], self.device)
+        if beginning.cache is None:
+            raise _Differs("the model returns no cache to go on from")
+        return beginning
+
+    def _check(self, beginning: Beginning, group: Group, differs: Check, kind: str) -> None:
+        """Compare one row with a plain forward, unless a row of this length was before."""
+        longest, case = len(group.longest.tokens), (kind, group.shared > 0)
+        if self._checked.get(case, 0) >= longest:
+            return
+        try:
+            off = differs(beginning, group)
+        except (PftoolsError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a model may do anything with a cache that it does not expect
+            cause = (str(error).splitlines() or [""])[0]
+            raise _Differs(
+                f"the model does not go on from its cache ({type(error).__name__}: {cause})"
+            ) from None
+        if off > tolerance(self._dtype):
+            place = "after a shared beginning" if group.shared else "beside longer rows"
+            raise _Differs(f"{place}, a row differs from a plain forward, by {off:.2g} of its spread")
+        self._checked[case] = longest
+
+    def _plainly(self, reason: str) -> Beginning:
+        if not self.plain_because:
+            self.plain_because = reason
+            logging.getLogger(__name__).warning("questions are read one by one: %s", reason)
+        return PLAIN
+
+    def batches(
+        self, beginning: Beginning, rows: list[Row], override_bs: int | None, new: int | None = None
+    ) -> Iterator[list[Row]]:
+        """Batches, the longest rows first.
+
+        Rows are equally long where a reply follows or padding is not safe.
+        """
+        rows = sorted(rows, key=lambda row: -len(row.tokens))
+        while rows:
+            longest = len(rows[0].tokens)
+            size = override_bs or self.rows_a_forward
+            if not size:
+                cached = beginning.length + (new or 0)
+                size = self.rows_that_fit(longest - beginning.length, cached, rows[0].needed)
+            if not beginning.pads or new is not None:
+                size = min(size, sum(len(row.tokens) == longest for row in rows[:size]))
+            yield rows[:size]
+            rows = rows[size:]
+
+    def rows_that_fit(self, rest: int, cached: int, needed: int) -> int:
+        """Rows a forward, by tokens read, cached bytes and logits kept."""
+        device = "cuda" if self.device.type == "cuda" else "cpu"
+        read = _TOKENS_A_FORWARD[device] // rest
+        kept = _CACHE_BYTES[device] // (self.bytes_a_token() * (cached + rest)) if cached else read
+        vocabulary = getattr(self._config, "vocab_size", 32_000)
+        return max(1, min(read, kept, _LOGITS_BUDGET // (needed * vocabulary)))
+
+    def bytes_a_token(self) -> int:
+        """Of its keys and values, in all layers."""
+        config = self._config
+        heads = getattr(config, "num_attention_heads", 32)
+        width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 4096) // heads
+        kept = getattr(config, "num_key_value_heads", None) or heads
+        return 2 * getattr(config, "num_hidden_layers", 32) * kept * width * self._dtype.itemsize
+
+    def halving(
+        self, work: Callable[[Beginning, list[Row]], list[Answer]], beginning: Beginning, batch: list[Row]
+    ) -> list[Answer]:
+        """``work`` on a batch; where the device's memory is too small for it, on its halves."""
+        try:
+            return work(beginning, batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise _too_long(batch[0].tokens) from None
+        middle = len(batch) // 2
+        first = self.halving(work, beginning, batch[:middle])
+        return first + self.halving(work, beginning, batch[middle:])
+
+    def last_logits(self, beginning: Beginning, batch: list[Row]) -> list[torch.Tensor]:
+        """The logits that each row is asked for, float32 (row.needed, vocabulary)."""
+        rests = [row.tokens[beginning.length :] for row in batch]
+        width = max(map(len, rests))
+        # Padding on the right: causal attention never looks at it, so no mask and no positions are needed.
+        inputs = torch.tensor([rest + (0,) * (width - len(rest)) for rest in rests], device=self.device)
+        # The head is applied at every position that any row of the batch asks for.
+        ends = [(len(rest) - row.needed, len(rest)) for rest, row in zip(rests, batch)]
+        wanted = sorted({position for start, stop in ends for position in range(start, stop)})
+        column = {position: index for index, position in enumerate(wanted)}
+        logits = self._forward(inputs, beginning, keep=torch.tensor(wanted, device=self.device))
+        firsts = [column[start] for start, _ in ends]
+        return [own[first : first + row.needed].float() for own, first, row in zip(logits, firsts, batch)]
+
+    def _forward(self, inputs: torch.Tensor, beginning: Beginning, *, keep: torch.Tensor) -> torch.Tensor:
+        self.tokens_read += inputs.numel()
+        return self.forwards.logits(inputs, beginning.cache_for(len(inputs)), keep=keep)
+
+
+def _too_long(tokens: tuple[int, ...]) -> PftoolsError:
+    return PftoolsError(
+        f"one prompt of {len(tokens)} tokens does not fit the device's memory: "
+        "use a smaller model, or device 'cpu'."
+    )
