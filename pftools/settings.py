@@ -388,7 +388,8 @@ def check(kind: type[_Kind], given: dict[str, Any], *, place: str = "") -> _Kind
         if secret_name or (isinstance(value, str) and HUB_TOKEN.search(value)):
             raise PftoolsError(
                 f"{name} looks like a secret, and parameters are written into notebooks and reports: set it "
-                "as an environment variable instead (HF_TOKEN for the hub)."
+                "as an environment variable instead (HF_TOKEN for the hub).",
+                where=(name,),
             )
     try:
         return kind(**given)
@@ -404,7 +405,8 @@ def _where(failure: ValidationError) -> tuple[str | int, ...]:
 def _sentence(kind: type[BaseModel], failure: ValidationError, place: str) -> str:
     first = failure.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
-    of = f" of {place}" if place else f" of the {getattr(kind, 'step', kind.__name__)} step"
+    step = getattr(kind, "step", kind.__name__)
+    of = f" of {place or ('the study' if step == 'study' else f'the {step} step')}"
     if first["type"] == "extra_forbidden":
         return f"unknown parameter {name!r}{of}: {nearest(name, kind.model_fields)}."
     if isinstance(first.get("ctx", {}).get("error"), PftoolsError) or not name:

@@ -83,7 +83,7 @@ class YamlFile:
             elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
                 node = node.value[part]
                 line = node.start_mark.line + 1
-        return f"{self.path}, line {line}" if line else str(self.path)
+        return f"{self.path}, line {line or 1}"
 
 
 def read_yaml(path: Path) -> YamlFile:
