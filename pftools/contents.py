@@ -11,21 +11,21 @@ import functools
 import hashlib
 from pathlib import Path
 
+from pftools.records import ENDINGS, is_readable
+
 # Weights, settings, vocabularies, texts, code.
-_KINDS = {".safetensors", ".bin", ".json", ".jsonl", ".txt", ".model", ".jinja", ".py"}
+_KINDS = (".safetensors", ".bin", ".model", ".jinja", ".py", *ENDINGS)
 _WHOLE = 64 * 2**20
 _PIECE, _PIECES = 64 * 2**10, 256
 
 
-# The endings of files with text.
-_TEXTS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".md")
 # Folders that people keep models and texts in, and that are no names of organizations on the hub.
 _PLACES = ("models", "model", "checkpoints", "runs", "data", "corpora", "texts", "outputs")
 
 
 def is_path(reference: str) -> bool:
     """Whether a corpus is named by a path."""
-    return "/" in reference or reference.startswith("~") or reference.endswith(_TEXTS)
+    return "/" in reference or reference.startswith("~") or is_readable(reference)
 
 
 def looks_like_path(reference: str, folder: Path) -> bool:
@@ -39,7 +39,7 @@ def looks_like_path(reference: str, folder: Path) -> bool:
         first in ("", ".", "..", *_PLACES)
         or first.startswith("~")
         or len(rest) > 1
-        or reference.endswith(_TEXTS)
+        or is_readable(reference)
         or (bool(rest) and ((folder / first).is_dir() or Path(reference).exists()))
     )
 
@@ -55,7 +55,9 @@ def digest(reference: str) -> str | None:
         return _of_file(path)
     if not path.is_dir():
         return None
-    files = sorted(file for file in path.iterdir() if file.suffix in _KINDS and not file.name.startswith("."))
+    files = sorted(
+        file for file in path.iterdir() if file.name.endswith(_KINDS) and not file.name.startswith(".")
+    )
     listing = "\n".join(f"{file.name} {_of_file(file)}" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 

@@ -1,34 +1,31 @@
 """Corpora by name, cut into blocks of tokens.
 
-- `pydocs`: Python's own language reference (`pydoc_data.topics`), inside every Python: no network needed.
-- any folder of the data root (`PFTOOLS_DATA`): JSON-lines files, one a split, with a `text` column.
-- a path to such a folder or to one `.jsonl` or `.txt` file.
+- `pydocs`: Python's own language reference, inside every Python: no network needed.
+- any folder of the data root (`PFTOOLS_DATA`) or a path to a folder: a file for each split, such as
+  `train.jsonl`.
+- a path to one file, which is split by its documents. What files may be is told in `records`.
 - `wikitext2` and `c4`: from the data root where it has them, else from the hub.
 
-Splits are `calibration`, `train`, `validation` and `test`. `pydocs` is split by topic, and topics that repeat
-each other's paragraphs go to the same split: the chapter "compound" contains the section "if", and a model
-calibrated on one must not be tested on the other.
+Splits are `calibration`, `train`, `validation` and `test`.
 """
 
 from __future__ import annotations
 
 import random
 import warnings
-from collections import defaultdict
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pftools import contents, run_folder
-from pftools.data_root import check_columns, data_root, read_json_lines, read_split
+from pftools import contents, pydocs, run_folder
+from pftools.data_root import data_root, read_split
 from pftools.errors import PftoolsError, nearest
+from pftools.records import TEXT_ENDINGS, column_of, is_readable, kind_of, texts_of
+from pftools.splits import SPLITS, pieces, split_documents
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-SPLITS = ("calibration", "train", "validation", "test")
-_PYDOCS_SHARES = {"calibration": 0.36, "train": 0.34, "validation": 0.06, "test": 0.24}
 _HUB = ("wikitext2", "c4")  # the corpora that papers use: `data_root` knows where they are
 # The papers join the lines of WikiText with a blank line between them; documents elsewhere likewise.
 _JOINT = "\n\n"
@@ -44,7 +41,7 @@ def token_blocks(
     seed: int = 0,
     data: str | Path | None = None,
 ) -> Tensor:
-    """Blocks of ``block_length`` tokens from one split of a corpus, whose documents are joined by blank lines.
+    """Blocks of ``block_length`` tokens from a split of a corpus, its documents joined by blank lines.
 
     How blocks are chosen depends on what the split is for:
 
@@ -77,13 +74,15 @@ def token_blocks(
     available = len(stream) // block_length
     if available == 0:
         raise PftoolsError(
-            f"the {split} split of {corpus!r} has {len(stream)} tokens, less than one block of {block_length}: "
+            f"the {split} split of {corpus!r} has {len(stream)} tokens, less than one block of "
+            f"{block_length}: "
             "choose a shorter block_length or another corpus."
         )
     chooser = random.Random(seed)
     if split == "calibration" and n_blocks is not None and n_blocks > available:
         warnings.warn(
-            f"{n_blocks} calibration blocks of {block_length} tokens are asked and {corpus!r} holds {available} without "
+            f"{n_blocks} calibration blocks of {block_length} tokens are asked and {corpus!r} holds "
+            f"{available} without "
             "overlap: random windows that overlap are used.",
             stacklevel=2,
         )
@@ -102,7 +101,7 @@ def token_blocks(
 
 
 def blocks_for(parameters: Any, tokenizer: PreTrainedTokenizerBase, *, split: str | None = None) -> Tensor:
-    """`token_blocks` with what a step's parameters say of corpus, number and length of blocks, seed and data root.
+    """`token_blocks` with what a step's parameters say of corpus, blocks, seed and data root.
 
     Args:
         parameters: those of a step that reads blocks.
@@ -147,7 +146,7 @@ def _token_stream(
     import torch
 
     text = _JOINT.join(documents(corpus, split=split, data=data))
-    # Through the backend without a length warning: the stream is cut into blocks, never given to a model whole.
+    # Without a warning about its length: it is cut into blocks, and never given to a model whole.
     return torch.tensor(
         tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long
     )
@@ -156,42 +155,75 @@ def _token_stream(
 def documents(corpus: str, *, split: str, data: str | Path | None = None) -> list[str]:
     """The documents (for WikiText: the lines) of one split of a corpus.
 
-    A corpus without a calibration split lends its train split for it.
+    A folder without a calibration split lends its train split for it. A single file is split by documents (a
+    text by paragraphs), always in the same way, and a warning says so.
 
     Raises:
-        PftoolsError: unknown corpus or split, or a split without text.
+        PftoolsError: unknown corpus or split, a file that cannot be read or is too small to be split, or a
+        split
+            without text.
     """
     if split not in SPLITS:
         raise PftoolsError(f"unknown split {split!r}: {nearest(split, SPLITS)}.")
-    found = _pydocs()[split] if corpus == "pydocs" else _documents_of(corpus, split, data_root(data))
+    found = pydocs.documents()[split] if corpus == "pydocs" else _documents_of(corpus, split, data)
     if not any(document.strip() for document in found):
         raise PftoolsError(f"the {split} split of {corpus!r} is empty: choose another split or corpus.")
     return found
 
 
-def _documents_of(corpus: str, split: str, root: Path | None) -> list[str]:
-    path = _local_path(corpus, root)
+def _documents_of(corpus: str, split: str, data: str | Path | None) -> list[str]:
+    path = _local_path(corpus, data_root(data))
     if path is None and corpus in _HUB:
-        return _from_hub(corpus, split)
+        return _from_hub(corpus, split, data)
     if path is None:
-        known = {"pydocs", *_HUB}
-        if root and root.is_dir():
-            known |= {folder.name for folder in root.iterdir() if folder.is_dir()}
-        raise PftoolsError(
-            f"unknown corpus {corpus!r}: {nearest(corpus, known)}; or give the path of a .txt or .jsonl file, or a "
-            "folder under PFTOOLS_DATA."
-        )
-    if path.is_file():
-        return _read_file(path)
-    wanted = [split, "train"] if split == "calibration" else [split]
-    for name in wanted:
-        for ending in (".jsonl", ".txt"):
-            if (path / f"{name}{ending}").exists():
-                return _read_file(path / f"{name}{ending}")
-    held = sorted(file.stem for file in path.iterdir() if file.suffix in (".jsonl", ".txt"))
-    raise PftoolsError(
-        f"the corpus folder {path} has no {split} split: it holds {', '.join(held) or 'no files'}."
+        raise PftoolsError(_unknown(corpus, data_root(data)))
+    if path.is_dir():
+        return _of_folder(path, split)
+    whole = texts_of(path)
+    if not any(document.strip() for document in whole):
+        raise PftoolsError(f"{path} is empty: give a file with text in it.")
+    is_text = kind_of(path) in TEXT_ENDINGS
+    parts = split_documents(pieces(whole[0]) if is_text else whole, str(path))
+    told = ", ".join(f"{len(parts[name])} {name}" for name in SPLITS)
+    warnings.warn(
+        f"{path} is one file, so its {'paragraphs' if is_text else 'documents'} are split into parts that "
+        "share "
+        f"none: {told}.",
+        stacklevel=2,
     )
+    return parts[split]
+
+
+def _unknown(corpus: str, root: Path | None) -> str:
+    if contents.is_path(corpus):
+        return f"there is no corpus {corpus!r}: give the path of a file or of a folder that is there."
+    known = {"pydocs", *_HUB}
+    if root and root.is_dir():
+        known |= {folder.name for folder in root.iterdir() if folder.is_dir()}
+    return (
+        f"unknown corpus {corpus!r}: {nearest(corpus, known)}; or give the path of a text file or of a "
+        "folder, or a "
+        "folder under PFTOOLS_DATA."
+    )
+
+
+def _of_folder(folder: Path, split: str) -> list[str]:
+    """The documents of the file for a split, such as `train.jsonl`."""
+    files = sorted(
+        file for file in folder.iterdir() if is_readable(file.name) and not file.name.startswith(".")
+    )
+    held: dict[str, list[Path]] = {}
+    for file in files:
+        held.setdefault(file.name.partition(".")[0], []).append(file)
+    name = "train" if split == "calibration" and "calibration" not in held else split
+    if name not in held:
+        raise PftoolsError(
+            f"the corpus folder {folder} has no {split} split: it holds {', '.join(held) or 'no files'}."
+        )
+    if len(held[name]) > 1:
+        both = " and ".join(file.name for file in held[name])
+        raise PftoolsError(f"the corpus folder {folder} has {both}: keep one file for each split.")
+    return texts_of(held[name][0])
 
 
 def _local_path(corpus: str, root: Path | None) -> Path | None:
@@ -201,75 +233,9 @@ def _local_path(corpus: str, root: Path | None) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-def _read_file(path: Path) -> list[str]:
-    if path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8")]
-    rows = read_json_lines(path)
-    if rows:
-        check_columns(rows, ("text",), str(path))
-    return [row["text"] for row in rows]
-
-
-def _from_hub(corpus: str, split: str) -> list[str]:
-    name = "train" if split == "calibration" or (corpus == "c4" and split == "train") else split
+def _from_hub(corpus: str, split: str, data: str | Path | None) -> list[str]:
+    name = "train" if split == "calibration" else split
     try:
-        return [row["text"] for row in read_split(corpus, name)]
+        return column_of(read_split(corpus, name, data=data), "text", f"the {name} split of {corpus}")
     except PftoolsError as error:
         raise PftoolsError(f"{error} Without network, the corpus 'pydocs' is inside every Python.") from error
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Python's language reference
-
-
-@cache
-def _pydocs() -> dict[str, list[str]]:
-    """The topics of each split. Groups of overlapping topics are dealt out whole, the largest first, each to
-    the split that is furthest below its share; sections that a chapter of the same group repeats are
-    dropped."""
-    from pydoc_data.topics import topics
-
-    groups = sorted(
-        _overlapping(topics), key=lambda group: (-sum(len(topics[name]) for name in group), group)
-    )
-    kept = [_without_repeats({name: topics[name] for name in group}) for group in groups]
-    total = sum(len(text) for texts in kept for text in texts)
-    room = {split: share * total for split, share in _PYDOCS_SHARES.items()}
-    dealt: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for texts in kept:
-        split = max(room, key=room.get)
-        dealt[split] += texts
-        room[split] -= sum(map(len, texts))
-    return dealt
-
-
-def _paragraphs(text: str) -> set[str]:
-    return {paragraph.strip() for paragraph in text.split("\n\n") if len(paragraph.strip()) > 60}
-
-
-def _overlapping(topics: dict[str, str]) -> list[list[str]]:
-    """Sorted groups of topics, linked where two share a paragraph."""
-    group_of = {name: {name} for name in topics}
-    holders = defaultdict(list)
-    for name, text in topics.items():
-        for paragraph in _paragraphs(text):
-            holders[paragraph].append(name)
-    for first, *others in holders.values():
-        for other in others:
-            if group_of[first] is not group_of[other]:
-                group_of[first] |= group_of[other]
-                for name in group_of[other]:
-                    group_of[name] = group_of[first]
-    return [sorted(group) for group in {id(group): group for group in group_of.values()}.values()]
-
-
-def _without_repeats(topics: dict[str, str]) -> list[str]:
-    """The texts of a group, longest first, less those whose paragraphs mostly stand in one already kept."""
-    kept: list[str] = []
-    seen: set[str] = set()
-    for text in sorted(topics.values(), key=lambda text: (-len(text), text)):
-        own = _paragraphs(text)
-        if not own or len(own & seen) <= len(own) / 2:
-            kept.append(text)
-            seen |= own
-    return kept

@@ -16,15 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from pftools.errors import PftoolsError, nearest
+from pftools.records import check_columns, read_rows
 
 _FREEBASEQA = "https://raw.githubusercontent.com/kelvin-jiang/FreebaseQA/master/FreebaseQA-eval.json"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where a data set comes from: the columns that its rows have, its splits, and what `datasets.load_dataset` is given.
+    """Where a data set comes from.
 
-    most: how many rows of a split are kept; None: all. url: a file to fetch, where the hub has no copy.
+    Attributes:
+        columns: what its rows have.
+        splits: their names.
+        hub: what `datasets.load_dataset` is given.
+        most: how many rows of a split are kept; None: all.
+        url: a file to fetch, where the hub has no copy.
     """
 
     columns: tuple[str, ...]
@@ -83,50 +89,19 @@ def read_split(name: str, split: str, *, data: str | Path | None = None) -> list
     root = data_root(data)
     path = root / name / f"{split}.jsonl" if root else None
     if path is not None and path.exists():
-        rows, place = read_json_lines(path), str(path)
+        rows, place = read_rows(path), str(path)
     else:
         rows, place = list(_from_origin(name, split, path)), f"the {split} split of {name}"
     check_columns(rows, DATA_SETS[name].columns if name in DATA_SETS else (), place)
     return rows
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file."""
-    rows = []
-    # Not `splitlines`, which also cuts at separators that may stand inside a JSON string.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            raise PftoolsError(
-                f"{path}, line {number}, is not a JSON object: the file should hold one a line."
-            ) from None
-    return rows
-
-
-def check_columns(rows: list[dict[str, Any]], columns: Iterable[str], place: str) -> None:
-    """Refuse rows that lack a column.
-
-    Raises:
-        PftoolsError: no rows, or a missing column; the message names it, and the first row that lacks it.
-    """
-    if not rows:
-        raise PftoolsError(f"{place} is empty.")
-    for number, row in enumerate(rows, 1):
-        missing = [column for column in columns if column not in row]
-        if missing:
-            raise PftoolsError(
-                f"{place}, row {number}, has no column {', '.join(missing)}: it has {', '.join(row)}."
-            )
-
-
 def _from_origin(name: str, split: str, path: Path | None) -> Iterator[dict[str, Any]]:
     """Rows from the hub, or from the data set's own address."""
     if name not in DATA_SETS:
         raise PftoolsError(
-            f"{path or name} is not there, and {name!r} is no data set that pftools can fetch: {nearest(name, DATA_SETS)}."
+            f"{path or name} is not there, and {name!r} is no data set that pftools can fetch: "
+            f"{nearest(name, DATA_SETS)}."
         )
     source = DATA_SETS[name]
     try:
@@ -141,8 +116,10 @@ def _from_origin(name: str, split: str, path: Path | None) -> Iterator[dict[str,
     except Exception as error:  # the hub fails in many ways (offline, gated, gone); all have one remedy
         looked = f" and {path} is not there" if path else ""
         raise PftoolsError(
-            f"the {split} split of {name!r} could not be fetched from the hub ({type(error).__name__}){looked}: set PFTOOLS_DATA to a "
-            "data root that has it; `pftools fetch-data` fills one on a machine with network."
+            f"the {split} split of {name!r} could not be fetched from the hub "
+            f"({type(error).__name__}){looked}: "
+            "set PFTOOLS_DATA to a data root that has it; `pftools fetch-data` fills one on a machine with "
+            "network."
         ) from error
 
 

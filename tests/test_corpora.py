@@ -1,9 +1,14 @@
+import codecs
+import gzip
+import io
+import itertools
 import json
 
+import pandas as pd
 import pytest
 import torch
 
-from pftools import corpora
+from pftools import corpora, pydocs, splits
 from pftools.errors import PftoolsError
 from tests.tiny import tiny_tokenizer
 
@@ -15,7 +20,7 @@ def tokenizer():
 
 def test_no_paragraph_of_pydocs_is_in_two_splits():
     paragraphs = {
-        split: set().union(*(corpora._paragraphs(text) for text in corpora.documents("pydocs", split=split)))
+        split: set().union(*(pydocs.paragraphs(text) for text in corpora.documents("pydocs", split=split)))
         for split in corpora.SPLITS
     }
     for one in corpora.SPLITS:
@@ -27,7 +32,7 @@ def test_every_split_of_pydocs_holds_its_share():
     sizes = {split: sum(map(len, corpora.documents("pydocs", split=split))) for split in corpora.SPLITS}
     total = sum(sizes.values())
     assert total > 300_000
-    for split, share in corpora._PYDOCS_SHARES.items():
+    for split, share in pydocs.SHARES.items():
         assert abs(sizes[split] / total - share) < 0.06, (split, sizes)
 
 
@@ -94,3 +99,184 @@ def test_an_empty_file_and_a_wrong_column_are_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"words": "x"}\n')
     with pytest.raises(PftoolsError, match="row 1, has no column text: it has words"):
         corpora.documents(str(tmp_path / "rows.jsonl"), split="test")
+
+
+# Many documents, as a single file needs them.
+TALES = [f"Tale {number}. It was a dark night, and the rain fell." for number in range(40)]
+ROWS = [{"text": tale, "number": number} for number, tale in enumerate(TALES)]
+LINES = "\n".join(map(json.dumps, ROWS))
+PARAGRAPHS = "\n\n".join(TALES)
+CSV = "text,number\n" + "\n".join(f'"{tale}",{number}' for number, tale in enumerate(TALES))
+
+
+def parquet_of(rows):
+    buffer = io.BytesIO()
+    pd.DataFrame(rows).to_parquet(buffer)
+    return buffer.getvalue()
+
+
+READABLE = {
+    "plain.txt": PARAGRAPHS,
+    "windows-lines.txt": PARAGRAPHS.replace("\n", "\r\n"),
+    "mark-utf8.txt": codecs.BOM_UTF8 + PARAGRAPHS.encode(),
+    "mark-utf16.txt": PARAGRAPHS.encode("utf-16"),
+    "mark-utf16-big.txt": codecs.BOM_UTF16_BE + PARAGRAPHS.encode("utf-16-be"),
+    "mark-utf32.txt": PARAGRAPHS.encode("utf-32"),
+    "UPPER.TXT": PARAGRAPHS,
+    "notes.md": PARAGRAPHS,
+    "packed.txt.gz": gzip.compress(PARAGRAPHS.encode()),
+    "with space.txt": PARAGRAPHS,
+    "ümlaut.txt": PARAGRAPHS,
+    "rows.jsonl": LINES,
+    "rows-blank-lines.jsonl": LINES.replace("\n", "\n\n\n"),
+    "rows-mark.jsonl": codecs.BOM_UTF8 + LINES.encode(),
+    "rows-windows.jsonl": LINES.replace("\n", "\r\n"),
+    "rows.jsonl.gz": gzip.compress(LINES.encode()),
+    "rows.json": json.dumps(ROWS),
+    "rows.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+    "separator-in-string.jsonl": LINES.replace("night,", "night,\u2028"),
+    "rows.csv": CSV,
+    "rows.csv.gz": gzip.compress(CSV.encode()),
+    "quoted-line-breaks.csv": CSV.replace("night,", "night,\n"),
+    "words-that-look-missing.csv": CSV + "\nNA,1\nnull,2\nnan,3\n007,4",
+    "rows.tsv": CSV.replace(",", "\t").replace("night\t", "night,"),
+    "rows.parquet": parquet_of(ROWS),
+    "some-empty.jsonl": LINES + '\n{"text": ""}\n{"text": " "}',
+    "twice.jsonl": LINES + "\n" + LINES,
+}
+
+REFUSED = {
+    "cp1252.txt": (("caf\xe9 " * 9 + "\n\n" + PARAGRAPHS).encode("cp1252"), "line 1, is not UTF-8"),
+    "cp1252-late.jsonl": (
+        (LINES + '\n{"text": "\u201cyes\u201d"}').encode("cp1252"),
+        "line 41, is not UTF-8",
+    ),
+    "latin1.csv": ((CSV + "\ncaf\xe9,1").encode("latin1"), "line 42, is not UTF-8"),
+    "utf16-without-mark.txt": (PARAGRAPHS.encode("utf-16-le"), "line 1, holds a null character"),
+    "utf16-cut.txt": (PARAGRAPHS.encode("utf-16")[:-1], "is not UTF-16"),
+    "binary.txt": (bytes(range(256)), "line 2, is not UTF-8"),
+    "shift-jis.txt": (("\u65e5\u672c\u8a9e\n\n" * 50).encode("shift-jis"), "line 1, is not UTF-8"),
+    "nothing.txt": ("", "is empty"),
+    "blank.txt": (" \n\n \t\n", "is empty"),
+    "only-mark.txt": (codecs.BOM_UTF8, "is empty"),
+    "short.txt": ("One line, and no more.", "too few"),
+    "one-paragraph.txt": ("It rains. " * 999, "too few"),
+    "nothing.jsonl": ("", "is empty"),
+    "few.jsonl": ("\n".join(LINES.split("\n")[:5]), "holds 5 different documents, too few"),
+    "all-alike.jsonl": ((LINES.split("\n")[0] + "\n") * 50, "holds 1 different documents, too few"),
+    "no-json.jsonl": (PARAGRAPHS, "line 1, is not a JSON object"),
+    "half-a-line.jsonl": (LINES[:-9], "line 40, is not a JSON object"),
+    "numbers.jsonl": (LINES + "\n7", "line 41, is not a JSON object"),
+    "lists.jsonl": (LINES + '\n["text"]', "line 41, is not a JSON object"),
+    "deep.jsonl": ("[" * 10**5, "line 1, is not a JSON object"),
+    "null.jsonl": (LINES + '\n{"text": null}', "row 41, has null in the column 'text'"),
+    "list.jsonl": (LINES + '\n{"text": ["a", "b"]}', "row 41, has a list in the column 'text'"),
+    "number.jsonl": (LINES + '\n{"text": 5}', "row 41, has a int in the column 'text'"),
+    "other-column.jsonl": (LINES.replace('"text"', '"content"'), "row 1, has no column text: it has content"),
+    "missing-late.jsonl": (LINES + '\n{"words": "x"}', "row 41, has no column text: it has words"),
+    "no-columns.jsonl": ("{}\n" * 30, "row 1, has no column text: it has none"),
+    "object.json": (json.dumps({"text": TALES}), "is not a list of JSON objects"),
+    "strings.json": (json.dumps(TALES), "is not a list of JSON objects"),
+    "lines.json": (LINES, "line 2, is not JSON"),
+    "nothing.json": ("", "is empty"),
+    "nothing.csv": ("", "is empty"),
+    "header-only.csv": ("text,number\n", "is empty"),
+    "ragged.csv": (CSV + "\na,b,c,d", "Expected 2 fields in line 42, saw 4"),
+    "open-quote.csv": (CSV + '\n"a,1', "is not a table"),
+    "short-row.csv": ("number,text\n1", "is empty"),
+    "no-header.csv": (CSV.partition("\n")[2], "row 1, has no column text"),
+    "semicolons.csv": (CSV.replace(",", ";"), "has no column text: it has text;number"),
+    "no.parquet": (CSV, "damaged, or no Parquet file"),
+    "cut.parquet": (parquet_of(ROWS)[:-20], "damaged, or no Parquet file"),
+    "null.parquet": (parquet_of([*ROWS, {"text": None, "number": 1}]), "row 41, has null"),
+    "lists.parquet": (parquet_of([{"text": ["a"]}] * 30), "row 1, has a list in the column 'text'"),
+    "no-gzip.txt.gz": (PARAGRAPHS, "damaged, or no gzip file"),
+    "cut.jsonl.gz": (gzip.compress(LINES.encode())[:-20], "damaged, or no gzip file"),
+    "picture.png": (b"\x89PNG", "is of a kind that is not read"),
+    "archive.tar.gz": (gzip.compress(b"x"), "is of a kind that is not read"),
+    "no-ending": (PARAGRAPHS, "is of a kind that is not read"),
+}
+
+
+def written(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_there_are_sixty_odd_corpora_and_more():
+    assert len(READABLE) + len(REFUSED) >= 60
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_a_readable_corpus_is_read_whole_and_split_without_overlap(tmp_path, name):
+    path = written(tmp_path, name, READABLE[name])
+    with pytest.warns(UserWarning, match="is one file, so its (paragraphs|documents) are split"):
+        parts = {split: corpora.documents(path, split=split) for split in corpora.SPLITS}
+    assert all(parts.values())
+    found = sorted("\n\n".join(sum(parts.values(), [])).replace("\n\n", "\n").split("\n"))
+    for tale in TALES:
+        assert any(tale[:8] in line for line in found), tale
+    for one, other in itertools.combinations(corpora.SPLITS, 2):
+        assert not set(parts[one]) & set(parts[other])
+    assert parts["train"] == corpora.documents(path, split="train")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_odd_corpus_is_refused_in_one_sentence(tmp_path, name):
+    content, says = REFUSED[name]
+    path = written(tmp_path, name, content)
+    with pytest.raises(PftoolsError) as refusal:
+        corpora.documents(path, split="train")
+    message = str(refusal.value)
+    assert says in message and path in message, message
+    assert ":" in message and message.endswith(".") and "\n" not in message
+
+
+def test_odd_folders_are_refused_in_one_sentence(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    with pytest.raises(PftoolsError, match="has no train split: it holds no files"):
+        corpora.documents(f"{folder}/", split="train")
+    written(folder, "train.jsonl", LINES)
+    written(folder, "train.txt", PARAGRAPHS)
+    with pytest.raises(PftoolsError, match="has train.jsonl and train.txt: keep one"):
+        corpora.documents(f"{folder}/", split="train")
+    with pytest.raises(PftoolsError, match="there is no corpus"):
+        corpora.documents(f"{tmp_path}/nowhere.txt", split="train")
+    with pytest.raises(PftoolsError, match="there is no corpus 'gone.csv.gz'"):
+        corpora.documents("gone.csv.gz", split="train")
+
+
+def test_a_folders_files_may_be_of_any_kind(tmp_path):
+    written(tmp_path, "train.csv.gz", gzip.compress(CSV.encode()))
+    written(tmp_path, "test.parquet", parquet_of(ROWS[:3]))
+    assert corpora.documents(f"{tmp_path}/", split="train") == TALES
+    assert corpora.documents(f"{tmp_path}/", split="test") == TALES[:3]
+    assert corpora.documents(f"{tmp_path}/", split="calibration") == TALES
+
+
+def test_a_file_is_never_test_and_training_text_at_once(tokenizer, tmp_path):
+    """The blocks of a single file: no text of one split is in another, and equal documents are in one."""
+    path = written(tmp_path, "tales.jsonl", LINES + "\n" + LINES)
+    with pytest.warns(UserWarning, match="split"):
+        texts = {
+            split: tokenizer.decode(
+                corpora.token_blocks(tokenizer, path, split=split, block_length=16).flatten()
+            )
+            for split in corpora.SPLITS
+        }
+    homes = [sum(f"{tale.partition('.')[0]}." in text for text in texts.values()) for tale in TALES]
+    assert max(homes) == 1 and sum(homes) > 20
+
+
+def test_the_split_of_a_file_hangs_on_its_documents_alone():
+    documents = [f"{word} {number}" for number in range(300) for word in ("one", "another")]
+    parts = splits.split_documents(documents, "a test")
+    again = splits.split_documents(documents[::-1], "a test")
+    assert {split: sorted(found) for split, found in parts.items()} == {
+        split: sorted(found) for split, found in again.items()
+    }
+    sizes = {split: len(found) / len(documents) for split, found in parts.items()}
+    for split, share in splits._SHARES.items():
+        assert abs(sizes[split] - share) < 0.02, sizes

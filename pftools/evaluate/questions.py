@@ -14,8 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pftools.data_root import check_columns, data_root, read_split
+from pftools.data_root import data_root, read_split
 from pftools.errors import PftoolsError
+from pftools.records import check_columns
 
 PACKAGE_DATA = Path(__file__).resolve().parents[2] / "data"
 
