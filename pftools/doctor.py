@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pftools.shipped import NOTEBOOKS
+
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lm-eval", "papermill", "altair", "jupyterlab")
 
 
@@ -25,6 +27,7 @@ def findings() -> Iterator[tuple[bool, str, str]]:
     yield True, "Python", sys.version.split()[0]
     for name in _PACKAGES:
         yield _package(name)
+    yield _notebooks()
     yield _device()
     yield _memory()
     yield _model()
@@ -38,6 +41,15 @@ def _package(name: str) -> tuple[bool, str, str]:
         return True, name, version(name)
     except PackageNotFoundError:
         return False, name, f"not installed: `pip install {name}`"
+
+
+def _notebooks() -> tuple[bool, str, str]:
+    found = len(list(NOTEBOOKS.glob("*.ipynb")))
+    return (
+        found > 0,
+        "notebooks",
+        f"{found} in {NOTEBOOKS}" if found else f"none in {NOTEBOOKS}: install again",
+    )
 
 
 def _device() -> tuple[bool, str, str]:

@@ -30,11 +30,11 @@ from pftools import run_folder
 from pftools.errors import PftoolsError, nearest
 from pftools.files import write_json
 from pftools.settings import HUB_TOKEN
+from pftools.shipped import NOTEBOOKS
 
 if TYPE_CHECKING:
     from pftools.study import Plan, PlannedStep
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOK_OF = {
     "calibrate": "01_calibrate.ipynb",
     "prune": "02_prune.ipynb",

@@ -10,9 +10,8 @@ two sets of them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -50,8 +49,7 @@ def read(kind: type[_Kind], namespace: dict[str, Any]) -> _Kind:
     """
     _forget_what_was_made(namespace)
     values = _values(kind, namespace["In"][:-1], namespace)
-    typed = {name: _as_typed(kind, name, value) for name, value in values.items()}
-    return settings.check(kind, _from_the_project(kind, typed))
+    return settings.check(kind, _from_the_project(kind, values))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -127,19 +125,6 @@ def _names_set_by(kind: type[BaseModel], source: str) -> set[str]:
             "before that, in the same cell."
         )
     return names
-
-
-def _as_typed(kind: type[BaseModel], name: str, value: Any) -> Any:
-    """The value; but a list or null that papermill's `-p` passed on as text becomes what it says."""
-    field = kind.model_fields.get(name)
-    if not isinstance(value, str) or field is None or field.annotation is str:
-        return value
-    if all(isinstance(option, str) for option in get_args(field.annotation)):
-        return value  # one of several words
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 # ------------------------------------------------------------------------------------------------------------

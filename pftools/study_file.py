@@ -14,6 +14,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from pftools import contents, settings
 from pftools.errors import PftoolsError, nearest
 from pftools.orderings import Schedule, parse_ordering
+from pftools.shipped import shipped_studies
 from pftools.yaml_file import YamlFile, read_yaml
 
 # What the plan sets in each step, and a study's sections therefore cannot.
@@ -197,7 +198,7 @@ def _at(*place: str | int) -> Iterator[None]:
 
 
 def load_study(path: str | Path) -> Study:
-    """Read and check a study file.
+    """Read and check a study file, or one that comes with pftools: `quick` or `published`.
 
     Paths in it (a model's folder, a corpus, a data root) count from the file's own folder, wherever pftools
     is called from.
@@ -206,13 +207,15 @@ def load_study(path: str | Path) -> Study:
         PftoolsError: no such file, or a mistake in it; the message names the line and what to write instead.
     """
     path = Path(path).expanduser()
+    if not path.exists():
+        path = shipped_studies().get(str(path), path)
     try:
         source = read_yaml(path)
     except FileNotFoundError:
-        known = ", ".join(str(file) for file in sorted(Path("data/studies").glob("*.yaml")))
-        raise PftoolsError(
-            f"there is no study file {path}: give one such as {known or 'data/studies/quick.yaml'}."
-        ) from None
+        known = ", ".join(map(str, sorted(Path("data/studies").glob("*.yaml")))) or ", ".join(
+            shipped_studies()
+        )
+        raise PftoolsError(f"there is no study file {path}: give one such as {known}.") from None
     if not isinstance(source.content, dict):
         raise PftoolsError(f"{path}, line 1: this is not a study: write 'name:', 'orderings:' and so on.")
     try:

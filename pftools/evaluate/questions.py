@@ -17,8 +17,9 @@ from typing import Any
 from pftools.data_root import data_root, read_split
 from pftools.errors import PftoolsError
 from pftools.records import check_columns
+from pftools.shipped import DATA
 
-PACKAGE_DATA = Path(__file__).resolve().parents[2] / "data"
+PACKAGE_DATA = DATA
 
 
 def splits(
