@@ -45,11 +45,7 @@ def _package(name: str) -> tuple[bool, str, str]:
 
 def _notebooks() -> tuple[bool, str, str]:
     found = len(list(NOTEBOOKS.glob("*.ipynb")))
-    return (
-        found > 0,
-        "notebooks",
-        f"{found} in {NOTEBOOKS}" if found else f"none in {NOTEBOOKS}: install again",
-    )
+    return found > 0, "notebooks", f"{found} in {NOTEBOOKS}" + ("" if found else ": install pftools again")
 
 
 def _device() -> tuple[bool, str, str]:

@@ -212,9 +212,7 @@ def load_study(path: str | Path) -> Study:
     try:
         source = read_yaml(path)
     except FileNotFoundError:
-        known = ", ".join(map(str, sorted(Path("data/studies").glob("*.yaml")))) or ", ".join(
-            shipped_studies()
-        )
+        known = ", ".join([*map(str, sorted(Path("data/studies").glob("*.yaml")))] or shipped_studies())
         raise PftoolsError(f"there is no study file {path}: give one such as {known}.") from None
     if not isinstance(source.content, dict):
         raise PftoolsError(f"{path}, line 1: this is not a study: write 'name:', 'orderings:' and so on.")
