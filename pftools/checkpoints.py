@@ -5,22 +5,25 @@ that changes the kept weights (SparseGPT, reconstruction) leaves full weights. `
 the base, oldest first. Files are safetensors and JSON, never pickles; every file is checked against the
 sha256 in its run's record.
 
-    runs/prune-4f.../checkpoint.json      {"parent": "smollm2-135m", "kind": "masks"}; "contents", a digest,
-                     of a parent that is a folder masks.safetensors    uint8, eight weights a byte, shapes in
-                     the header runs/finetune-a1.../checkpoint.json   {"parent": "../prune-4f...", "kind":
-                     "adapter", "merge": "masked"} adapter/          a PEFT adapter folder
+    runs/prune-4f.../checkpoint.json      {"parent": "smollm2-135m", "kind": "masks"}
+                     masks.safetensors    uint8, eight weights a byte, shapes in the header
+    runs/finetune-a1.../checkpoint.json   {"parent": "../prune-4f...", "kind": "adapter", "merge": "masked"}
+                        adapter/          a PEFT adapter folder
+
+Where the parent is a folder that is no run, `checkpoint.json` also has "contents", its digest.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pftools import base_models, contents, run_folder
 from pftools.adapters import merge_adapter
 from pftools.errors import PftoolsError
-from pftools.files import write_json
+from pftools.files import replacing, write_json
 from pftools.layers import measured_sparsity
 from pftools.masks import MASKS, load_masks, save_masks
 
@@ -53,7 +56,12 @@ def save_prune(
 
 
 def save_finetune(run: run_folder.Run, merge: Literal["masked", "dense"]) -> list[str]:
-    """Write the delta of a finetune step, whose adapter lies in `run.path("adapter")`; returns the outputs to seal."""
+    """Write the delta of a finetune step; returns the names of the outputs to seal.
+
+    Args:
+        run: its adapter lies in `run.path("adapter")` already.
+        merge: how the adapter was merged.
+    """
     _write_manifest(run, {"kind": "adapter", "merge": merge})
     return [ADAPTER, MANIFEST]
 
@@ -62,15 +70,11 @@ def _write_manifest(run: run_folder.Run, delta: dict[str, str]) -> None:
     parent, held = run.parameters.model, {}
     if run_folder.is_finished(parent):
         # Relative, so that a folder of runs can be moved or copied whole.
-        parent = (
-            f"../{Path(parent).name}"
-            if _same_folder(run.folder.parent, Path(parent).parent)
-            else str(Path(parent).resolve())
-        )
+        beside = _same_folder(run.folder.parent, Path(parent).parent)
+        parent = f"../{Path(parent).name}" if beside else str(Path(parent).resolve())
     elif Path(parent).expanduser().is_dir():
-        parent = str(
-            Path(parent).expanduser().resolve()
-        )  # a base model's folder, wherever the run is loaded from
+        # A base model's folder, wherever the run is loaded from.
+        parent = str(Path(parent).expanduser().resolve())
         held = {"contents": contents.digest(parent)}
     write_json(run.path(MANIFEST), {"parent": parent, **held, **delta})
 
@@ -94,7 +98,7 @@ def read_manifest(folder: str | Path) -> dict[str, str]:
 
 
 def parent_of(model: str | Path) -> str:
-    """The model that a run was made from, as `models.load_model` takes it; empty where ``model`` is no finished run."""
+    """The model that a run was made from, as `models.load_model` takes it; empty: ``model`` is no run."""
     if not run_folder.is_finished(model):
         return ""
     parent = read_manifest(model)["parent"]
@@ -105,8 +109,7 @@ def lineage(folder: str | Path) -> tuple[str, list[Path]]:
     """The base model's name and the run folders to replay on it, oldest first.
 
     Raises:
-        PftoolsError: a run of the chain is missing, unfinished or damaged, or the base is a folder that holds
-            something else now.
+        PftoolsError: a run of the chain is missing, unfinished or damaged, or the base folder was changed.
     """
     chain: list[Path] = []
     manifest, parent, here = {}, str(folder), Path()
@@ -124,7 +127,8 @@ def lineage(folder: str | Path) -> tuple[str, list[Path]]:
     held = manifest.get("contents")  # of the oldest run
     if held and contents.digest(parent) != held:
         raise PftoolsError(
-            f"{chain[0]} was made from the model in {parent}, which is gone or was changed since: put it back, or run the step again."
+            f"{chain[0]} was made from the model in {parent}, which is gone or was changed since: "
+            "put it back, or run the step again."
         )
     return parent, chain
 
@@ -188,7 +192,9 @@ def _overwrite(model: PreTrainedModel, weights: dict[str, torch.Tensor], folder:
             _fitting(parameters, name, weight.shape, str(folder)).copy_(weight)
 
 
-def _fitting(parameters: dict[str, torch.Tensor], name: str, shape: torch.Size, place: str) -> torch.Tensor:
+def _fitting(
+    parameters: Mapping[str, torch.Tensor], name: str, shape: torch.Size, place: str
+) -> torch.Tensor:
     weight = parameters.get(name)
     if weight is None or weight.shape != shape:
         found = "has no such weight" if weight is None else f"has {tuple(weight.shape)} there"
@@ -213,38 +219,23 @@ def export(
     Raises:
         PftoolsError: the target is not empty, or the check fails (nothing is left then).
     """
-    import shutil
-
     import torch
-    from transformers import AutoModelForCausalLM
 
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise PftoolsError(f"the folder {folder} is not empty: choose another, or remove it first.")
     model, tokenizer = load(run, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        write_json(
-            partial / "pftools.json",
-            {"exported_from": Path(run).name, "sparsity": measured_sparsity(model)},
-        )
-        again = (
-            AutoModelForCausalLM.from_pretrained(
-                partial, dtype=model.dtype, trust_remote_code=trust_remote_code
-            )
-            .to(model.device)
-            .eval()
+        facts = {"exported_from": Path(run).name, "sparsity": measured_sparsity(model)}
+        write_json(partial / "pftools.json", facts)
+        again, _ = base_models.load_pretrained(
+            str(partial), dtype=model.dtype, device=str(model.device), trust_remote_code=trust_remote_code
         )
         tokens = torch.arange(64, device=model.device)[None] % model.config.vocab_size
         with torch.no_grad():
             if not torch.equal(model(tokens).logits, again(tokens).logits):
                 raise PftoolsError(f"the export of {run} failed its check: its logits differ from the run's.")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -14,8 +14,16 @@ _SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 
 def dithered(values: torch.Tensor, first_row: int, dtype: torch.dtype) -> torch.Tensor:
-    """float32 ``values``, changed in place into numbers that ``dtype`` holds: to one of the two neighbours,
-    by a pattern of row and column that is spread evenly over all fractions (Roberts' R2 sequence)."""
+    """Change float32 ``values`` in place into numbers that ``dtype`` holds: each into one of its neighbours.
+
+    Which of the two is decided by a pattern of row and column that is spread evenly over all fractions
+    (Roberts' R2 sequence).
+
+    Args:
+        values: (rows, columns), float32.
+        first_row: the number of the first row within its whole matrix.
+        dtype: bfloat16 or float16; any other changes nothing.
+    """
     spare = _SPARE_BITS.get(dtype, 0)
     if spare:
         steps = [

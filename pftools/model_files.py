@@ -12,13 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pftools.base_models import cache_folder
+from pftools.base_models import CONTEXTS, cache_folder
 from pftools.settings import EMBEDDED_MODEL
 
 Shapes = dict[str, tuple[int, ...]]
 
 _IN_A_LAYER = re.compile(r"\.\d+\..*\.(weight|gate_up_proj|down_proj)$")
-_CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
 
 
 def model_folder(name: str) -> Path | None:
@@ -50,7 +49,7 @@ def read_config(name: str) -> dict[str, Any]:
 
 def context_length(config: dict[str, Any]) -> int | None:
     """How many tokens a model reads at once; None where its settings do not say."""
-    return next((int(config[name]) for name in _CONTEXTS if isinstance(config.get(name), int)), None)
+    return next((int(config[name]) for name in CONTEXTS if isinstance(config.get(name), int)), None)
 
 
 @lru_cache(maxsize=8)

@@ -29,9 +29,13 @@ _Z95 = 1.96
 
 
 def weight_statistics(model: PreTrainedModel) -> pd.DataFrame:
-    """A row for every linear weight: layer, module, group, size, sparsity, mean, std, minimum, maximum, norm,
-    outside_share (the share outside mean +- 1.96 standard errors, as the study counts it) and
-    outside_share_normal (what that share is of normal numbers)."""
+    """A row for every linear weight.
+
+    Returns:
+        Columns layer, module, group (attention or MLP), size, sparsity, mean, std, minimum, maximum, norm;
+        outside_share, the share outside mean +- 1.96 standard errors, as the study counts it; and
+        outside_share_normal, what that share is of normal numbers.
+    """
     rows = []
     for name, module in linear_modules(model).items():
         weight = module.weight.detach().float()

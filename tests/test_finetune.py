@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from pftools.adapters import updated_weight
 from pftools.errors import PftoolsError
@@ -339,6 +339,24 @@ def test_bad_requests_are_one_sentence(options, says):
 def test_a_block_longer_than_the_context_is_refused():
     with pytest.raises(PftoolsError, match="context is 512"):
         finetune_model(pruned_llama(), tiny_blocks(2, 600), steps=1, progress=False)
+
+
+def test_a_block_longer_than_a_context_of_another_name_is_refused():
+    sizes = {"d_model": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 260, "max_seq_len": 24}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mpt", **sizes))
+    with pytest.raises(PftoolsError, match="blocks have 32 tokens and the model's context is 24"):
+        finetune_model(model, tiny_blocks(2, 32), steps=1, progress=False)
+
+
+def test_what_peft_would_do_with_a_masked_adapter_is_refused():
+    model = pruned_llama()
+
+    class Merging(TrainerCallback):
+        def on_train_end(self, args, state, control, model, **_):
+            with pytest.raises(PftoolsError, match="PEFT's merge would fill the zeros"):
+                model.merge_adapter()
+
+    finetune_model(model, tiny_blocks(), callbacks=[Merging()], **QUICK)
 
 
 def test_eight_bit_without_bitsandbytes_is_one_sentence(monkeypatch):

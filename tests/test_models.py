@@ -1,7 +1,9 @@
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from pftools import base_models, layers, models
 from pftools.errors import PftoolsError
@@ -91,3 +93,21 @@ def test_the_embedded_model_is_a_plain_llama(smollm2):
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=3, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "max_position_embeddings"),
+        ("gpt2", "n_positions"),
+        ("mpt", "max_seq_len"),
+        ("ctrl", "n_positions"),
+    ],
+)
+def test_the_context_length_is_found_under_any_name(family, name):
+    config = AutoConfig.for_model(family, **{name: 48})
+    assert base_models.context_length(SimpleNamespace(config=config)) == 48
+
+
+def test_a_model_without_a_context_length_has_none():
+    assert base_models.context_length(SimpleNamespace(config=AutoConfig.for_model("bloom"))) is None

@@ -5,7 +5,7 @@ import torch
 
 from pftools import prune, settings
 from pftools.errors import PftoolsError
-from pftools.layers import linear_modules, measured_sparsity
+from pftools.layers import linear_modules, linear_weights, measured_sparsity
 from pftools.prune import allocation, criteria, inputs, patterns, sparsegpt
 from tests import oracles
 from tests.tiny import tiny_blocks, tiny_llama
@@ -301,3 +301,42 @@ def test_the_histogram_counts_every_weight_above_its_lowest_bin():
             table["kept"].sum() == pytest.approx(64 * 32, abs=64)
             and 0.95 * 64 * 32 < table["pruned"].sum() <= 64 * 33
         )
+
+
+MENDING = [name for name, method in prune.METHODS.items() if method.update]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("method", MENDING)
+def test_old_zeros_stay_zero_when_a_pruned_model_is_pruned_again(method, pattern):
+    model = tiny_llama(hidden_size=256, intermediate_size=384, num_hidden_layers=1)
+    prune.prune_model(model, tiny_blocks(), pattern=pattern, progress=False)
+    before = {name: weight == 0 for name, weight in linear_weights(model).items()}
+    result = prune.prune_model(model, tiny_blocks(32), method=method, pattern=pattern, progress=False)
+    after = linear_weights(model)
+    assert all(not after[name][zero].any() for name, zero in before.items())
+    assert result.zeros_returned == 0 and measured_sparsity(model) == pytest.approx(0.5, abs=1e-3)
+    assert not result.layers["note"].str.contains("came back").any()
+
+
+@pytest.mark.parametrize("method", MENDING)
+def test_zeros_for_which_a_pattern_has_no_room_come_back_and_are_counted(method):
+    model = tiny_llama(num_hidden_layers=1)
+    prune.prune_model(model, tiny_blocks(), progress=False)
+    before = {name: weight == 0 for name, weight in linear_weights(model).items()}
+    groups = {name: zero.view(-1, 4).sum(dim=1) for name, zero in before.items()}
+    no_room = sum(int((zeros - 2).clamp_min(0).sum()) for zeros in groups.values())
+    result = prune.prune_model(model, tiny_blocks(32), method=method, pattern="2:4", progress=False)
+    returned = {name: int((linear_weights(model)[name][zero] != 0).sum()) for name, zero in before.items()}
+    assert 0 < result.zeros_returned == sum(returned.values()) <= no_room
+    assert result.layers.set_index("weight")["zeros_returned"].to_dict() == returned
+    noted = result.layers[result.layers["zeros_returned"] > 0]["note"]
+    assert noted.str.contains("zeros came back: the pattern has no room for them").all()
+
+
+def test_a_model_that_is_pruned_further_keeps_its_zeros_in_every_block_of_columns():
+    model = tiny_llama(hidden_size=256, intermediate_size=384, num_hidden_layers=1)
+    for weight in linear_weights(model).values():
+        weight.data[:, :128] = 0  # the first block has more zeros than a block may have, the others none
+    result = prune.prune_model(model, tiny_blocks(32), method="sparsegpt", sparsity=0.7, progress=False)
+    assert result.zeros_returned == 0 and measured_sparsity(model) == pytest.approx(0.7, abs=0.01)

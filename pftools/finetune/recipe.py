@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from pftools.adapters import mask_digest, resolve_merge
+from pftools.base_models import check_length
 from pftools.errors import PftoolsError, nearest
 from pftools.finetune.quantize import BASES, check_bitsandbytes
 from pftools.finetune.rows import Rows
@@ -16,6 +17,7 @@ from pftools.settings import TARGETS
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from pftools.settings import Finetune
 
@@ -108,19 +110,14 @@ class Training:
         return {**asked, "masked": self.masked, "zeros": self.zeros, "n_rows": self.n_rows, "rows": digest}
 
 
-def prepare(recipe: Recipe, model: nn.Module, rows: Rows) -> Training:
+def prepare(recipe: Recipe, model: PreTrainedModel, rows: Rows) -> Training:
     """What a recipe comes to for ``model`` and ``rows``.
 
     Raises:
         PftoolsError: targets that the model does not have, several budgets, or rows longer than its context.
     """
     length = rows.input_ids.shape[1]
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and length > context:
-        raise PftoolsError(
-            f"the blocks have {length} tokens and the model's context is {context}: "
-            "use a shorter block_length."
-        )
+    check_length(model, length)
     targets = find_targets(model, recipe.targets)
     n_rows = rows_of_budget(
         len(rows),

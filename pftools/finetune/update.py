@@ -105,8 +105,8 @@ def dense_weight(layer: nn.Linear) -> torch.Tensor:
         return layer.weight.detach()
     from peft.utils.integrations import dequantize_bnb_weight
 
-    dense: torch.Tensor = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
-    return dense
+    weight: Any = layer.weight
+    return dequantize_bnb_weight(weight, state=getattr(layer, "state", None))
 
 
 # ------------------------------------------------------------------------------------------------------------

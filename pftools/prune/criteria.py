@@ -30,9 +30,11 @@ def wanda(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def ria(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||_2^0.5: relative importance and activations
-    (Zhang et al., 2024, "Plug-and-Play", equation 5, with the paper's a = 0.5). A weight counts by its share
-    of its row and of its column."""
+    """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||_2^0.5: relative importance and activations.
+
+    A weight counts by its share of its row and of its column (Zhang et al., 2024, "Plug-and-Play", equation
+    5, with the paper's a = 0.5).
+    """
     size = weight.abs()
     share = (
         size.sum(dim=0, keepdim=True).clamp_min(1e-30).reciprocal()
@@ -42,12 +44,12 @@ def ria(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def sparsegpt(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """w_j^2 / [U_jj]^2: by how much the output's squared error grows when w_j goes and the columns after it
-    make up for it as well as they can (Frantar and Alistarh, 2023, arXiv 2301.00774, equation 3 and algorithm
-    1).
+    """w_j^2 / [U_jj]^2: the growth of the output's squared error when w_j goes and later columns make up for
+    it.
 
-    Here ``columns`` is 1 / U_jj, with U the upper Cholesky factor of the inverse Hessian. Were the input
-    columns uncorrelated, 1 / U_jj would be ||X_j||.
+    Frantar and Alistarh, 2023, arXiv 2301.00774, equation 3 and algorithm 1. Here ``columns`` is 1 / U_jj,
+    with U the upper Cholesky factor of the inverse Hessian. Were the input columns uncorrelated, it would be
+    ||X_j||.
     """
     return (weight * columns).square_()
 
@@ -59,9 +61,8 @@ class Method:
     Attributes:
         score: the criterion.
         compare: what a weight is compared with in an unstructured pattern: its `row`; its whole `matrix`
-            (within every block of 128 columns, where ``renew`` is set); or its row by `share`, Wanda's
-            variant: every row loses what makes up one share of its sum of scores, and that share is searched
-            until the matrix is as sparse as asked.
+            (every block of 128 columns, where ``renew`` is set); or its row by `share`: see
+            `patterns.lowest_by_share`.
         needs_inputs: whether calibration inputs have any effect.
         update: mend the kept weights as SparseGPT does.
         renew: with ``update``: choose anew every 128 columns, by weights that are already mended.

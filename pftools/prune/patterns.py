@@ -40,8 +40,8 @@ def check_width(name: str, columns: int, pattern: Pattern) -> None:
     """Refuse a pattern whose groups do not divide the width of a weight."""
     if pattern.group and columns % pattern.group:
         raise PftoolsError(
-            f"the pattern {pattern} does not fit {name}: its {columns} input columns are no multiple of {pattern.group}; "
-            "choose a pattern whose M divides every width, or 'unstructured'."
+            f"the pattern {pattern} does not fit {name}: its {columns} input columns are no multiple of "
+            f"{pattern.group}; choose a pattern whose M divides every width, or 'unstructured'."
         )
 
 
@@ -53,8 +53,12 @@ def choose(scores: torch.Tensor, sparsity: float, pattern: Pattern, *, compare: 
     all that equal it); by `share`, about as much (`lowest_by_share`).
 
     Args:
-        scores: (rows, columns), float32. compare: see `criteria.Method`; an N:M pattern compares neighbours,
-            whatever it says.
+        scores: (rows, columns), float32.
+        sparsity: asked, for an unstructured pattern.
+        compare: see `criteria.Method`; an N:M pattern compares neighbours, whatever it says.
+
+    Returns:
+        (rows, columns).
     """
     if pattern.group:
         return lowest_per_group(scores, pattern)

@@ -20,7 +20,8 @@ class PruneResult:
     Attributes:
         masks: {weight name: bool tensor on the CPU, True = kept}; empty where they went to a file.
         layers: a row a weight: layer, module, weight, asked and measured sparsity, score_kept, output_error,
-            error_is, note, seconds; with reconstruction also block_error_before and block_error.
+            error_is, zeros_returned (weights that were zero before and no longer are), note, seconds; with
+            reconstruction also block_error_before and block_error.
         seconds: wall time of the whole walk.
         weights: {weight name: tensor}, whole weights where the method changed kept ones; empty for methods
             that only choose.
@@ -30,6 +31,11 @@ class PruneResult:
     layers: pd.DataFrame
     seconds: float
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def zeros_returned(self) -> int:
+        """How many weights were zero before and no longer are."""
+        return int(self.layers["zeros_returned"].sum())
 
 
 @dataclass
@@ -43,6 +49,7 @@ class Choice:
         output_error: relative error of the module's output, ||(W - W') X|| / ||W X||; None: not computed.
         error_is: `measured` over all calibration tokens, or `sampled` on some 256 of them.
         note: what a reader of the table should know; often empty.
+        returned: how many weights were zero before and no longer are.
     """
 
     pruned: torch.Tensor
@@ -51,10 +58,11 @@ class Choice:
     output_error: float | None = None
     error_is: str = "sampled"
     note: str = ""
+    returned: int = 0
 
 
 def judge(choice: Choice, weight: torch.Tensor, norms: torch.Tensor, asked: float) -> dict[str, Any]:
-    """Columns score_kept, output_error, error_is and note of a weight's row in the table.
+    """Columns score_kept, output_error, error_is, zeros_returned and note of a weight's row in the table.
 
     Where the choice has no output error it is `estimated`, with the input columns taken as uncorrelated: the
     norm of the removed |W_ij| ||X_j|| over the norm of all of them.
@@ -73,12 +81,20 @@ def judge(choice: Choice, weight: torch.Tensor, norms: torch.Tensor, asked: floa
     already, notes = zeros(weight), [choice.note] if choice.note else []
     if already > asked + 0.005:
         notes.append(f"was {already:.1%} sparse before, more than asked")
+    if choice.returned:
+        notes.append(returned_note(choice.returned, already * weight.numel()))
     return {
         "score_kept": 1 - lost / max(total, 1e-30),
         "output_error": error,
         "error_is": error_is,
+        "zeros_returned": choice.returned,
         "note": "; ".join(notes),
     }
+
+
+def returned_note(returned: int, before: float) -> str:
+    """The sentence about zeros that came back. before: how many zeros there were."""
+    return f"{returned:,} of its {before:,.0f} zeros came back: the pattern has no room for them"
 
 
 def output_error_on(x: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> float:

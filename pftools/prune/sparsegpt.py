@@ -17,7 +17,7 @@ import torch
 
 from pftools.errors import PftoolsError
 from pftools.prune.criteria import Method
-from pftools.prune.patterns import Pattern, choose
+from pftools.prune.patterns import Pattern, choose, count_true, lowest_per_row
 from pftools.prune.result import Choice
 
 BLOCK = 128  # columns for which one choice is made (the paper's blocksize B and B_s)
@@ -80,33 +80,64 @@ def solve(
 
     # All weights as one (columns, rows) matrix: an input column is one stretch of memory.
     before = torch.cat(weights).t().contiguous()
+    old = before == 0
     before[dead] = 0
-    sweep = _Sweep(before, root, columns, [len(weight) for weight in weights], method, sparsity, pattern)
+    sweep = _Sweep(before, old, root, columns, [len(weight) for weight in weights], method, sparsity, pattern)
     if not method.renew:
-        chosen = [choose(score, sparsity, pattern, compare=method.compare) for score in scores]
+        first = [score.masked_fill(weight == 0, -1) for score, weight in zip(scores, weights)]
+        chosen = [choose(score, sparsity, pattern, compare=method.compare) for score in first]
         sweep.pruned = torch.cat(chosen).t().contiguous()
     sweep.run()
     lost = sweep.losses(before, added=damping * float(hessian.diagonal().mean()))
     note = f"its inputs are nearly dependent: damping raised to {damping:.0%}" if damping > DAMPING else ""
     choices = []
-    for place, (kept, gone, loss) in enumerate(zip(*map(sweep.by_weight, (sweep.after, sweep.pruned, lost)))):
+    for place, loss in enumerate(sweep.by_weight(lost)):
+        mended, pruned = (sweep.by_weight(each)[place].contiguous() for each in (sweep.after, sweep.pruned))
         error = (max(float(loss.sum()), 0.0) / max(energy[place], 1e-30)) ** 0.5
-        choices.append(
-            Choice(gone.contiguous(), scores[place], kept.contiguous(), error, error_is="measured", note=note)
-        )
+        returned = count_true((weights[place] == 0) & (mended != 0))
+        choices.append(Choice(pruned, scores[place], mended, error, "measured", note, returned))
     return choices
+
+
+class _Budget:
+    """How many weights of a matrix go in each block of columns, in turn.
+
+    As published, int(size x sparsity) of every block. Where the matrix has zeros already, and no more than it
+    may have: all of these, and a proportional part of what is left, so that no block brings back zeros that
+    another one has room for.
+    """
+
+    def __init__(self, old: torch.Tensor, sparsity: float) -> None:
+        self.sparsity, self.size, self.zeros = sparsity, old.numel(), count_true(old)
+        self.free = int(old.numel() * sparsity) - self.zeros
+        self.uneven = self.zeros > 0 and self.free >= 0
+
+    def spend(self, old: torch.Tensor) -> int:
+        """How many of this block's weights go. old: bool (rows, columns), those that were zero before."""
+        if not self.uneven:
+            return int(old.numel() * self.sparsity)
+        zeros = count_true(old)
+        others = old.numel() - zeros
+        share = self.free * others // max(self.size - self.zeros, 1)
+        self.free, self.size, self.zeros = self.free - share, self.size - old.numel(), self.zeros - zeros
+        return zeros + share
 
 
 class _Sweep:
     """One pass over the columns, in blocks of 128 and panels of 32 (or of a pattern's groups).
 
-    after: (columns, rows), the weight on its way; pruned: bool, the same shape, what goes; errors: the same
-    shape, w_j / U_jj of what went.
+    Weights that are zero already go first, wherever the pattern has room. All matrices are (columns, rows).
+
+    Attributes:
+        after: the weight on its way.
+        pruned: bool, what goes.
+        errors: w_j / U_jj of what went.
     """
 
     def __init__(
         self,
         before: torch.Tensor,
+        old: torch.Tensor,
         root: torch.Tensor,
         columns: torch.Tensor,
         rows: list[int],
@@ -114,10 +145,11 @@ class _Sweep:
         sparsity: float,
         pattern: Pattern,
     ) -> None:
-        self.root, self.columns, self.rows = root, columns, rows
+        self.old, self.root, self.columns, self.rows = old, root, columns, rows
         self.method, self.sparsity, self.pattern = method, sparsity, pattern
         self.after, self.errors = before.clone(), torch.zeros_like(before)
         self.pruned = torch.zeros_like(before, dtype=torch.bool)
+        self.budgets = [_Budget(part, sparsity) for part in self.by_weight(old)]
 
     def by_weight(self, matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(columns, all rows) or (all rows,) apart again: one matrix (rows, columns) or (rows,) a weight."""
@@ -139,9 +171,11 @@ class _Sweep:
     def _choose_block(self, here: slice) -> None:
         """What goes of a block, weight by weight, by what is already mended."""
         chosen = []
-        for part in self.by_weight(self.after[here]):
-            scores = self.method.score(part, self.columns[here]).contiguous()
-            chosen.append(choose(scores, self.sparsity, self.pattern, compare="matrix"))
+        parts = zip(self.by_weight(self.after[here]), self.by_weight(self.old[here]), self.budgets)
+        for part, old, budget in parts:
+            scores = self.method.score(part, self.columns[here]).contiguous().masked_fill_(old, -1)
+            lowest = lowest_per_row(scores.reshape(1, -1), budget.spend(old))
+            chosen.append(lowest.view_as(scores))
         self.pruned[here] = torch.cat(chosen).t()
 
     def _solve_block(self, here: slice) -> None:
@@ -156,6 +190,7 @@ class _Sweep:
             panel.addmm_(root[:start, start:stop].t(), errors[:start], alpha=-1)
             if choosing:
                 scores = self.method.score(panel.t(), columns[start:stop]).contiguous()
+                scores.masked_fill_(self.old[here][start:stop].t(), -1)
                 pruned[start:stop] = choose(scores, self.sparsity, self.pattern).t()
             share = pruned[start:stop] / root.diagonal()[start:stop, None]
             for place, row in enumerate(panel):
