@@ -48,7 +48,8 @@ def bare(model, rows, *, weights):
     for parameter in model.parameters():
         parameter.requires_grad_(weights)
     if not weights:
-        model.enable_input_require_grads()  # so that gradients flow through every layer, as an adapter in the first one needs
+        # Gradients flow through every layer, as an adapter in the first one needs.
+        model.enable_input_require_grads()
     model.train()
     seconds, ids = [], rows[:8].to(model.device)
     for _ in range(STEPS_A_CALL):
@@ -65,7 +66,7 @@ def bare(model, rows, *, weights):
 
 
 def in_turns(contestants):
-    """Median seconds a step. Contestants run in turns, so that a slow minute of the machine slows them all."""
+    """Median seconds a step. Contestants take turns: a slow minute of the machine slows them all."""
     times = {name: [] for name in contestants}
     for _ in range(CALLS):
         for name, work in contestants.items():
@@ -118,7 +119,8 @@ masked, plain, frozen, full = (
     step[name] for name in ("masked LoRA", "plain LoRA", "bare, frozen weights", "bare, all gradients")
 )
 store(
-    "A step of masked LoRA takes at most 1.5 x one of plain LoRA; a step of plain LoRA at most 1.3 x the bare model",
+    "A step of masked LoRA takes at most 1.5 x one of plain LoRA; a step of plain LoRA at most 1.3 x the "
+    "bare model",
     {
         **seconds,
         "masked / plain LoRA": round(masked / plain, 2),

@@ -33,7 +33,7 @@ SHAPE = dict(
 
 
 def write_random_llama(folder, dtype, **shape):
-    """A Llama with random weights in Hugging Face format, a shard a layer; at most one tensor is in memory."""
+    """A random Llama in Hugging Face format, a shard a layer; at most one tensor is in memory."""
     from accelerate import init_empty_weights
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,13 +1,11 @@
-"""Whether the merged model is the one that was trained: perplexity before and after the merge, and zeros, on
-every kind of base.
+"""Whether the merged model is the one that was trained, on every kind of base: perplexity and zeros.
 
     python benchmarks/merge.py --store                         (about 3 minutes on 2 cores with bf16)
 
 On a plain base the two must agree: every training step computes with the weight as the merge stores it. On a
-    quantized base the training
-sees rounded weights and the merge goes into the plain ones, so two things are measured: the merge into what
-the quantized weights stand for, which must agree with the training, and the merge as it is done, which also
-takes the rounding away.
+quantized base the training sees rounded weights and the merge goes into the plain ones. So two things are
+measured: the merge into what the quantized weights stand for, which must agree with the training, and the
+merge as it is done, which also takes the rounding away.
 """
 
 import copy
@@ -36,7 +34,7 @@ def zeros(model):
 
 
 class AtTheEnd(TrainerCallback):
-    """The unmerged model at the end of its training: its perplexity, and what its frozen weights stand for."""
+    """The unmerged model at the end of training: its perplexity, and what its frozen weights stand for."""
 
     def on_train_begin(self, args, state, control, model, **_):
         self.before = perplexity(model)
@@ -92,7 +90,8 @@ for case in options.cases:
     print(case, row, flush=True)
 
 report(
-    "The merged model is the trained one: within 0.5% of perplexity in bf16, 1e-4 in float32; the number of zeros is the same",
+    "The merged model is the trained one: within 0.5% of perplexity in bf16, 1e-4 in float32; the number of "
+    "zeros is the same",
     measured,
     script=__file__,
     device=options.device,

@@ -1,20 +1,20 @@
-"""Pruning against its own floor, and against the published walk: time on SmolLM2-135M, 64 x 512 calibration
-tokens.
+"""Pruning against its own floor and the published walk: time on SmolLM2-135M, 64 x 512 calibration tokens.
 
-    floor        two plain batched forwards of the decoder layers, as a model runs: each batch through all
-    layers layerwise    the same in the walk's order, all batches through one layer, then the next: its
-    weights stay in the cache wanda        `prune_model`, all masks included sparsegpt
-    `prune_model(method="sparsegpt")` seven        `measure_activations`, and then seven sparsities with
-    `inputs="dense"`
+    floor        two plain batched forwards of the decoder layers: each batch through all layers
+    layerwise    the same in the walk's order, all batches through one layer, then the next: its weights
+                 stay in the cache
+    wanda        `prune_model`, all masks included
+    sparsegpt    `prune_model(method="sparsegpt")`
+    seven        `measure_activations`, and then seven sparsities with `inputs="dense"`
     published    the reference walk, restated below as it is published: a sample at a time, a hook for every
-    module, whole sorts published sparsegpt    the same with a Hessian for every module and a loop over single
-    columns
+                 module, whole sorts
+    published sparsegpt    the same with a Hessian for every module and a loop over single columns
 
     python benchmarks/prune.py [--dtype float32 bfloat16] [--rounds 2] [--blocks 64] [--layers 30] [--store]
-    python benchmarks/prune.py --device cuda       a random Llama-2-7B shape on disk, fp16, 128 x 2,048
-    tokens, streamed
+    python benchmarks/prune.py --device cuda
 
-The floors and the walk run in the same batches.
+On a GPU it is a random Llama of Llama-2-7B's shape on disk, fp16, 128 x 2,048 tokens, streamed. The floors
+and the walk run in the same batches.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def seven_sparsities(model, blocks):
 
 
 def published_walk(model, blocks, *, sparsity=0.5, group=0, sparsegpt=False):
-    """Layer by layer, twice over all samples, one at a time; with ``group``, half of every so many neighbours go."""
+    """Layer by layer, twice over all samples, one at a time; with ``group``, N:M with half of them going."""
     layers = decoder_layers(model)[1]
     with inputs.inference(model):
         calls = inputs.record_calls(model, blocks[:1])

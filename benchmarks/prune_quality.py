@@ -2,11 +2,12 @@
 
     inputs        masks of three layers beside those of float64 arithmetic and full sorts on the same inputs
     agreement     masks of `prune_model` beside those of the published walk (restated in prune.py), through
-    all 30 layers, fp32 perplexity    every method at 50%, 16 x 512 calibration tokens, on the test split of
-    Python's language reference
+                  all 30 layers, fp32
+    perplexity    every method at 50%, 16 x 512 calibration tokens, on the test split of Python's language
+                  reference
 
-    python benchmarks/prune_quality.py [--part inputs agreement perplexity] [--dtype bfloat16] [--methods
-    wanda ria] [--store]
+    python benchmarks/prune_quality.py [--part inputs agreement perplexity] [--dtype bfloat16]
+                                       [--methods wanda ria] [--store]
 
 With `--store`, methods that are not asked for keep the perplexity that is stored, if it was measured with the
 same settings.
@@ -88,7 +89,7 @@ def same_inputs(options):
 
 
 def agreement(options):
-    """The share of mask bits on which two independent walks agree after 30 layers; rounding feeds on itself from layer to layer."""
+    """The share of mask bits on which two independent walks agree: rounding grows from layer to layer."""
     model, tokenizer = load_model("smollm2-135m", dtype="float32", device="cpu")
     blocks = token_blocks(tokenizer, "pydocs", split="calibration", n_blocks=options.blocks, block_length=512)
     found = {}

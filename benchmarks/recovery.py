@@ -1,7 +1,6 @@
 """How much of what pruning cost each kind of fine-tuning wins back, and at which sparsity it ends.
 
-    python benchmarks/recovery.py --store                      (about half an hour a sparsity on 2 cores with
-    bf16)
+    python benchmarks/recovery.py --store             (about half an hour a sparsity on 2 cores with bf16)
 
 The embedded model is pruned with Wanda, then trained on the same tokens of `pydocs` with LoRA merged densely
 (the published way), masked LoRA and HiRA; the dense merge is also pruned again to the sparsity that was
@@ -109,7 +108,10 @@ settings = {
 }
 
 for sparsity in options.sparsity:
-    claim = f"After Wanda at {sparsity:.0%}, masked LoRA recovers at least 90% of what a dense merge recovers, at full sparsity"
+    claim = (
+        f"After Wanda at {sparsity:.0%}, masked LoRA recovers at least 90% of what a dense merge recovers, "
+        "at full sparsity"
+    )
     rows = stored(claim, script=__file__, device=options.device, settings=settings) if options.store else {}
     pruned = copy.deepcopy(model)
     prune.prune_model(pruned, calibration, sparsity=sparsity, progress=False)

@@ -105,7 +105,7 @@ def perplexity(model: torch.nn.Module, blocks: torch.Tensor) -> float:
 
 
 def variant_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """True = kept. Wanda's variant as in its published code (`return_given_alpha` and the search around it), in loops."""
+    """True = kept. Wanda's variant as in its published code (`return_given_alpha` and its search), in loops."""
     rows, columns = scores.shape
     values = scores.double().tolist()
 

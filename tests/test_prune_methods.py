@@ -1,4 +1,4 @@
-"""Which weights go, and what becomes of the others: every criterion, pattern, update and allocation against its oracle."""
+"""Which weights go: every criterion, pattern, update and allocation against its oracle."""
 
 import pytest
 import torch
