@@ -266,6 +266,23 @@ def test_only_one_layer_of_a_checkpoint_is_in_memory(tmp_path, monkeypatch):
 # Bad input
 
 
+@pytest.mark.parametrize("family", ["llama", "mpt"])
+def test_calibration_blocks_longer_than_the_context_are_refused(tmp_path, family):
+    model = tiny_llama(max_position_embeddings=24)
+    if family == "mpt":  # another name for it
+        sizes = {"d_model": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 260, "max_seq_len": 24}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mpt", **sizes))
+    model.save_pretrained(tmp_path / "model")
+    says, blocks = "blocks have 32 tokens and the model's context is 24", tiny_blocks(4, 32)
+    with pytest.raises(PftoolsError, match=says):
+        prune.prune_model(model, blocks, progress=False)
+    with pytest.raises(PftoolsError, match=says):
+        prune.measure_activations(model, blocks, progress=False)
+    with pytest.raises(PftoolsError, match=says):
+        prune.prune_checkpoint(tmp_path / "model", blocks, tmp_path / "pruned", progress=False)
+    assert measured_sparsity(model) == 0 and not (tmp_path / "pruned").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

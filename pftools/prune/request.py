@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
+from pftools.base_models import check_length
 from pftools.errors import PftoolsError, nearest
 from pftools.layers import linear_weights
 from pftools.prune.criteria import Method, find_method
@@ -15,6 +15,8 @@ from pftools.prune.inputs import batch_size_for
 from pftools.prune.patterns import Pattern, check_width, parse_pattern
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pftools.settings import Prune
 
 
@@ -41,7 +43,7 @@ class Request:
 
 
 def check_request(
-    model: nn.Module,
+    model: PreTrainedModel,
     blocks: torch.Tensor,
     *,
     method: str,
@@ -75,6 +77,7 @@ def check_request(
         raise PftoolsError(
             f"the calibration blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) is needed, with tokens."
         )
+    check_length(model, blocks.shape[1])
     weights = linear_weights(model)
     dtypes = {weight.dtype for weight in weights.values()}
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from pftools.base_models import check_length
 from pftools.errors import PftoolsError
 from pftools.layers import decoder_layers
 from pftools.prune import allocation, experts
@@ -131,7 +132,11 @@ def measure_activations(
     Args:
         blocks: LongTensor (n_blocks, block_length).
         batch_size, device, progress: as in `prune_model`.
+
+    Raises:
+        PftoolsError: the blocks are longer than the model's context, or hold what is not finite.
     """
+    check_length(model, blocks.shape[1])
     batch_size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
     with inference(model):
         return measure_layers(InMemory(model, device), blocks, batch_size, progress=progress)
