@@ -13,7 +13,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pftools.errors import PftoolsError, nearest
 from pftools.files import replacing, sha256
@@ -85,17 +85,18 @@ def _cpu_has_bf16() -> bool:
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
 
 
-def context_length(model: PreTrainedModel) -> int | None:
+def context_length(model: torch.nn.Module) -> int | None:
     """How many tokens a model reads at once, whatever its configuration calls it (see `CONTEXTS`).
 
     None where the configuration does not say, or where there is no limit (ALiBi, state-space models).
     """
-    config = model.config.get_text_config()
+    config: Any = model.config
+    config = config.get_text_config()
     found = (getattr(config, name, None) for name in CONTEXTS)
     return next((length for length in found if isinstance(length, int) and length > 0), None)
 
 
-def check_length(model: PreTrainedModel, length: int) -> None:
+def check_length(model: torch.nn.Module, length: int) -> None:
     """Refuse blocks of more tokens than the model's context has.
 
     Raises:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from pftools.base_models import context_length
 from pftools.errors import PftoolsError
 
 # Logits that may exist at a time, in numbers: a vocabulary is far wider than a model, so they are what fills
@@ -50,7 +51,7 @@ def perplexity(
             f"the blocks have shape {tuple(blocks.shape)}: "
             "(n_blocks, block_length) with at least 2 tokens is needed."
         )
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model)
     if context and blocks.shape[1] > context:
         raise PftoolsError(
             f"blocks of {blocks.shape[1]} tokens are longer than the model's context of {context}: "

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pftools import corpora
+from pftools.base_models import context_length
 from pftools.errors import PftoolsError
 from pftools.evaluate import task_names
 from pftools.evaluate.block_perplexity import perplexity
@@ -215,7 +216,7 @@ def _task_blocks(
 ) -> torch.Tensor:
     """The blocks of a block perplexity, (n_blocks, block_length): at most as long as the model's context."""
     asked = settings["block_length"]
-    length = min(asked, getattr(model.config, "max_position_embeddings", asked))
+    length = min(asked, context_length(model) or asked)
     return corpora.token_blocks(
         tokenizer, settings["corpus"], split=settings["split"], block_length=length, data=data
     )
