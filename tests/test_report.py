@@ -1,73 +1,23 @@
 """The report of a study whose runs are made up here: sealed, but computed by nobody."""
 
 import json
+from html import unescape
+from io import StringIO
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from nbconvert.filters.markdown_mistune import markdown2html_mistune
 
-from pftools import report, run_folder, study
+from pftools import report
 from pftools.errors import PftoolsError
-
-GAIN = {"prune": 0.25, "finetune_prune": 0.12, "prune_finetune": 0.02}
-WORDS = {
-    "name": "made_up",
-    "description": "Does it matter?",
-    "evaluate": {"tasks": ["facts", "wikitext2"]},
-    "tokens": 1000,
-    "finetune": {"block_length": 10},
-}
+from tests.made_up import GAIN, published_harm, seal_study
 
 
-def made_up(folder, **words):
-    """A study file and its finished runs."""
-    (folder / "made_up.yaml").write_text(json.dumps({**WORDS, "orderings": ["base", *GAIN], **words}))
-    plan = study.plan_study(study.load_study(folder / "made_up.yaml"), runs=folder / "runs")
-    generator = np.random.default_rng(0)
-    text, skill = generator.normal(0, 0.4, 30), generator.beta(2, 2, 120)
-    rows = {row.evaluation: row for row in plan.rows}
-    for step in plan.steps.values():
-        run = run_folder.start(step.parameters)
-        if step.parameters.step != "evaluate":
-            run.seal([], measured=0.5)
-            continue
-        row = rows[str(step.folder)]
-        harm = GAIN.get(row.ordering, 0.0) * row.asked * 2
-        losses = np.log(20) + harm + text - text.mean() + generator.normal(0, 0.01, 30)
-        correct = (generator.random(120) < np.clip(skill - 1.2 * harm, 0.1, 1)).astype(float)
-        pd.DataFrame({"block": range(30), "nll": losses}).to_parquet(run.path("block_nll.parquet"))
-        pd.DataFrame(
-            {"task": "facts", "subject": "facts", "question": range(120), "correct": correct}
-        ).to_parquet(run.path("samples.parquet"))
-        interval = stats.binomtest(int(correct.sum()), 120).proportion_ci(method="wilson")
-        facts = {
-            "metric": "acc",
-            "value": correct.mean(),
-            "low": interval.low,
-            "high": interval.high,
-            "n": 120,
-            "chance": 0.25,
-        }
-        words_perplexity = {
-            "metric": "word_perplexity",
-            "value": 61.0 + row.asked,
-            "low": None,
-            "high": None,
-            "n": 62,
-            "chance": None,
-        }
-        run.seal(
-            ["block_nll.parquet", "samples.parquet"],
-            perplexity=float(np.exp(losses.mean())),
-            measured=row.asked,
-            n_blocks=30,
-            block_length=512,
-            corpus="pydocs",
-            tasks={"facts": facts, "wikitext2": words_perplexity},
-            dtype="float32",
-        )
-    return report.study_results(folder / "made_up.yaml", runs=folder / "runs")
+def made_up(folder, **options):
+    """The results of a made-up study."""
+    return report.study_results(seal_study(folder, **options), runs=folder / "runs")
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +89,132 @@ def test_a_study_without_tasks_has_a_report_too(tmp_path):
     table = made_up(tmp_path, evaluate={"tasks": []})
     assert report.task_charts(table) == [] and report.guessing_table(table) is None
     assert "Perplexity" in json.dumps(report.perplexity_chart(table).to_dict())
+
+
+# Two methods, two names of one word: what shares its runs is one entry.
+SHARED = {
+    "orderings": ["base", "finetune", "prune", "prune_finetune", "P F"],
+    "methods": ["wanda", "magnitude"],
+    "merges": ["masked", "dense"],
+}
+
+
+def test_results_that_share_a_run_are_one_row_and_keep_their_comparisons(tmp_path):
+    table = made_up(tmp_path, **SHARED)
+    entries = report.entry_table(report.final_states(table))
+    trained = {f"prune_finetune ({a}, {b})" for a in ("wanda", "magnitude") for b in ("masked", "dense")}
+    assert set(entries["label"]) == {"base", "finetune", "prune (wanda)", "prune (magnitude)"} | trained
+    assert len(entries) == 8
+    assert set(entries.loc[entries["ordering"] == "prune_finetune", "also"]) == {"P F"}
+    html = report.result_table(table).to_html()
+    assert html.count("<tr>") == 1 + len(entries) and html.count("prune_finetune, also P F") == 4
+    for pairs in (report.pair_table(table), report.task_pairs(table)):
+        assert len(pairs) == 1 + 6 * 5 // 2 and (pairs["first"] != pairs["second"]).all()
+    assert "No two orderings" not in report.told_apart(report.task_pairs(table))
+    assert (report.pair_table(table)["p_holm"] <= 1).all()
+
+
+def test_sparsities_that_round_alike_keep_their_own_headings(tmp_path):
+    table = made_up(tmp_path, orderings=["base", *GAIN], sparsities=[0.5, 0.505, 0.995])
+    pairs = report.pair_table(table)
+    words = report.verdict_list(pairs)
+    assert [words.count(f"**At {where}**") for where in ("50%", "50.5%", "99.5%")] == [1, 1, 1]
+    assert words.count("prune_finetune beats") == 6 and len(pairs) == 9
+    shown = report.result_table(table).to_html()
+    assert ">50.5%<" in shown and ">99.5%<" in shown and ">100%<" not in shown
+
+
+@pytest.mark.parametrize("loss", [12.0, 800.0])
+def test_a_collapsed_model_is_called_so_and_never_ranked(tmp_path, loss):
+    table = made_up(tmp_path, harm=lambda row: loss if row.ordering == "prune" else 0.01 * row.asked)
+    pairs = report.pair_table(table).set_index("pair")
+    with_prune = pairs[(pairs["first"] == "prune") | (pairs["second"] == "prune")]
+    assert set(with_prune["verdict_kind"]) == {"collapsed"} and with_prune["p"].isna().all()
+    assert "prune has collapsed at 50%" in with_prune["verdict"].iloc[0]
+    words = report.headline(table)
+    assert "nearest rival" in words and "Collapsed: `prune`" in words and "prune beats" not in words
+    assert "(collapsed)" in report.result_table(table).to_html()
+    assert '"text": {"value": "collapsed"}' in json.dumps(report.perplexity_chart(table).to_dict())
+
+
+def test_when_all_models_have_collapsed_the_headline_says_so(tmp_path):
+    table = made_up(tmp_path, harm=lambda row: 20.0 * row.asked)
+    assert "At 50% every model has collapsed" in report.headline(table)
+    assert report.ratio_chart(report.pair_table(table)) is None
+    assert "font-weight: 600" not in report.result_table(table).to_html()
+
+
+def test_what_decided_the_numbers_stands_in_the_report(tmp_path):
+    table = made_up(
+        tmp_path, merges=["masked", "dense"], finetune={"learning_rate": 0.003, "block_length": 10}
+    )
+    html = report.settings_table(table).to_html()
+    for words in ("learning_rate", "0.003", "corpus", "pydocs", "adapter", "lora", "dtype", "block_length"):
+        assert words in html
+    cells = pd.read_html(StringIO(html))[0]
+    merges = cells[(cells["step"] == "finetune") & (cells["setting"] == "merge")]
+    assert dict(zip(merges["value"], merges["of"]))["dense"] == "prune_finetune (dense)"
+    assert (cells.loc[cells["setting"] == "learning_rate", "of"] == "all").all()
+
+
+def test_names_and_descriptions_of_others_are_shown_as_they_are(tmp_path):
+    evil = "<img src=x onerror=alert(1)> **not bold** [a](b) $x$ _y_"
+    table = made_up(tmp_path, orderings=["base", "P F*2", "(P F)*2"], description=evil)
+    words = report.headline(table)
+    rendered = markdown2html_mistune(words)
+    assert "<img" not in rendered and "<strong>not" not in rendered and "<a " not in rendered
+    assert unescape(rendered).count(evil) == 1
+    verdicts = markdown2html_mistune(report.verdict_list(report.pair_table(table)))
+    assert "P F*2 " in unescape(verdicts) and "(P F)*2" in unescape(verdicts) and "<em>" not in verdicts
+
+
+def test_the_best_is_the_best_at_equal_measured_sparsity_everywhere(tmp_path):
+    """A dense merge loses zeros and has the lowest perplexity: it is another kind of model."""
+
+    def dense(row):
+        return row.ordering == "prune_finetune" and row.merge == "dense"
+
+    table = made_up(
+        tmp_path,
+        merges=["masked", "dense"],
+        harm=lambda row: 0.0 if dense(row) else published_harm(row),
+        measured=lambda row: 0.42 if dense(row) else row.asked,
+    )
+    entries = report.entry_table(report.final_states(table))
+    assert entries.loc[entries["best"] & (entries["asked"] > 0), "label"].tolist() == [
+        "prune_finetune (masked)"
+    ]
+    words = report.headline(table)
+    assert "`prune_finetune` (masked) has the lowest" in words
+    assert "another: prune_finetune (dense)" in words
+    pairs = report.pair_table(table)
+    assert set(pairs.loc[pairs["asked"] > 0, "best"]) == {"prune_finetune (masked)"}
+    drawn = json.dumps(report.ratio_chart(pairs, most=1).to_dict())
+    assert "prune_finetune (masked)" in drawn and "prune_finetune (dense) /" not in drawn
+
+
+def test_names_and_tokens_stand_in_one_order(tmp_path):
+    table = made_up(tmp_path)
+    pairs = report.pair_table(table).set_index("pair")
+    verdict = pairs.loc["prune / prune_finetune, 50%", "verdict"]
+    assert verdict.startswith("prune_finetune beats prune at 50%") and "(1,000 and 0 tokens)" in verdict
+
+
+def test_a_report_is_rendered_again_only_where_something_changed(tmp_path, monkeypatch):
+    file = seal_study(tmp_path)
+    rendered = []
+
+    def executed(study, parameters):
+        rendered.append(parameters)
+        return nbformat.v4.new_notebook()
+
+    monkeypatch.setattr(report.page, "_executed", executed)
+    monkeypatch.setattr(report.page, "_html", lambda notebook, name, state: f'<meta content="{state}">')
+    path = tmp_path / "report.html"
+    for _ in range(2):
+        assert report.render(file, runs=tmp_path / "runs", output=path) == path
+    assert len(rendered) == 1
+    run = next((tmp_path / "runs").glob("evaluate-*/run.json"))
+    run.write_text(run.read_text() + "\n")
+    report.render(file, runs=tmp_path / "runs", output=path)
+    assert len(rendered) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,7 +99,7 @@ def p_in_words(p: float) -> str:
 
 def perplexity_in_words(perplexity: float) -> str:
     """A perplexity as it is written: "17.23", "58,012", "1.2e+09" or "infinite"."""
-    if not math.isfinite(perplexity):
+    if not perplexity < 1e300:
         return "infinite"
     if perplexity < 1000:
         return f"{perplexity:.2f}"

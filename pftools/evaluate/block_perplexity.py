@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 from pftools.base_models import context_length
 from pftools.errors import PftoolsError
 
+# Nats a token. The exponential of more is no float; a model that loses as much has collapsed anyway.
+_MOST = 700.0
 # Logits that may exist at a time, in numbers: a vocabulary is far wider than a model, so they are what fills
 # the memory.
 _LOGITS_BUDGET = 50_000_000
@@ -78,7 +80,7 @@ def perplexity(
             f"the loss of block {first} is not a number: "
             "the model is broken, or float16 overflows; try dtype float32."
         )
-    return PerplexityResult(math.exp(block_nll.mean()), block_nll)
+    return PerplexityResult(math.exp(min(float(block_nll.mean()), _MOST)), block_nll)
 
 
 def _block_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

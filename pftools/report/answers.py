@@ -41,7 +41,7 @@ def _answer(ends: pd.DataFrame, pairs: pd.DataFrame, asked: float) -> str:
     against = f" (dense: {perplexity_in_words(dense.iloc[0])})" if len(dense) else ""
     measured = sparsity_words([*ends["asked"], best["measured"].round(4)])[round(best["measured"], 4)]
     sentence = (
-        f"At {measured} measured sparsity {code(best['ordering'])}{plain(_choices(best))} has the lowest "
+        f"At {measured} measured sparsity {_named(best)} has the lowest "
         f"perplexity, {perplexity_in_words(best['perplexity'])}{against}."
     )
     rivals = there[(there["level"] == best["level"]) & ~there["collapsed"]].drop(index=best.name)
@@ -54,13 +54,14 @@ def _answer(ends: pd.DataFrame, pairs: pd.DataFrame, asked: float) -> str:
     lost = there[(there["level"] != best["level"]) & ~there["collapsed"]]
     if len(lost):
         names = ", ".join(lost["label"])
-        sentence += plain(f" Not compared, because their measured sparsity is another: {names}.")
+        sentence += f" Not compared, because their measured sparsity is another: {plain(names)}."
     return f"{sentence} Collapsed: {collapsed}" if collapsed else sentence
 
 
-def _choices(entry: pd.Series) -> str:
-    """What beside its ordering tells the entry apart, as its label says it."""
-    return str(entry["label"]).removeprefix(entry["ordering"])
+def _named(entry: pd.Series) -> str:
+    """The entry's label, its ordering in the type of code."""
+    choices = str(entry["label"]).removeprefix(entry["ordering"]).strip()
+    return code(entry["ordering"]) + (f" {plain(choices)}" if choices else "")
 
 
 def _collapsed(entries: pd.DataFrame) -> str:
