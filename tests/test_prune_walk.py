@@ -11,7 +11,7 @@ from pftools import checkpoints, prune
 from pftools.errors import PftoolsError
 from pftools.layers import linear_weights, measured_sparsity
 from pftools.models import load_model
-from pftools.prune import experts, memory
+from pftools.prune import memory
 from tests import oracles
 from tests.tiny import save_tiny, tiny_blocks, tiny_llama
 
@@ -132,10 +132,8 @@ def test_each_expert_is_pruned_by_the_tokens_that_it_sees(family, monkeypatch):
     tokens = []
     hook = layer.mlp.experts.register_forward_pre_hook(lambda module, args: tokens.append((args[0], args[1])))
     with torch.no_grad():
-        before = model(blocks).logits
+        model(blocks)
     hook.remove()
-    with experts.split(layer), torch.no_grad():  # the split experts compute what transformers' own do
-        torch.testing.assert_close(model(blocks).logits, before)
     hidden, routes = tokens[0]
     result = prune.prune_model(model, blocks, progress=False)
     mask = result.masks["model.layers.0.mlp.experts.gate_up_proj"]
@@ -168,15 +166,11 @@ def test_experts_with_few_tokens_fall_back_to_magnitude_and_say_so(method):
     )
     name = notes["weight"].iloc[0]
     parent, expert, part, _ = name.rsplit(".", 3)
-    row, rows = (
-        int(expert),
-        {"gate_proj": slice(0, 64), "up_proj": slice(64, 128), "down_proj": slice(None)}[part],
-    )
-    parameter = f"{parent}.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"
-    weight, mask = before.get_parameter(parameter)[row, rows], result.masks[parameter][row, rows]
+    row, parameter = int(expert), f"{parent}.{part}"
+    weight, mask = before.get_parameter(parameter)[row], result.masks[parameter][row]
     assert torch.equal(mask, oracles.wanda_mask(weight, torch.eye(weight.shape[1]), 0.5))
     assert torch.equal(
-        model.get_parameter(parameter)[row, rows], weight * mask
+        model.get_parameter(parameter)[row], weight * mask
     )  # nothing is mended by what was not seen
 
 

@@ -4,9 +4,10 @@ criteria      how much a weight matters: magnitude, Wanda, RIA, SparseGPT, ...; 
 patterns      from scores to masks: unstructured, N:M, Wanda's variant
 sparsegpt     the weight update: kept weights make up for those that go
 allocation    how sparse each layer becomes: uniform, OWL
-inputs        what a layer is called with, and how large its inputs are
+calls         what layers are called with
+check         that replaying these calls is what the model does
+inputs        how large the inputs of a layer's matrices are
 statistics    these sizes for a whole unpruned model, kept in a file
-experts       fused mixtures of experts as linear modules
 request       what is asked, and what is refused
 layer         one layer whose inputs are known
 reconstruct   local recovery of a pruned layer

@@ -19,7 +19,7 @@ from pftools.errors import PftoolsError
 from pftools.files import replacing, write_json
 from pftools.layers import linear_weights
 from pftools.masks import MASKS, MaskWriter
-from pftools.prune.inputs import inference
+from pftools.prune.calls import inference
 from pftools.prune.on_disk import OnDisk
 from pftools.prune.request import Request, check_request
 from pftools.prune.result import PruneResult

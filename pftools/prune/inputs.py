@@ -1,29 +1,31 @@
-"""What decoder layers are called with, and how large the inputs of their linear weights are.
+"""How large the inputs of a layer's matrices are: column norms, or second moments, measured while the layer
+runs.
 
-Layers of different families take different arguments (masks, position embeddings, cache positions), and
-layers of one model may take different ones (Gemma alternates sliding and full attention). So nothing is
-assumed: the real model runs once on one block, with layers that only note how they are called and pass the
-hidden states on. Every layer's own arguments are kept and replayed.
-"""
+Products are watched, not modules: a stacked parameter holds one matrix for every expert, each with inputs of
+its own, and some models multiply with a module's weight themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from pftools.errors import PftoolsError
-from pftools.layers import decoder_layers
+from pftools.layers import Matrix, decoder_layers, matrices
+from pftools.prune.calls import Batch, Enough
+from pftools.prune.source import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Numbers that the widest activation of one forward may hold: on a CPU, few enough for its caches.
+# Numbers that the widest activation of one forward may hold: few on a CPU, whose caches they should stay in,
+# many elsewhere.
 _BATCH_BUDGET = 1_000_000
 _BATCH_BUDGET_ELSEWHERE = 32_000_000
 # Tokens squared at a time: few enough to stay in a core's cache.
@@ -32,140 +34,37 @@ _CHUNK = 256
 _SAMPLE = 256
 # Columns of a block of X^T X: of the symmetric product, only blocks on and above the diagonal are computed.
 _GRAM_BLOCK = 256
-
-
-class _Enough(Exception):
-    """Ends a forward whose rest is not needed. Never leaves this package."""
-
-
-@dataclass
-class LayerCall:
-    """How one decoder layer is called. args, kwargs: everything but the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def to(self, device: torch.device) -> LayerCall:
-        """The same call with its tensors on ``device``."""
-
-        def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, torch.Tensor) else value
-
-        return LayerCall(tree_map(move, self.args), tree_map(move, self.kwargs))
-
-    def __call__(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        output = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+# {product: (place of the inputs, place of the weight, whether that is (outputs, inputs))}
+_PRODUCTS = {
+    F.linear: (0, 1, True),
+    torch.addmm: (1, 2, False),
+    torch.baddbmm: (1, 2, False),
+    **dict.fromkeys(
+        (
+            torch.matmul,
+            torch.mm,
+            torch.bmm,
+            torch.Tensor.matmul,
+            torch.Tensor.mm,
+            torch.Tensor.bmm,
+            torch.Tensor.__matmul__,
+        ),
+        (0, 1, False),
+    ),
+}
 
 
 def widest_output(layer: nn.Module) -> int:
-    """Numbers that the widest linear module of a layer gives for a token."""
-    return max(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
+    """Numbers that the widest matrix of a layer gives for a token."""
+    return max(len(matrix.weight(layer)) for matrix in matrices(layer).values())
 
 
 def batch_size_for(model: PreTrainedModel, block_length: int, n_blocks: int) -> int:
-    """Blocks a forward: as many as keep a layer's widest activation within its device's budget."""
+    """Blocks a forward: as many as keep the widest activation of a layer within the budget of its device, at
+    least 1."""
     layer = decoder_layers(model)[1][0]
-    budget = (
-        _BATCH_BUDGET if next(layer.parameters()).device.type in ("cpu", "meta") else _BATCH_BUDGET_ELSEWHERE
-    )
+    budget = _BATCH_BUDGET if device_of(layer).type in ("cpu", "meta") else _BATCH_BUDGET_ELSEWHERE
     return max(1, min(n_blocks, budget // (block_length * widest_output(layer))))
-
-
-def linears_of(layer: nn.Module) -> dict[str, nn.Linear]:
-    """The linear modules of a layer by their name within it."""
-    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-
-
-@contextmanager
-def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients and caches; everything is put back afterwards, whatever happens."""
-    training, config = model.training, model.config
-    use_cache = getattr(config, "use_cache", None)
-    model.eval()
-    config.use_cache = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        config.use_cache = use_cache
-        model.train(training)
-
-
-def record_calls(model: PreTrainedModel, block: torch.Tensor) -> list[LayerCall]:
-    """How every decoder layer is called for one block. No layer is computed or needs its weights.
-
-    Args:
-        block: LongTensor (1, block_length).
-    """
-    calls = _run_without_layers(model, block, as_tuple=False)
-    # A model that takes the first of what a layer returns cuts the batch off hidden states that came alone.
-    return calls or _run_without_layers(model, block, as_tuple=True)
-
-
-def _run_without_layers(model: PreTrainedModel, block: torch.Tensor, *, as_tuple: bool) -> list[LayerCall]:
-    layers = decoder_layers(model)[1]
-    calls: list[LayerCall] = []
-    shapes: set[torch.Size] = set()
-
-    def note(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        shapes.add(hidden.shape)
-        calls.append(
-            LayerCall(args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"})
-        )
-        if len(shapes) > 1 or len(calls) == len(layers):
-            raise _Enough
-        return (hidden,) if as_tuple else hidden
-
-    replaced = {layer: layer.__dict__.get("forward") for layer in layers}
-    try:
-        for layer in layers:
-            layer.forward = note
-        try:
-            _body(model)(block)
-        except _Enough:
-            pass
-    finally:
-        for layer, forward in replaced.items():
-            del layer.forward
-            if forward is not None:  # a hook of accelerate's, which is kept on the module itself
-                layer.forward = forward
-    return calls if len(shapes) == 1 else []
-
-
-def first_hidden_states(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """What the first decoder layer is given: (n_blocks, block_length, width), in the model's dtype.
-
-    The forward ends there: embeddings, and whatever a family does to them, are computed, and nothing else.
-    """
-    layer = decoder_layers(model)[1][0]
-    device = model.get_input_embeddings().weight.device
-    caught: list[torch.Tensor] = []
-
-    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(args[0] if args else kwargs["hidden_states"])
-        raise _Enough
-
-    hook = layer.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        for batch in blocks.split(batch_size):
-            try:
-                _body(model)(batch.to(device))
-            except _Enough:
-                pass
-    finally:
-        hook.remove()
-    return torch.cat(caught)
-
-
-def _body(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: the head's product over the whole vocabulary is never needed here."""
-    return getattr(model, getattr(model, "base_model_prefix", ""), model)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Measuring
 
 
 def squared_column_sums(x: torch.Tensor) -> torch.Tensor:
@@ -180,8 +79,7 @@ def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
     """Add X^T X to ``total`` (columns, columns), float32, on and above the diagonal blocks only.
 
     Products and sums are float32. On a CPU that multiplies bf16, its faster unit forms them from bf16 inputs:
-    these products are exact and summed in float32, so nothing is lost.
-    """
+    these products are exact and summed in float32, so nothing is lost."""
     flat = x.reshape(-1, x.shape[-1])
     with _bf16_unit(flat):
         flat = flat.float()
@@ -204,62 +102,88 @@ def _bf16_unit(x: torch.Tensor) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-class InputMeter:
-    """Measures the inputs of a layer's linear modules while the layer runs: column norms, or X^T X.
+class InputMeter(TorchFunctionMode):
+    """Measures the inputs of a layer's matrices while the layer runs within it: column norms, or X^T X.
 
-    Modules that are given the same tensor (q, k and v; gate and up) are measured once, under the name of the
-    first. Where the layer's output is not wanted, the forward ends once every module has been reached: before
-    the product of the last one.
-    """
+    Matrices that are given the same tensor (q, k and v; gate and up) are measured once, under the name of the
+    first. Once every matrix has been reached, and the layer's output is not wanted, the forward ends: before
+    the product of the last one."""
 
-    def __init__(self, linears: dict[str, nn.Linear], *, gram: bool = False, sample_of: int = 0) -> None:
-        """gram: X^T X instead of norms. sample_of: of how many tokens to keep a sample; 0: none."""
-        self.linears, self.gram = linears, gram
+    def __init__(self, layer: nn.Module, *, gram: bool = False, sample_of: int = 0) -> None:
+        """gram: X^T X instead of norms. sample_of: keep a sample of the inputs of so many tokens, as they
+        come; 0: none."""
+        super().__init__()
+        self.layer, self.matrices, self.gram = layer, matrices(layer), gram
         # An odd distance, so that a sample does not hold the same positions of every block.
         self.every = max(1, sample_of // _SAMPLE) | 1 if sample_of else 0
         self.samples: dict[str, list[torch.Tensor]] = {}
         self.totals: dict[str, torch.Tensor] = {}
         self.leader: dict[str, str] = {}
-        self.tokens: dict[str, int] = dict.fromkeys(linears, 0)
+        self.tokens: dict[str, int] = dict.fromkeys(self.matrices, 0)
+        self.stop_early = False
         self._now: dict[str, torch.Tensor] = {}
         self._reached: set[str] = set()
+        # {where a parameter's memory begins: {where a matrix begins in it: the matrix}}
+        self._homes: dict[int, dict[int, Matrix]] = {}
+        for matrix in self.matrices.values():
+            view = matrix.weight(layer)
+            home = self._homes.setdefault(view.untyped_storage().data_ptr(), {})
+            home[int(view.storage_offset())] = matrix
 
-    @contextmanager
-    def attached(self, *, stop_early: bool) -> Iterator[None]:
-        """The linear modules are hooked within."""
-        hooks = [
-            module.register_forward_pre_hook(self._hook(name, stop_early))
-            for name, module in self.linears.items()
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._now = {}
-
-    def begin(self) -> None:
+    def begin(self, *, stop_early: bool) -> None:
         """A new forward begins."""
-        self._now, self._reached = {}, set()
+        self._now, self._reached, self.stop_early = {}, set(), stop_early
 
-    def _hook(self, name: str, stop_early: bool) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            leader = next((other for other, tensor in self._now.items() if tensor is x), name)
-            if self.leader.setdefault(name, leader) != leader:
-                raise PftoolsError(
-                    f"{name} shares its input with {leader} in some batches and not in others: "
-                    "give batch_size=1."
-                )
-            if leader == name:
-                self._now[name] = x
-                self._measure(name, x)
-            self.tokens[name] += x.numel() // x.shape[-1]
-            self._reached.add(name)
-            if stop_early and len(self._reached) == len(self.linears):
-                raise _Enough
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _PRODUCTS:
+            inputs, weight, outputs_first = _PRODUCTS[func]
+            if len(args) > weight and isinstance(args[weight], torch.Tensor):
+                found = self._homes.get(args[weight].untyped_storage().data_ptr())
+                if found is not None:
+                    self._note(found, args[inputs], args[weight], outputs_first)
+                elif not outputs_first and args[inputs].untyped_storage().data_ptr() in self._homes:
+                    found = self._homes[args[inputs].untyped_storage().data_ptr()]  # W x instead of x W^T
+                    self._note(found, args[weight].transpose(-1, -2), args[inputs], True)
+        return func(*args, **(kwargs or {}))
 
-        return hook
+    def _note(
+        self, home: dict[int, Matrix], inputs: torch.Tensor, weight: torch.Tensor, outputs_first: bool
+    ) -> None:
+        """``inputs`` are about to be multiplied with ``weight``, a view of a parameter."""
+        if weight.dim() > 2:  # a matrix for each first index
+            for which in range(len(weight)):
+                self._note(home, inputs[which], weight[which], outputs_first)
+            return
+        matrix = home.get(int(weight.storage_offset()))
+        view = weight if outputs_first else weight.t()
+        if (
+            matrix is None
+            or view.stride() != matrix.weight(self.layer).stride()
+            or (view.shape != matrix.weight(self.layer).shape)
+        ):
+            name = matrix.name if matrix else next(iter(home.values())).name
+            raise PftoolsError(
+                f"{name} of {type(self.layer).__name__} is multiplied in another way than it is laid out: this model cannot be pruned."
+            )
+        self._reach(matrix, inputs)
+        if self.stop_early and len(self._reached) == len(self.matrices):
+            raise Enough
+
+    def _reach(self, matrix: Matrix, x: torch.Tensor) -> None:
+        name = matrix.name
+        leader = next((other for other, tensor in self._now.items() if tensor is x), name)
+        if self.leader.setdefault(name, leader) != leader:
+            raise PftoolsError(
+                f"{name} shares its input with {leader} in some batches and not in others: give batch_size=1."
+            )
+        if leader == name:
+            self._now[name] = x
+            self._measure(name, x)
+        # Where all tokens go through all experts, those of the others come multiplied by zero.
+        self.tokens[name] += int(x.any(dim=-1).sum()) if matrix.is_expert else x.numel() // x.shape[-1]
+        self._reached.add(name)
 
     def _measure(self, name: str, x: torch.Tensor) -> None:
         if not self.gram:
@@ -299,14 +223,14 @@ class InputMeter:
 
 @dataclass
 class Measured:
-    """The inputs of a layer's linear modules. Modules that saw no token are in ``tokens`` only.
+    """The inputs of a layer's matrices. Matrices that saw no token are in ``tokens`` only.
 
     Attributes:
-        norms: {module: Euclidean norms of its input columns (columns,), float32}.
-        grams: {first module of those with this input: X^T X (columns, columns), float32}.
-        leader: {module: the first module with the same input}.
-        tokens: {module: how many tokens it saw}.
-        samples: {first module: some of these inputs, (tokens, columns), in their own dtype}.
+        norms: {matrix: Euclidean norms of its input columns (columns,), float32}.
+        grams: {first matrix of those with this input: X^T X (columns, columns), float32}.
+        leader: {matrix: the first matrix with the same input}.
+        tokens: {matrix: how many tokens it saw}.
+        samples: {first matrix: some of these inputs, (tokens, columns), in their own dtype}.
     """
 
     norms: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -317,29 +241,28 @@ class Measured:
 
 
 def run_layer(
-    layer: nn.Module,
-    call: LayerCall,
-    hidden: torch.Tensor,
-    batch_size: int,
-    *,
-    replace: bool,
-    meter: InputMeter | None = None,
+    layer: nn.Module, index: int, batches: list[Batch], *, replace: bool, meter: InputMeter | None = None
 ) -> None:
-    """Run all hidden states through a layer.
+    """Run all batches through a layer.
 
     Args:
-        hidden: (n_blocks, block_length, width); with ``replace`` it is overwritten by the layer's outputs.
-        replace: False: the outputs are not wanted, and each forward ends as soon as ``meter`` has all inputs.
-        meter: measures the linear modules' inputs meanwhile.
+        replace: overwrite the batches' hidden states by the layer's outputs. False: the outputs are not
+        wanted, and
+            each forward ends as soon as ``meter`` has all inputs.
+        meter: measures the inputs of the layer's matrices meanwhile.
     """
-    meter = meter or InputMeter({})
-    with meter.attached(stop_early=not replace):
-        for start in range(0, len(hidden), batch_size):
-            batch = hidden[start : start + batch_size]
-            meter.begin()
+    device = device_of(layer)
+    for batch in batches:
+        call = batch.calls[index].to(device)
+        batch.hidden = batch.hidden.to(device)
+        if meter is None:
+            output = call(layer, batch.hidden)
+        else:
+            meter.begin(stop_early=not replace)
             try:
-                output = call(layer, batch)
-                if replace:
-                    batch.copy_(output)
-            except _Enough:
-                pass
+                with meter:
+                    output = call(layer, batch.hidden)
+            except Enough:
+                continue
+        if replace:
+            batch.hidden.copy_(output)

@@ -1,4 +1,5 @@
-"""One decoder layer whose inputs are known: choose what goes, set it to zero, and mend the rest if asked."""
+"""One decoder layer whose inputs are known: choose what goes, set it to zero and, for some methods, mend the
+rest."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from pftools.errors import PftoolsError
-from pftools.prune import experts, sparsegpt
+from pftools.layers import Matrix, matrices
+from pftools.prune import sparsegpt
+from pftools.prune.calls import Batch
 from pftools.prune.criteria import magnitude
-from pftools.prune.inputs import LayerCall, Measured, linears_of
+from pftools.prune.inputs import Measured
 from pftools.prune.patterns import choose
 from pftools.prune.reconstruct import reconstruct
 from pftools.prune.request import Request
@@ -54,23 +57,23 @@ def prune_layer(
     Raises:
         PftoolsError: a weight holds NaN or infinity.
     """
-    linears, asked = linears_of(layer), request.sparsities[index]
+    found, asked = matrices(layer), request.sparsities[index]
     masks = _all_kept(layer, place)
     rows: dict[str, dict[str, Any]] = {}
-    for leader, names in _by_input(linears, measured).items():
+    for leader, names in _by_input(found, measured).items():
         started = time.perf_counter()
-        weights = {name: _finite(linears[name], f"{place}.{name}") for name in names}
+        weights = {name: _finite(found[name].weight(layer), f"{place}.{name}") for name in names}
         choices = _choices(list(weights.values()), leader, measured, request, asked, n_tokens)
         for (name, weight), choice in zip(weights.items(), choices):
             norms = measured.norms.get(leader, torch.ones(weight.shape[1], device=weight.device))
             facts = judge(choice, weight, norms, asked)
-            _write(linears[name], choice)
-            parameter, part = experts.home(name, linears[name])
-            masks[f"{place}.{parameter}"][part] = ~choice.pruned.cpu()
-            rows[name] = _named(place, name, asked, zeros(linears[name].weight)) | facts
+            written = found[name].weight(layer)
+            _write(written, choice)
+            found[name].of(masks[f"{place}.{found[name].parameter}"]).copy_(~choice.pruned)
+            rows[name] = _named(place, name, asked, zeros(written)) | facts
         for name in names:
             rows[name]["seconds"] = (time.perf_counter() - started) / len(names)
-    done = PrunedLayer(index, masks, [rows[name] for name in linears])
+    done = PrunedLayer(index, masks, [rows[name] for name in found])
     if request.method.update:
         done.weights = _weights_of(layer, place)
     return done
@@ -78,47 +81,48 @@ def prune_layer(
 
 def recover_layer(
     layer: nn.Module,
+    index: int,
     place: str,
     done: PrunedLayer,
-    call: LayerCall,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
+    inputs: list[Batch],
+    targets: list[Batch],
     *,
     steps: int,
 ) -> None:
     """Reconstruct a pruned layer's dense output, and note in every row of its table how far it came.
 
     Args:
-        inputs: hidden states (n_blocks, block_length, width) that the layer is given in the pruned model.
-        targets: the layer's outputs in the dense model, of the same shape.
+        inputs: the batches as the layer is given them in the pruned model.
+        targets: the same batches as the layer of the dense model gives them.
         steps: Adam steps.
     """
-    homes = {name: experts.home(name, module) for name, module in linears_of(layer).items()}
-    kept = {name: done.masks[f"{place}.{parameter}"][part] for name, (parameter, part) in homes.items()}
-    before, after = reconstruct(layer, call, inputs, targets, kept, steps=steps, place=place)
+    kept = {name.removeprefix(f"{place}."): mask for name, mask in done.masks.items()}
+    before, after = reconstruct(layer, index, inputs, targets, kept, steps=steps, place=place)
     done.weights = _weights_of(layer, place)
     for row in done.rows:
         row |= {"block_error_before": before**0.5, "block_error": after**0.5}
 
 
+def _parameters(layer: nn.Module) -> list[str]:
+    """The parameters of a layer that count, by their name within it."""
+    return list(dict.fromkeys(matrix.parameter for matrix in matrices(layer).values()))
+
+
 def _all_kept(layer: nn.Module, place: str) -> dict[str, torch.Tensor]:
-    parameters = {experts.home(name, module)[0] for name, module in linears_of(layer).items()}
-    found = [name for name, _ in layer.named_parameters() if name in parameters]
-    return {
-        f"{place}.{name}": torch.ones(layer.get_parameter(name).shape, dtype=torch.bool) for name in found
-    }
+    shapes = {name: layer.get_parameter(name).shape for name in _parameters(layer)}
+    return {f"{place}.{name}": torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
 
 
-def _by_input(linears: dict[str, nn.Linear], measured: Measured) -> dict[str, list[str]]:
-    """{first module: all modules that are given the same input}"""
+def _by_input(found: dict[str, Matrix], measured: Measured) -> dict[str, list[str]]:
+    """{first matrix: all matrices that are given the same input}"""
     groups: dict[str, list[str]] = {}
-    for name in linears:
+    for name in found:
         groups.setdefault(measured.leader.get(name, name), []).append(name)
     return groups
 
 
-def _finite(module: nn.Linear, name: str) -> torch.Tensor:
-    weight = module.weight.detach().float()
+def _finite(weight: torch.Tensor, name: str) -> torch.Tensor:
+    weight = weight.float()
     if not math.isfinite(weight.sum()):
         raise PftoolsError(
             f"the weight {name}.weight holds NaN or infinity: check the model before pruning it."
@@ -163,13 +167,14 @@ def _unmeasured(measured: Measured, leader: str, n_tokens: int) -> str:
     return f"saw {seen} calibration tokens: pruned by magnitude" if seen < min(FEW_TOKENS, n_tokens) else ""
 
 
-def _write(module: nn.Linear, choice: Choice) -> None:
+def _write(weight: torch.Tensor, choice: Choice) -> None:
+    """Write into a matrix, a view of its parameter."""
     if choice.weight is None:
         # As integers, times 0 or 1: exact zeros, and ten times faster on a CPU than to fill by mask.
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[module.weight.element_size()]
-        module.weight.data.view(bits).mul_(~choice.pruned)
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+        weight.view(bits).mul_(~choice.pruned)
     else:
-        module.weight.data.copy_(choice.weight)
+        weight.copy_(choice.weight)
 
 
 def _named(place: str, name: str, asked: float, measured: float) -> dict[str, Any]:
@@ -183,10 +188,6 @@ def _named(place: str, name: str, asked: float, measured: float) -> dict[str, An
 
 
 def _weights_of(layer: nn.Module, place: str) -> dict[str, torch.Tensor]:
-    """Copies of a layer's linear weights on the CPU, by full parameter name."""
-    names = {experts.home(name, module)[0] for name, module in linears_of(layer).items()}
-    return {
-        f"{place}.{name}": weight.detach().to("cpu", copy=True)
-        for name, weight in layer.named_parameters()
-        if name in names
-    }
+    """Copies of the parameters that count on the CPU, by full name."""
+    copies = {name: layer.get_parameter(name).detach().to("cpu", copy=True) for name in _parameters(layer)}
+    return {f"{place}.{name}": weight for name, weight in copies.items()}

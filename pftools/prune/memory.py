@@ -9,17 +9,18 @@ import torch
 from torch import nn
 
 from pftools.errors import PftoolsError
+from pftools.layers import matrices
 from pftools.prune.inputs import widest_output
 
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @contextmanager
-def naming_the_levers(place: str, layer: nn.Module, hidden: torch.Tensor, batch_size: int) -> Iterator[None]:
+def naming_the_levers(place: str, layer: nn.Module, blocks: torch.Size, batch_size: int) -> Iterator[None]:
     """Turn an allocation that fails within into a PftoolsError that says what to lower, and how far.
 
     Args:
-        hidden: (n_blocks, block_length, width), the buffer that is walked through the layers.
+        blocks: (n_blocks, block_length) of the tokens that are walked through the layers.
     """
     try:
         yield
@@ -35,17 +36,19 @@ def naming_the_levers(place: str, layer: nn.Module, hidden: torch.Tensor, batch_
     else:
         return
     failure.__traceback__ = None  # its frames hold the tensors of the forward that failed
-    raise PftoolsError(_advice(place, layer, hidden, batch_size)) from failure
+    raise PftoolsError(_advice(place, layer, blocks, batch_size)) from failure
 
 
-def _advice(place: str, layer: nn.Module, hidden: torch.Tensor, batch_size: int) -> str:
-    n_blocks, block_length, width = hidden.shape
+def _advice(place: str, layer: nn.Module, blocks: torch.Size, batch_size: int) -> str:
+    n_blocks, block_length = blocks
+    weight = next(layer.parameters())
+    width = min(matrix.weight(layer).shape[1] for matrix in matrices(layer).values())
     # A layer holds some eight tensors as wide as the model at a time, and up to four as wide as its widest
     # output.
-    block = (8 * width + 4 * widest_output(layer)) * block_length * hidden.element_size()
-    free = free_memory(hidden.device)
+    block = (8 * width + 4 * widest_output(layer)) * block_length * weight.element_size()
+    free = free_memory(weight.device)
     fits = int(free // block)
-    tried = f"out of memory at {place} with batch_size {batch_size} and {n_blocks} blocks of {block_length} tokens on {hidden.device}"
+    tried = f"out of memory at {place} with batch_size {batch_size} and {n_blocks} blocks of {block_length} tokens on {weight.device}"
     there = f"{free / 2**30:.1f} GiB are free, a block takes about {block / 2**30:.2f} GiB"
     if 0 < fits < batch_size:
         return f"{tried}: {there}, so batch_size={fits} should fit; a smaller block_length or fewer blocks (n_blocks) save more."
@@ -54,7 +57,7 @@ def _advice(place: str, layer: nn.Module, hidden: torch.Tensor, batch_size: int)
         return f"{tried}: {there}, so a block_length of about {max(length, 8)} should fit; fewer blocks (n_blocks) leave more room."
     half = max(1, n_blocks // 2)
     return (
-        f"{tried}: {there}, and the hidden states of all blocks {hidden.nbytes / 2**30:.1f} GiB: n_blocks={half} or "
+        f"{tried}: {there}, and the hidden states of all blocks {n_blocks * block_length * width * weight.element_size() / 2**30:.1f} GiB: n_blocks={half} or "
         f"batch_size={max(1, batch_size // 2)} should fit; a smaller block_length saves both."
     )
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +41,8 @@ class OnDisk:
             )
         self.prefix, self.layers = decoder_layers(self.model)
         self.files = _files_by_name(self.folder)
-        # How names and shapes on disk become the model's: transformers stacks a mixture's experts, for one.
+        # How names and shapes on disk become the model's: transformers stacks the experts of a mixture, for
+        # one.
         self.conversions = get_model_conversion_mapping(self.model)
         self.homes = self._homes()
         self.written: dict[str, str] = {}
@@ -61,35 +61,38 @@ class OnDisk:
 
     @contextmanager
     def entrance(self) -> Iterator[None]:
-        """Context in which all pre-layer weights are loaded: all that is not in the layers or the head."""
+        """Context in which all pre-layer weights are loaded: whatever is neither in the layers nor in the
+        head."""
         head, inward = self.model.get_output_embeddings(), self.model.get_input_embeddings().weight
         outside = {
-            name: weight
-            for name, weight in self.model.named_parameters()
+            name
+            for name, value in self._stored().items()
             if not name.startswith(f"{self.prefix}.")
-            and (weight is inward or head is None or weight is not head.weight)
+            and (value is inward or head is None or value is not head.weight)
         }
-        self._load(set(outside), "cpu")
+        self._load(outside, "cpu")
         try:
             yield
         finally:
-            self._drop(list(outside))
+            self._drop(outside)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """One layer with its weights, on the device; they are dropped afterwards."""
-        names = [
-            name for name, _ in self.model.named_parameters() if name.startswith(f"{self.prefix}.{index}.")
-        ]
-        self._load(set(names), self.device)
+        names = {name for name in self._stored() if name.startswith(f"{self.prefix}.{index}.")}
+        self._load(names, self.device)
         layer = self.layers[index].to(self.device)  # its buffers too
         try:
             yield layer.requires_grad_(False)
         finally:
             self._drop(names)
 
+    def _stored(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint of the model holds, by name: parameters, and buffers that are kept."""
+        return self.model.state_dict(keep_vars=True)
+
     def _load(self, names: set[str], device: str) -> None:
-        """Give parameters their weights, by transformers' own loader.
+        """Give parameters and buffers their values, by transformers' own loader.
 
         Raises:
             PftoolsError: the checkpoint lacks one of them.
@@ -98,8 +101,12 @@ class OnDisk:
         from transformers.modeling_utils import LoadStateDictConfig
 
         state = self._read([name for name, home in self.homes.items() if home in names])
-        conversions: Any = self.conversions
-        config = LoadStateDictConfig(dtype=self.dtype, device_map={"": device}, weight_mapping=conversions)
+        config = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            device_map={"": device},
+            weight_mapping=self.conversions,  # type: ignore[arg-type]
+        )
         convert_and_load_state_dict_in_model(self.model, state, config)
         missing = [name for name, weight in self.model.named_parameters() if name in names and weight.is_meta]
         if missing:
@@ -109,7 +116,8 @@ class OnDisk:
             )
 
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Tensors by their names on disk, copied: pages of a file that stays open count as memory."""
+        """Tensors by their names on disk, copied out of files that are closed again: mapped pages count as
+        memory."""
         from safetensors import safe_open
 
         found: dict[str, torch.Tensor] = {}
@@ -118,8 +126,9 @@ class OnDisk:
                 found |= {name: opened.get_tensor(name).clone() for name in names if self.files[name] == file}
         return found
 
-    def _drop(self, names: list[str]) -> None:
-        for name in names:
+    def _drop(self, names: set[str]) -> None:
+        """Forget the weights of these names; buffers are small, and stay."""
+        for name in names & {name for name, _ in self.model.named_parameters(remove_duplicate=False)}:
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
             module._parameters[leaf] = nn.Parameter(
@@ -131,11 +140,10 @@ class OnDisk:
         from transformers.core_model_loading import revert_weight_conversion
 
         own = {
-            f"{self.prefix}.{index}.{name}": weight for name, weight in self.layers[index].named_parameters()
+            f"{self.prefix}.{index}.{name}": value for name, value in self.layers[index].state_dict().items()
         }
-        homes = set(self.homes.values())  # experts that are split for the walk have parameters twice
-        tensors = {name: weight.detach() for name, weight in own.items() if name in homes}
-        stored = revert_weight_conversion(self.model, tensors)
+        homes = set(self.homes.values())
+        stored = revert_weight_conversion(self.model, {name: own[name] for name in own if name in homes})
         self._save(
             {name: tensor.to("cpu").contiguous() for name, tensor in stored.items()},
             folder,
@@ -143,11 +151,12 @@ class OnDisk:
         )
 
     def write_rest(self, folder: Path) -> None:
-        """Write all that is not in the layers, the index of all shards, and every other file."""
+        """All that is not in the layers, a shard a tensor; the index of all shards; every other file of the
+        source."""
         rest = [name for name, home in self.homes.items() if not home.startswith(f"{self.prefix}.")]
         for number, name in enumerate(rest):
             self._save(
-                {key: tensor.to(self.dtype) for key, tensor in self._read([name]).items()},
+                {key: self._cast(tensor) for key, tensor in self._read([name]).items()},
                 folder,
                 f"rest-{number:05d}",
             )
@@ -162,6 +171,9 @@ class OnDisk:
                 shutil.copy(path, folder / path.name)
         self.model.config.dtype = self.dtype
         self.model.config.save_pretrained(folder)
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _save(self, tensors: dict[str, torch.Tensor], folder: Path, part: str) -> None:
         from safetensors.torch import save_file

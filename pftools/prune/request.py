@@ -9,10 +9,11 @@ import torch
 
 from pftools.base_models import check_length
 from pftools.errors import PftoolsError, nearest
-from pftools.layers import linear_weights
+from pftools.layers import decoder_layers, linear_weights, matrices
 from pftools.prune.criteria import Method, find_method
 from pftools.prune.inputs import batch_size_for
 from pftools.prune.patterns import Pattern, check_width, parse_pattern
+from pftools.prune.reconstruct import TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,10 +86,26 @@ def check_request(
         raise PftoolsError(
             f"the linear weights are of dtype {found}: load the model in one float dtype before pruning."
         )
-    for name, weight in weights.items():
-        check_width(name.removesuffix(".weight"), weight.shape[-1], shape)
+    _check_matrices(model, shape)
     size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
+    if options["reconstruct_steps"]:
+        size = min(size, max(1, TOKENS // blocks.shape[1]))
     return Request(method=rule, sparsity=sparsity, pattern=shape, inputs=inputs, batch_size=size, **options)
+
+
+def _check_matrices(model: nn.Module, shape: Pattern) -> None:
+    """Every matrix is as wide as the pattern needs, and belongs to one layer only."""
+    prefix, layers = decoder_layers(model)
+    seen: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        for name, matrix in matrices(layer).items():
+            owner = seen.setdefault(id(layer.get_parameter(matrix.parameter)), index)
+            if owner != index:
+                raise PftoolsError(
+                    f"layers {owner} and {index} of {type(model).__name__} share {name}: what is pruned for the "
+                    "one is gone for the other, so this model cannot be pruned layer by layer."
+                )
+            check_width(f"{prefix}.{index}.{name}", matrix.weight(layer).shape[1], shape)
 
 
 _KEYWORDS = (
@@ -104,5 +121,6 @@ _KEYWORDS = (
 
 
 def request_of(parameters: Prune) -> dict[str, Any]:
-    """The keywords of `prune_model` that a step's parameters decide, but for `inputs`, which a notebook varies."""
+    """The keywords of `prune_model` that a step's parameters decide, but for `inputs`, which a notebook
+    varies."""
     return {name: getattr(parameters, name) for name in _KEYWORDS}

@@ -11,6 +11,7 @@ from torch import nn
 
 from pftools import run_folder
 from pftools.errors import PftoolsError
+from pftools.layers import matrices
 from pftools.prune.inputs import Measured
 
 
@@ -28,11 +29,11 @@ class ActivationStatistics:
     n_tokens: int
     routed: dict[str, int]
 
-    def add(self, place: str, linears: dict[str, nn.Linear], measured: Measured) -> None:
+    def add(self, place: str, layer: nn.Module, measured: Measured) -> None:
         """Take in what was measured of one layer, whose full name is ``place``."""
-        for name, module in linears.items():
+        for name, matrix in matrices(layer).items():
             norms = measured.norms.get(name)  # an expert that saw no token has none
-            norms = torch.zeros(module.in_features) if norms is None else norms.cpu()
+            norms = torch.zeros(matrix.weight(layer).shape[1]) if norms is None else norms.cpu()
             self.norms[f"{place}.{name}"] = norms
             if measured.tokens[name] != self.n_tokens:
                 self.routed[f"{place}.{name}"] = measured.tokens[name]

@@ -25,19 +25,11 @@ from tqdm.auto import tqdm
 
 from pftools.base_models import check_length
 from pftools.errors import PftoolsError
-from pftools.layers import decoder_layers
-from pftools.prune import allocation, experts
-from pftools.prune.inputs import (
-    InputMeter,
-    LayerCall,
-    Measured,
-    batch_size_for,
-    first_hidden_states,
-    inference,
-    linears_of,
-    record_calls,
-    run_layer,
-)
+from pftools.layers import decoder_layers, matrices
+from pftools.prune import allocation
+from pftools.prune.calls import Batch, copies, inference, record_batches
+from pftools.prune.check import check_replay
+from pftools.prune.inputs import InputMeter, Measured, batch_size_for, run_layer
 from pftools.prune.layer import PrunedLayer, prune_layer, recover_layer
 from pftools.prune.memory import naming_the_levers
 from pftools.prune.request import Request, check_request
@@ -69,25 +61,23 @@ def prune_model(
     """Set the least important linear weights of the decoder layers to zero, in place.
 
     Args:
-        model: a causal language model; changed in place, in its own dtype.
-        blocks: LongTensor (n_blocks, block_length), the calibration tokens.
-        method: a name in `METHODS`.
-        sparsity: share of zeros in [0, 1); with an N:M pattern it has to be what the pattern fixes.
-        pattern: `unstructured` or N:M.
-        batch_size: blocks a forward; None: chosen by size.
-        inputs: `pruned`: measure a layer behind pruned ones (published); `dense`: behind unpruned ones.
-        statistics: what `measure_activations` found on this model earlier, for `dense` and for OWL; None:
+        model: a causal language model; changed in place, in its own dtype. blocks: LongTensor (n_blocks,
+        block_length), the calibration tokens. method: a name in `METHODS`. sparsity: share of zeros in [0,
+        1); with an N:M pattern it has to be what the pattern fixes. pattern: `unstructured` or N:M.
+        batch_size: blocks a forward; None: chosen by size. inputs: `pruned`: measure each layer behind pruned
+        ones (published); `dense`: measure the unpruned model. statistics: what `measure_activations` found on
+        this model earlier, for `dense` and for OWL; None:
             measured here.
-        allocation: `uniform`, or `owl`: less sparsity where outliers are many.
-        owl_lambda: the most that a layer's sparsity may differ from the mean (see `allocation.owl`).
-        owl_m: an outlier is this many times the layer's mean score.
-        reconstruct_steps: Adam steps a layer that mend the kept weights after pruning; 0: none.
-        device: where layers are computed, one at a time; None: where each of them is.
-        progress: show a progress bar.
+        allocation: `uniform`, or `owl`: less sparsity where outliers are many. owl_lambda: the most that a
+        layer's sparsity may differ from the mean (see `allocation.owl`). owl_m: an outlier is this many times
+        the layer's mean score. reconstruct_steps: Adam steps a layer that mend the kept weights after
+        pruning; 0: none. device: where layers are computed, one at a time; None: where each of them is (one
+        or several devices). progress: show a progress bar.
 
     Raises:
         PftoolsError: a request that cannot be met, found before any weight is changed; NaN in a weight or in
-            the activations; or too little memory, with the sizes to lower.
+        the
+            activations; or too little memory, with the sizes to lower.
     """
     request = check_request(
         model,
@@ -145,14 +135,13 @@ def measure_activations(
 def _check_statistics(model: nn.Module, statistics: ActivationStatistics) -> None:
     prefix, layers = decoder_layers(model)
     for index, layer in enumerate(layers):
-        with experts.split(layer):
-            for name, module in linears_of(layer).items():
-                norms = statistics.norms.get(f"{prefix}.{index}.{name}")
-                if norms is None or len(norms) != module.in_features:
-                    raise PftoolsError(
-                        f"the activation statistics do not fit the model at {prefix}.{index}.{name}: "
-                        "measure them on this model."
-                    )
+        for name, matrix in matrices(layer).items():
+            norms = statistics.norms.get(f"{prefix}.{index}.{name}")
+            if norms is None or len(norms) != matrix.weight(layer).shape[1]:
+                raise PftoolsError(
+                    f"the activation statistics do not fit the model at {prefix}.{index}.{name}: "
+                    "measure them on this model."
+                )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -179,67 +168,63 @@ def measure_layers(
     source: Source, blocks: torch.Tensor, batch_size: int, *, progress: bool
 ) -> ActivationStatistics:
     """`measure_activations`, wherever the layers come from."""
-    calls, hidden = _enter(source, blocks, batch_size)
+    batches = _enter(source, blocks, batch_size)
     statistics = ActivationStatistics({}, blocks.numel(), {})
-    last = len(calls) - 1
+    last = len(decoder_layers(source.model)[1]) - 1
     for index, place, layer in _open_layers(source, "measuring", progress):
-        hidden = hidden.to(device_of(layer))
-        meter = InputMeter(linears_of(layer))
-        with naming_the_levers(place, layer, hidden, batch_size):
-            call = calls[index].to(hidden.device)
-            run_layer(layer, call, hidden, batch_size, replace=index < last, meter=meter)
-        statistics.add(place, meter.linears, meter.finish(place))
+        meter = InputMeter(layer)
+        with naming_the_levers(place, layer, blocks.shape, batch_size):
+            run_layer(layer, index, batches, replace=index < last, meter=meter)
+        statistics.add(place, layer, meter.finish(place))
     return statistics
 
 
 def _walk(source: Source, blocks: torch.Tensor, request: Request) -> Iterator[PrunedLayer]:
     """Prune layers on the inputs that the calibration tokens give them.
 
-    ``hidden`` is where they are measured: behind pruned layers, or behind dense ones. Reconstruction needs
-    both streams: the inputs in the pruned model, and the outputs of the dense one.
-    """
-    calls, hidden = _enter(source, blocks, request.batch_size)
+    ``batches`` are where they are measured: behind pruned layers, or behind dense ones. Reconstruction needs
+    both streams: the inputs in the pruned model, and the outputs of the dense one."""
+    batches = _enter(source, blocks, request.batch_size)
     on_dense, mends = request.inputs == "dense", request.reconstruct_steps > 0
-    dense = hidden.clone() if mends else hidden
+    dense = copies(batches) if mends else batches
+    n_layers = len(decoder_layers(source.model)[1])
     for index, place, layer in _open_layers(source, "pruning", request.progress):
-        call, last = calls[index].to(device_of(layer)), index == len(calls) - 1
-        hidden, dense = hidden.to(device_of(layer)), dense.to(device_of(layer)) if mends else hidden
+        last, run = index == n_layers - 1, partial(run_layer, layer, index)
         meter = _meter_for(layer, request, blocks.numel())
-        run = partial(run_layer, layer, call, batch_size=request.batch_size)
-        with naming_the_levers(place, layer, hidden, request.batch_size):
+        with naming_the_levers(place, layer, blocks.shape, request.batch_size):
             if on_dense or mends:
                 run(dense, replace=mends or not last, meter=meter if on_dense else None)
             if meter and not on_dense:
-                run(hidden, replace=False, meter=meter)
+                run(batches, replace=False, meter=meter)
             measured = meter.finish(place) if meter else Measured()
             done = prune_layer(layer, index, place, measured, request, blocks.numel())
             if mends:
-                recover_layer(layer, place, done, call, hidden, dense, steps=request.reconstruct_steps)
+                recover_layer(layer, index, place, done, batches, dense, steps=request.reconstruct_steps)
             yield done
             if (mends or not on_dense) and not last:
-                run(hidden, replace=True)
+                run(batches, replace=True)
 
 
 def _meter_for(layer: nn.Module, request: Request, n_tokens: int) -> InputMeter | None:
     """What measures the layer's inputs as the criterion needs them; None: it needs none."""
     if not request.method.needs_inputs:
         return None
-    return InputMeter(linears_of(layer), gram=request.method.update, sample_of=n_tokens)
+    return InputMeter(layer, gram=request.method.update, sample_of=n_tokens)
 
 
-def _enter(source: Source, blocks: torch.Tensor, batch_size: int) -> tuple[list[LayerCall], torch.Tensor]:
-    """How every layer is called, and the hidden states that the first is given."""
+def _enter(source: Source, blocks: torch.Tensor, batch_size: int) -> list[Batch]:
+    """What the first layer is given and how all are called, after the check that this is what the model
+    does."""
     with source.entrance():
-        device = device_of(source.model.get_input_embeddings())
-        calls = record_calls(source.model, blocks[:1].to(device))
-        return calls, first_hidden_states(source.model, blocks, batch_size)
+        check_replay(source, blocks, batch_size)
+        return record_batches(source.model, blocks, batch_size)
 
 
 def _open_layers(source: Source, verb: str, progress: bool) -> Iterator[tuple[int, str, nn.Module]]:
-    """(index, full name, layer), one layer open at a time, its fused experts split into linear modules."""
+    """(index, full name, layer), one layer open at a time."""
     prefix, layers = decoder_layers(source.model)
     for index in tqdm(range(len(layers)), desc=verb, unit="layer", disable=not progress):
-        with source.layer(index) as layer, experts.split(layer):
+        with source.layer(index) as layer:
             yield index, f"{prefix}.{index}", layer
 
 
@@ -250,7 +235,7 @@ def _allocate(source: Source, request: Request, statistics: ActivationStatistics
         return (asked,) * len(decoder_layers(source.model)[1])
     shares, sizes = [], []
     for _, place, layer in _open_layers(source, "allocating", False):
-        weights = {name: module.weight.detach() for name, module in linears_of(layer).items()}
+        weights = {name: matrix.weight(layer) for name, matrix in matrices(layer).items()}
         norms = {name: statistics.norms[f"{place}.{name}"] for name in weights}
         shares.append(allocation.outlier_share(weights, norms, request.owl_m))
         sizes.append(sum(weight.numel() for weight in weights.values()))
@@ -259,7 +244,7 @@ def _allocate(source: Source, request: Request, statistics: ActivationStatistics
 
 def _look_up(layer: nn.Module, place: str, statistics: ActivationStatistics) -> Measured:
     """What was measured of a layer earlier."""
-    names, device = list(linears_of(layer)), device_of(layer)
+    names, device = list(matrices(layer)), device_of(layer)
     norms = {name: statistics.norms[f"{place}.{name}"].to(device) for name in names}
     tokens = {name: statistics.routed.get(f"{place}.{name}", statistics.n_tokens) for name in names}
     return Measured(norms, {}, {name: name for name in names}, tokens)

@@ -119,7 +119,7 @@ def text_decoder(model: nn.Module) -> str:
         and len(module) in depth
         and not any(word in name for word in ("vision", "audio", "visual", "image"))
     }
-    require(lists, "no list of decoder layers was found for the oracle")
+    require(lists, "it was pruned, and has no list of as many layers as its configuration says")
     return max(lists, key=lambda name: lists[name])
 
 

@@ -65,6 +65,8 @@ class _Watch(TorchFunctionMode):
             inputs, weight, outputs_first = _PRODUCTS[func]
             if len(args) > weight and isinstance(args[weight], torch.Tensor):
                 self._note(args[inputs], args[weight], outputs_first)
+                if not outputs_first:  # W x instead of x W^T
+                    self._note(args[weight].transpose(-1, -2), args[inputs], True)
         return func(*args, **kwargs)
 
     def _note(self, inputs: torch.Tensor, weight: torch.Tensor, outputs_first: bool) -> None:

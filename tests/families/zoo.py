@@ -204,4 +204,7 @@ def _disturb(model: nn.Module) -> None:
         saved = set(model.state_dict())
         for name, buffer in model.named_buffers():
             if name in saved and buffer.is_floating_point() and (not buffer.numel() or buffer.min() > -1e4):
-                buffer.mul_(1.25).add_(torch.randn_like(buffer) * 0.1 * (buffer.ndim > 0))
+                if buffer.any():  # not where it is zero: it may be a mask there
+                    buffer.mul_(1.25 + 0.1 * torch.randn_like(buffer))
+                else:
+                    buffer.normal_(std=0.1)
