@@ -30,9 +30,9 @@ from memory import write_random_llama
 
 from pftools import prune
 from pftools.corpora import token_blocks
-from pftools.layers import decoder_layers
+from pftools.layers import decoder_layers, is_linear
 from pftools.models import load_model
-from pftools.prune import inputs
+from pftools.prune import calls, inputs
 
 SPARSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
 
@@ -40,27 +40,22 @@ SPARSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
 def plain_forwards(model, blocks, batch_size, passes):
     """Every batch through all decoder layers, ``passes`` times: nothing else."""
     layers = decoder_layers(model)[1]
-    with inputs.inference(model):
-        calls = inputs.record_calls(model, blocks[:1])
+    with calls.inference(model):
         for _ in range(passes):
-            hidden = inputs.first_hidden_states(model, blocks, batch_size)
-            for batch in hidden.split(batch_size):
-                for call, layer in zip(calls, layers):
-                    batch = call(layer, batch)
+            for batch in calls.record_batches(model, blocks, batch_size):
+                hidden = batch.hidden
+                for call, layer in zip(batch.calls, layers):
+                    hidden = call(layer, hidden)
 
 
 def layerwise_forwards(model, blocks, batch_size, passes):
     """All batches through each decoder layer ``passes`` times, in place: nothing else."""
     layers = decoder_layers(model)[1]
-    with inputs.inference(model):
-        calls = inputs.record_calls(model, blocks[:1])
-        hidden = inputs.first_hidden_states(model, blocks, batch_size)
-        for call, layer in zip(calls, layers):
+    with calls.inference(model):
+        batches = calls.record_batches(model, blocks, batch_size)
+        for index, layer in enumerate(layers):
             for number in range(passes):
-                for batch in hidden.split(batch_size):
-                    output = call(layer, batch)
-                    if number == passes - 1:
-                        batch.copy_(output)
+                inputs.run_layer(layer, index, batches, replace=number == passes - 1)
 
 
 def seven_sparsities(model, blocks):
@@ -83,11 +78,11 @@ def seven_sparsities(model, blocks):
 def published_walk(model, blocks, *, sparsity=0.5, group=0, sparsegpt=False):
     """Layer by layer, twice over all samples, one at a time; with ``group``, N:M with half of them going."""
     layers = decoder_layers(model)[1]
-    with inputs.inference(model):
-        calls = inputs.record_calls(model, blocks[:1])
-        states = list(inputs.first_hidden_states(model, blocks, 1).split(1))
-        for call, layer in zip(calls, layers):
-            modules = inputs.linears_of(layer)
+    with calls.inference(model):
+        batches = calls.record_batches(model, blocks, 1)
+        states = [batch.hidden for batch in batches]
+        for call, layer in zip(batches[0].calls, layers):
+            modules = {name: module for name, module in layer.named_modules() if is_linear(module)}
             seen = {
                 name: torch.zeros(2 * (module.in_features,)) if sparsegpt else torch.zeros(module.in_features)
                 for name, module in modules.items()

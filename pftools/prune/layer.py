@@ -1,5 +1,4 @@
-"""One decoder layer whose inputs are known: choose what goes, set it to zero and, for some methods, mend the
-rest."""
+"""One decoder layer whose inputs are known: choose what goes, set it to zero, and mend the rest if asked."""
 
 from __future__ import annotations
 

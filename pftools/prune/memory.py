@@ -55,9 +55,9 @@ def _advice(place: str, layer: nn.Module, blocks: torch.Size, batch_size: int) -
     if fits == 0:
         length = int(block_length * free // block) // 8 * 8
         return f"{tried}: {there}, so a block_length of about {max(length, 8)} should fit; fewer blocks (n_blocks) leave more room."
-    half = max(1, n_blocks // 2)
+    half, states = max(1, n_blocks // 2), n_blocks * block_length * width * weight.element_size()
     return (
-        f"{tried}: {there}, and the hidden states of all blocks {n_blocks * block_length * width * weight.element_size() / 2**30:.1f} GiB: n_blocks={half} or "
+        f"{tried}: {there}, and the hidden states of all blocks {states / 2**30:.1f} GiB: n_blocks={half} or "
         f"batch_size={max(1, batch_size // 2)} should fit; a smaller block_length saves both."
     )
 

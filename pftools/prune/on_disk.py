@@ -41,8 +41,7 @@ class OnDisk:
             )
         self.prefix, self.layers = decoder_layers(self.model)
         self.files = _files_by_name(self.folder)
-        # How names and shapes on disk become the model's: transformers stacks the experts of a mixture, for
-        # one.
+        # How names and shapes on disk become the model's: transformers stacks a mixture's experts, for one.
         self.conversions = get_model_conversion_mapping(self.model)
         self.homes = self._homes()
         self.written: dict[str, str] = {}
@@ -61,8 +60,7 @@ class OnDisk:
 
     @contextmanager
     def entrance(self) -> Iterator[None]:
-        """Context in which all pre-layer weights are loaded: whatever is neither in the layers nor in the
-        head."""
+        """Context in which all pre-layer weights are loaded: all that is not in the layers or the head."""
         head, inward = self.model.get_output_embeddings(), self.model.get_input_embeddings().weight
         outside = {
             name
@@ -116,8 +114,7 @@ class OnDisk:
             )
 
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Tensors by their names on disk, copied out of files that are closed again: mapped pages count as
-        memory."""
+        """Tensors by their names on disk, copied: pages of a file that stays open count as memory."""
         from safetensors import safe_open
 
         found: dict[str, torch.Tensor] = {}
@@ -151,8 +148,7 @@ class OnDisk:
         )
 
     def write_rest(self, folder: Path) -> None:
-        """All that is not in the layers, a shard a tensor; the index of all shards; every other file of the
-        source."""
+        """Write all that is not in the layers, the index of all shards, and every other file."""
         rest = [name for name, home in self.homes.items() if not home.startswith(f"{self.prefix}.")]
         for number, name in enumerate(rest):
             self._save(

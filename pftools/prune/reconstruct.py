@@ -4,7 +4,8 @@ model gives there.
 Roux et al., 2025, "A Free Lunch in LLM Compression" (arXiv 2510.14444), find that reconstructing one part of
 the model at a time against the dense model's activations does as well as retraining, on far less data, as
 long as the part holds a nonlinearity: a decoder layer does, a single matrix does not. Errors of earlier
-layers are seen in the inputs, so that they are mended too."""
+layers are seen in the inputs, so that they are mended too.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +39,9 @@ def reconstruct(
     batches are taken in order, over and over.
 
     Args:
-        index: of the layer. inputs: its inputs in the pruned model. targets: its outputs in the dense one, in
-        the same
-            batches.
+        index: of the layer.
+        inputs: its inputs in the pruned model.
+        targets: its outputs in the dense one, in the same batches.
         kept: {parameter within the layer: bool mask, True = kept}.
 
     Returns:

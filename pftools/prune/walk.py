@@ -61,23 +61,25 @@ def prune_model(
     """Set the least important linear weights of the decoder layers to zero, in place.
 
     Args:
-        model: a causal language model; changed in place, in its own dtype. blocks: LongTensor (n_blocks,
-        block_length), the calibration tokens. method: a name in `METHODS`. sparsity: share of zeros in [0,
-        1); with an N:M pattern it has to be what the pattern fixes. pattern: `unstructured` or N:M.
-        batch_size: blocks a forward; None: chosen by size. inputs: `pruned`: measure each layer behind pruned
-        ones (published); `dense`: measure the unpruned model. statistics: what `measure_activations` found on
-        this model earlier, for `dense` and for OWL; None:
+        model: a causal language model; changed in place, in its own dtype.
+        blocks: LongTensor (n_blocks, block_length), the calibration tokens.
+        method: a name in `METHODS`.
+        sparsity: share of zeros in [0, 1); with an N:M pattern it has to be what the pattern fixes.
+        pattern: `unstructured` or N:M.
+        batch_size: blocks a forward; None: chosen by size.
+        inputs: `pruned`: measure a layer behind pruned ones (published); `dense`: behind unpruned ones.
+        statistics: what `measure_activations` found on this model earlier, for `dense` and for OWL; None:
             measured here.
-        allocation: `uniform`, or `owl`: less sparsity where outliers are many. owl_lambda: the most that a
-        layer's sparsity may differ from the mean (see `allocation.owl`). owl_m: an outlier is this many times
-        the layer's mean score. reconstruct_steps: Adam steps a layer that mend the kept weights after
-        pruning; 0: none. device: where layers are computed, one at a time; None: where each of them is (one
-        or several devices). progress: show a progress bar.
+        allocation: `uniform`, or `owl`: less sparsity where outliers are many.
+        owl_lambda: the most that a layer's sparsity may differ from the mean (see `allocation.owl`).
+        owl_m: an outlier is this many times the layer's mean score.
+        reconstruct_steps: Adam steps a layer that mend the kept weights after pruning; 0: none.
+        device: where layers are computed, one at a time; None: where each of them is.
+        progress: show a progress bar.
 
     Raises:
         PftoolsError: a request that cannot be met, found before any weight is changed; NaN in a weight or in
-        the
-            activations; or too little memory, with the sizes to lower.
+            the activations; or too little memory, with the sizes to lower.
     """
     request = check_request(
         model,
