@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from pftools.base_models import check_length
 from pftools.errors import PftoolsError, nearest
