@@ -123,7 +123,8 @@ def test_a_real_difference_is_named_with_its_winner():
     assert len(pairs) == 3 and (pairs["verdict_kind"] == "differs").all()
     verdict = pairs["verdict"].iloc[2]
     assert (
-        verdict.startswith("prune_finetune beats finetune_prune at 50%")
+        verdict.startswith("prune_finetune came out ahead of finetune_prune at 50%")
+        and "whether the orderings do, one training each cannot say" in verdict
         and "both were fine-tuned on 1,000 tokens" in verdict
     )
     assert "training was not equal" in pairs["verdict"].iloc[0]
@@ -278,7 +279,7 @@ def test_tasks_are_pooled_over_seeds_and_corrected_by_task():
         np.mean([draw["b"], draw["e"]]) - np.mean([draw["c"], draw["f"]])
     )
     assert (
-        row["verdict"].startswith("facts: prune_finetune beats finetune_prune at 50% (")
+        row["verdict"].startswith("facts: prune_finetune is better than finetune_prune at 50% (")
         and "in 2 of 2 seeds" in row["verdict"]
     )
     assert row["verdict"].endswith("both were fine-tuned on 1,000 tokens.")
@@ -301,3 +302,56 @@ def test_results_that_cannot_be_paired_are_refused():
         compare.compare_perplexity([1.0] * 6, [1.0] * 7)
     with pytest.raises(PftoolsError, match="too few"):
         compare.compare_perplexity([1.0] * 3, [1.0] * 3)
+
+
+def trained(seeds, *, gap=0.0, by_seed=0.01, blocks=64, noise=0.05, key=0):
+    """(results, losses) of two orderings, whose trainings vary."""
+    generator = np.random.default_rng(key)
+    text = generator.normal(3, 0.5, blocks)
+    tables, losses = [], {}
+    for seed in range(seeds):
+        runs = [f"{name}{seed}" for name in ("finetune_prune", "prune_finetune")]
+        for run, mean in zip(runs, (gap, 0.0)):
+            losses[run] = text + mean + by_seed * generator.normal() + noise * generator.normal(size=blocks)
+        perplexities = [float(np.exp(losses[run].mean())) for run in runs]
+        tables.append(results().iloc[1:].assign(seed=seed, run=runs, perplexity=perplexities))
+    return pd.concat(tables, ignore_index=True), losses
+
+
+def test_trainings_that_vary_are_no_difference_between_orderings():
+    """Blocks alone were drawn: "differs" was said in 24 to 42% of studies without any difference."""
+    kinds = [
+        compare.compare_orderings(*trained(3, by_seed=0.02, key=key))["verdict_kind"].iloc[0]
+        for key in range(60)
+    ]
+    assert kinds.count("differs") <= 0.08 * 60 + 2 * math.sqrt(60 * 0.08 * 0.92)
+
+
+def test_one_training_each_never_beats():
+    (verdict,) = compare.compare_orderings(*trained(1, gap=0.5))["verdict"]
+    assert "these two models differ on this text" in verdict and "one training each cannot say" in verdict
+    (alike,) = compare.compare_orderings(*trained(1, by_seed=0.0))["verdict"]
+    assert "about the orderings, one training each says nothing" in alike
+    assert "beats" not in verdict + alike and "better" not in verdict + alike
+
+
+def test_several_trainings_differ_and_say_what_varies():
+    (row,) = compare.compare_orderings(*trained(4, gap=0.5)).to_dict("records")
+    assert row["verdict_kind"] == "differs" and row["verdict"].startswith("prune_finetune is better than")
+    assert "the same sign in 4 of 4 seeds" in row["verdict"] and "% is seeds" in row["verdict"]
+    assert row["low"] < row["ratio"] < row["high"] and row["ratio"] == pytest.approx(math.exp(0.5), rel=0.05)
+
+
+def test_doubt_has_a_price():
+    (row,) = compare.compare_orderings(*trained(3, by_seed=0.05)).to_dict("records")
+    assert row["verdict_kind"] == "cannot be told apart"
+    assert "to see 1% takes" in row["verdict"] and "(now 3 seeds, 64 blocks)" in row["verdict"]
+
+
+def test_equivalence_is_said_within_the_readers_margin_only():
+    quiet = trained(4, by_seed=0.0005, noise=0.005)
+    assert compare.compare_orderings(*quiet)["verdict_kind"].iloc[0] == "cannot be told apart"
+    (row,) = compare.compare_orderings(*quiet, margin=0.01).to_dict("records")
+    assert row["verdict_kind"] == "equivalent" and "are equivalent within 1% at 50%" in row["verdict"]
+    alone = trained(1, noise=0.005)
+    assert compare.compare_orderings(*alone, margin=0.01)["verdict_kind"].iloc[0] != "equivalent"

@@ -1,14 +1,16 @@
 """Which differences between orderings are real: paired statistics on the same blocks and the same questions.
 
 Two results are compared only at equal measured sparsity. Perplexities are compared block by block, accuracies
-question by question, pooled over seeds, and p-values are corrected for the number of comparisons (Holm). What
-cannot be told apart is called so, with the difference that would have been seen. Intervals are over text and
-questions: another sample of them, the same models.
+question by question, and p-values are corrected for the number of comparisons (Holm). With several seeds,
+trainings and text are both samples, and verdicts are about orderings; with one, they are about two models.
+What cannot be told apart is called so, with the difference that would have been seen. The answer of a study
+is the set of entries that may be the best.
 
 paired    two results: estimate, interval and p-value; what a number of blocks or questions can show
 entries   the distinct results of a study, each once; which is best at which sparsity
 pairs     every pair of entries at equal sparsity, by perplexity and by task
 verdicts  the pairs in sentences
+sets      which entries may be the best of a sparsity, by perplexity and by task
 """
 
 from pftools.compare.entries import SPARSITY_TOLERANCE, best_entry, entries, geometric_mean, sparsity_words
@@ -23,13 +25,16 @@ from pftools.compare.paired import (
     smallest_visible_ratio,
 )
 from pftools.compare.pairs import compare_orderings, compare_tasks
+from pftools.compare.sets import BestSet, best_sets, set_in_words
 from pftools.compare.verdicts import p_in_words, perplexity_in_words
 
 __all__ = [
     "ALPHA",
+    "BestSet",
     "Comparison",
     "SPARSITY_TOLERANCE",
     "best_entry",
+    "best_sets",
     "chance_interval",
     "compare_accuracy",
     "compare_orderings",
@@ -40,6 +45,7 @@ __all__ = [
     "holm",
     "p_in_words",
     "perplexity_in_words",
+    "set_in_words",
     "smallest_visible_difference",
     "smallest_visible_ratio",
     "sparsity_words",

@@ -30,6 +30,19 @@ from pftools.compare.paired import (
     smallest_visible_ratio,
 )
 from pftools.compare.verdicts import perplexity_verdict, task_verdict
+from pftools.inference.verdict import (
+    DIFFERS,
+    EQUIVALENT,
+    Judged,
+    about_the_difference,
+    about_the_doubt,
+    judge_answers,
+    judge_losses,
+    points,
+)
+
+_PERPLEXITY_SIZE = 0.01  # the difference whose price is told where none was found: 1%,
+_ACCURACY_SIZE = 0.02  # or two points
 
 COLUMNS = [
     "first",
@@ -50,6 +63,7 @@ COLUMNS = [
     "n",
     "agree",
     "visible",
+    "meaning",
     "verdict_kind",
     "verdict",
 ]
@@ -95,15 +109,27 @@ class _Pair:
             "n": 0,
             "agree": 0,
             "visible": math.nan,
+            "meaning": "",
         }
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A pair's row, and how the difference that its test would have seen is found once the level is known."""
+    """A pair's row and its test; and how the difference that the test would have seen is found, given a
+    level."""
 
     values: dict[str, Any]
+    judged: Judged | None = None
     visible: Callable[..., float] | None = None
+
+
+@dataclass(frozen=True)
+class _Size:
+    """A difference worth asking about, in the units of the test and in words. margin: set by the reader."""
+
+    value: float
+    words: str
+    margin: float | None
 
 
 def _pairs(results: pd.DataFrame) -> Iterator[_Pair]:
@@ -128,23 +154,31 @@ def _pairs(results: pd.DataFrame) -> Iterator[_Pair]:
                 )
 
 
-def compare_orderings(results: pd.DataFrame, block_nll: Mapping[str, ArrayLike]) -> pd.DataFrame:
-    """Every pair of distinct results with the same asked sparsity, compared by perplexity, pooled over seeds.
+def compare_orderings(
+    results: pd.DataFrame, block_nll: Mapping[str, ArrayLike], *, margin: float | None = None
+) -> pd.DataFrame:
+    """Every pair of distinct results with the same asked sparsity, compared by perplexity.
+
+    With several seeds, seeds and blocks are both taken as samples (`inference.crossed`), and the verdict is
+    about the orderings. With one, blocks are, and the verdict is about two models.
 
     Args:
         results: as for `entries`.
         block_nll: {run: mean loss of each block, in nats a token}.
+        margin: perplexities within this share of each other are equivalent to the reader: 0.01 is 1%.
 
     Returns:
         A row a pair. first, second (labels of the entries), pair (both, and where), asked, where (the
         sparsity in words), best (the label of the best entry there, empty where all collapsed), measured,
         tokens and perplexity of both (_first, _second), seeds, n (blocks), agree (seeds with the sign of
         the whole), ratio, low, high, p, p_holm, visible (the ratio that would be seen four times in five),
-        verdict_kind (`differs`, `cannot be told apart`, `not comparable` or `collapsed`) and verdict, a
-        sentence.
+        verdict_kind (`differs`, `cannot be told apart`, `equivalent`, `not comparable` or `collapsed`),
+        meaning (what follows from that about orderings, or what would show more) and verdict, a sentence.
     """
     rows = [_perplexity_row(pair, block_nll) for pair in _pairs(results)]
-    table = _corrected(rows, ["perplexity_first", "perplexity_second", "ratio"])
+    share = margin or _PERPLEXITY_SIZE
+    size = _Size(math.log1p(share), f"{100 * share:g}%", None if margin is None else math.log1p(margin))
+    table = _corrected(rows, ["perplexity_first", "perplexity_second", "ratio"], size)
     return table.assign(verdict=[perplexity_verdict(dict(row)) for _, row in table.iterrows()])
 
 
@@ -163,21 +197,35 @@ def _perplexity_row(pair: _Pair, block_nll: Mapping[str, ArrayLike]) -> _Row:
     row["n"] = first.shape[1]
     if row["n"] < FEWEST_BLOCKS:
         return _Row({**row, "verdict_kind": "not comparable"})
-    # A block's loss is averaged over the seeds first, so that seeds do not pose as new text.
-    losses = first.mean(axis=0), second.mean(axis=0)
-    found = compare_perplexity(*losses)
-    agree = _agreeing(first.mean(axis=1) - second.mean(axis=1))
-    row |= {"ratio": found.estimate, **_numbers(found), "agree": agree}
-    return _Row(row, partial(smallest_visible_ratio, *losses))
+    judged = judge_losses(first, second)
+    row["agree"] = judged.agree
+    if len(first) == 1:
+        found = compare_perplexity(first[0], second[0])
+        row |= {"ratio": found.estimate, **_numbers(found)}
+        return _Row(row, judged, partial(smallest_visible_ratio, first[0], second[0]))
+    low, high = judged.interval
+    row |= {"ratio": _ratio(judged.mean), "low": _ratio(low), "high": _ratio(high), "p": judged.p}
+    return _Row(row, judged, lambda alpha: _ratio(judged.visible(alpha)))
 
 
-def compare_tasks(results: pd.DataFrame, samples: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Every comparable pair, compared by every task, pooled over seeds. Holm's correction is by task.
+def _ratio(difference: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(difference))
+
+
+def compare_tasks(
+    results: pd.DataFrame, samples: Mapping[str, pd.DataFrame], *, margin: float | None = None
+) -> pd.DataFrame:
+    """Every comparable pair, compared by every task. Holm's correction is by task.
+
+    Seeds and questions are taken as samples, as seeds and blocks in `compare_orderings`; with one seed the
+    test is McNemar's exact one.
 
     Args:
         results: as for `entries`.
         samples: {run: DataFrame(task, subject, question, correct)}; questions whose ``correct`` is missing
             are left out, as are results whose run is not there.
+        margin: accuracies within this share of the questions are equivalent: 0.01 is one point.
 
     Returns:
         A row a pair and task, with the columns of `compare_orderings`, but task, accuracy_first,
@@ -190,7 +238,8 @@ def compare_tasks(results: pd.DataFrame, samples: Mapping[str, pd.DataFrame]) ->
         for task, row in _task_rows(pair, samples) if pair.comparable else ():
             by_task.setdefault(task, []).append(row)
     numbers = ["task", "accuracy_first", "accuracy_second", "difference"]
-    tables = [_corrected(rows, numbers) for rows in by_task.values()]
+    share = margin or _ACCURACY_SIZE
+    tables = [_corrected(rows, numbers, _Size(share, points(share), margin)) for rows in by_task.values()]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*COLUMNS, *numbers])
     return table.assign(verdict=[task_verdict(dict(row)) for _, row in table.iterrows()])
 
@@ -204,18 +253,28 @@ def _task_rows(pair: _Pair, samples: Mapping[str, pd.DataFrame]) -> Iterator[tup
     for task, asked in both.groupby(level="task", sort=False):
         # Questions that every seed has answered, under both orderings: (seeds, n).
         first, second = (asked[f"correct_{side}"].unstack("seed").dropna().T for side in ("first", "second"))
-        found = compare_accuracy(first, second)
-        disagreement = float(((first.mean() - second.mean()) ** 2).mean())
+        judged = judge_answers(first, second)
         row = {
             **pair.row(),
             "task": task,
             "accuracy_first": float(first.to_numpy().mean()),
             "accuracy_second": float(second.to_numpy().mean()),
-            "difference": found.estimate,
-            **_numbers(found),
-            "agree": _agreeing((first - second).mean(axis=1).to_numpy()),
+            "difference": judged.mean,
+            "agree": judged.agree,
         }
-        yield str(task), _Row(row, partial(smallest_visible_difference, found.n, disagreement=disagreement))
+        if len(first) == 1:
+            found = compare_accuracy(first, second)
+            disagreement = float(((first.mean() - second.mean()) ** 2).mean())
+            visible = partial(smallest_visible_difference, found.n, disagreement=disagreement)
+            yield str(task), _Row({**row, **_numbers(found)}, judged, visible)
+        else:
+            low, high = judged.interval
+            row |= {"low": low, "high": high, "p": judged.p, "n": first.shape[1]}
+            yield str(task), _Row(row, judged, partial(_visible_accuracy, judged))
+
+
+def _visible_accuracy(judged: Judged, alpha: float) -> float:
+    return min(1.0, judged.visible(alpha))
 
 
 def _answers(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -236,19 +295,25 @@ def _stacked(losses: list[ArrayLike]) -> np.ndarray:
     return np.stack([paired(array, arrays[0])[0] for array in arrays])
 
 
-def _agreeing(differences: np.ndarray) -> int:
-    """How many seeds have the sign of their mean."""
-    return int((np.sign(differences) == np.sign(differences.mean())).sum())
-
-
-def _corrected(rows: list[_Row], numbers: list[str]) -> pd.DataFrame:
+def _corrected(rows: list[_Row], numbers: list[str], size: _Size) -> pd.DataFrame:
     """The rows as a table, with p-values that are corrected, what they say, and what would be seen."""
     if not rows:
         return pd.DataFrame(columns=[*COLUMNS, *numbers])
-    tested = [row for row in rows if row.visible is not None]
+    tested = [row for row in rows if row.judged is not None]
     for row, p in zip(tested, holm([row.values["p"] for row in tested])):
-        assert row.visible is not None
+        assert row.judged is not None and row.visible is not None
+        level = ALPHA / len(tested)
+        kind = row.judged.kind(p, size.margin)
         row.values["p_holm"] = p
-        row.values["verdict_kind"] = "differs" if p < ALPHA else "cannot be told apart"
-        row.values["visible"] = row.visible(alpha=ALPHA / len(tested))
+        row.values["verdict_kind"] = kind
+        row.values["visible"] = row.visible(alpha=level)
+        row.values["meaning"] = _meaning(row.judged, kind, size, level)
     return pd.DataFrame([row.values for row in rows])
+
+
+def _meaning(judged: Judged, kind: str, size: _Size, level: float) -> str:
+    if kind == DIFFERS:
+        return about_the_difference(judged)
+    if kind == EQUIVALENT:
+        return size.words
+    return about_the_doubt(judged, size.value, size.words, level=level)

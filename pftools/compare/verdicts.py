@@ -29,11 +29,19 @@ def perplexity_verdict(row: Mapping[str, Any]) -> str:
     )
     budgets = _budgets(row, swapped=swapped)
     if row["verdict_kind"] == "differs":
-        return f"{better} beats {worse} at {at} ({numbers}); {budgets}."
+        return f"{_ahead(row, better, worse)} at {at} ({numbers}): {row['meaning']}; {budgets}."
+    if row["verdict_kind"] == "equivalent":
+        return f"{better} and {worse} are equivalent within {row['meaning']} at {at} ({numbers}); {budgets}."
     return (
         f"{better} and {worse} cannot be told apart at {at} on {row['n']} blocks ({numbers}): "
-        f"a difference of {row['visible'] - 1:.1%} would be seen four times in five; {budgets}."
+        f"a difference of {row['visible'] - 1:.1%} would be seen four times in five; {row['meaning']}; "
+        f"{budgets}."
     )
+
+
+def _ahead(row: Mapping[str, Any], better: str, worse: str) -> str:
+    """Orderings are better or worse; of one training each only the two models are ahead or behind."""
+    return f"{better} is better than {worse}" if row["seeds"] > 1 else f"{better} came out ahead of {worse}"
 
 
 def _collapsed(row: Mapping[str, Any]) -> str:
@@ -74,11 +82,16 @@ def _not_comparable(row: Mapping[str, Any]) -> str:
 def task_verdict(row: Mapping[str, Any]) -> str:
     """The sentence about a row of `compare_tasks`."""
     first, second, at = row["first"], row["second"], row["where"]
+    if row["verdict_kind"] == "equivalent":
+        return (
+            f"{row['task']}: at {at}, {first} and {second} are equivalent within {row['meaning']}; "
+            f"{_budgets(row)}."
+        )
     if row["verdict_kind"] != "differs":
         return (
             f"{row['task']}: at {at}, {first} and {second} cannot be told apart on {row['n']:,} questions: a "
             f"difference under {row['visible'] * 100:.0f} points would be seen less than four times in five; "
-            f"{_budgets(row)}."
+            f"{row['meaning']}; {_budgets(row)}."
         )
     swapped = row["difference"] < 0
     better, worse = (second, first) if swapped else (first, second)
@@ -89,7 +102,7 @@ def task_verdict(row: Mapping[str, Any]) -> str:
         f"[{low * 100:.1f}, {high * 100:.1f}], corrected p {p_in_words(row['p_holm'])}{_seeds(row)}"
     )
     budgets = _budgets(row, swapped=swapped)
-    return f"{row['task']}: {better} beats {worse} at {at} ({numbers}); {budgets}."
+    return f"{row['task']}: {_ahead(row, better, worse)} at {at} ({numbers}): {row['meaning']}; {budgets}."
 
 
 def p_in_words(p: float) -> str:
@@ -107,7 +120,7 @@ def perplexity_in_words(perplexity: float) -> str:
 
 
 def _seeds(row: Mapping[str, Any]) -> str:
-    return f", the same sign in {row['agree']} of {row['seeds']} seeds" if row["seeds"] > 1 else ""
+    return f", {row['seeds']} seeds" if row["seeds"] > 1 else ""
 
 
 def _budgets(row: Mapping[str, Any], *, swapped: bool = False) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special
 
 from pftools.errors import PftoolsError
 
@@ -61,10 +61,10 @@ class Estimate:
 
     def half_width(self, level: float | np.ndarray = LEVEL) -> Any:
         """Half of the interval that misses the mean with probability ``level`` at most."""
-        blocks = stats.t.isf(np.asarray(level) / 2, self.n_blocks - 1) ** 2 * self.by_block
+        blocks = _t_quantile(level, self.n_blocks - 1) ** 2 * self.by_block
         if self.n_seeds == 1:
             return np.sqrt(blocks)
-        quantile = stats.t.isf(np.asarray(level) / 2, self.n_seeds - 1) ** 2
+        quantile = _t_quantile(level, self.n_seeds - 1) ** 2
         added = quantile * np.maximum(self.by_seed - self.by_both, 0) + blocks
         # Where seeds have the largest mean square, they alone are a valid and then the wider interval.
         alone = np.where(self.by_seed >= self.by_block, quantile * self.by_seed, 0.0)
@@ -174,6 +174,11 @@ def crossed_proportion(differences: ArrayLike) -> Estimate:
     more = (n_blocks + 2) / n_blocks  # the mean is over the real questions only
     squares = found.by_seed * more, found.by_block * more, found.by_both * more
     return Estimate(d.mean((-2, -1)), *squares, found.n_seeds, n_blocks)
+
+
+def _t_quantile(level: float | np.ndarray, freedom: int) -> Any:
+    """What Student's t exceeds, in either direction, with probability ``level``."""
+    return -special.stdtrit(freedom, np.asarray(level) / 2)
 
 
 def _sum_of_squares(values: np.ndarray) -> np.ndarray:

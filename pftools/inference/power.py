@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from pftools.inference.crossed import LEVEL, Estimate, Variances
 
@@ -35,20 +36,21 @@ def visible_difference(
     error = math.sqrt(of_seeds + of_blocks + rest)
     if math.isnan(error) or error == 0:
         return error
-    by_seed = (of_seeds + rest) * _quantiles(n_seeds - 1)[:, None]
-    by_block = (of_blocks + rest) * _quantiles(n_blocks - 1)[None, :]
+    by_seed = (of_seeds + rest) * _quantiles(n_seeds - 1, 40)[:, None]
+    by_block = (of_blocks + rest) * _quantiles(n_blocks - 1, 4)[None, :]
     widths = np.asarray(Estimate(0.0, by_seed, by_block, rest, n_seeds, n_blocks).half_width(level))
 
     def missing(difference: float) -> float:
-        return float(stats.norm.cdf((difference - widths) / error).mean()) - power
+        return float(special.ndtr((difference - widths) / error).mean()) - power
 
     most = float(widths.max()) + 5 * error
     return float(optimize.brentq(missing, -5 * error, most, xtol=1e-6 * error))
 
 
-def _quantiles(freedom: int) -> np.ndarray:
-    """Where a mean square lies, as multiples of its expectation: 40 equally likely places."""
-    return np.asarray(stats.chi2.ppf((np.arange(40) + 0.5) / 40, freedom) / freedom)
+@lru_cache(maxsize=1024)
+def _quantiles(freedom: int, many: int) -> np.ndarray:
+    """Where a mean square lies, as multiples of its expectation: so many equally likely places."""
+    return np.asarray(2 * special.gammaincinv(freedom / 2, (np.arange(many) + 0.5) / many) / freedom)
 
 
 @dataclass(frozen=True)

@@ -161,12 +161,16 @@ def about_the_doubt(
         ways.append(f"{needed.seeds} seeds")
     if needed.blocks:
         ways.append(f"{needed.blocks:,} {judged.unit}")
-    if needed.both and needed.both[0] > seeds:
+    if needed.both and _fewer(needed.both[0], needed.seeds) and _fewer(needed.both[1], needed.blocks):
         ways.append(f"{needed.both[0]} seeds on {needed.both[1]:,} {judged.unit}")
     if not ways:
         return f"no number of seeds or {judged.unit} that can be had would show {said}"
     lacking = "" if needed.seeds and needed.blocks else _never(needed, judged.unit)
     return f"to see {said} takes {', or '.join(ways)}{lacking} (now {seeds} seeds, {n:,} {judged.unit})"
+
+
+def _fewer(together: int, alone: int | None) -> bool:
+    return alone is None or together < alone
 
 
 def _never(needed: Needed, unit: str) -> str:
