@@ -39,7 +39,7 @@ def test_the_headline_names_the_best_and_doubts_it_against_its_rival(quick):
     words = report.headline(quick)
     assert words.startswith("**Does it matter?**") and "`prune_finetune` has the lowest perplexity" in words
     assert (
-        "prune_finetune beats finetune_prune at 50%" in words
+        "prune_finetune came out ahead of finetune_prune at 50%" in words
         and "both were fine-tuned on 1,000 tokens" in words
     )
 
@@ -119,7 +119,7 @@ def test_sparsities_that_round_alike_keep_their_own_headings(tmp_path):
     pairs = report.pair_table(table)
     words = report.verdict_list(pairs)
     assert [words.count(f"**At {where}**") for where in ("50%", "50.5%", "99.5%")] == [1, 1, 1]
-    assert words.count("prune_finetune beats") == 6 and len(pairs) == 9
+    assert words.count("prune_finetune came out ahead of") == 6 and len(pairs) == 9
     shown = report.result_table(table).to_html()
     assert ">50.5%<" in shown and ">99.5%<" in shown and ">100%<" not in shown
 
@@ -132,7 +132,7 @@ def test_a_collapsed_model_is_called_so_and_never_ranked(tmp_path, loss):
     assert set(with_prune["verdict_kind"]) == {"collapsed"} and with_prune["p"].isna().all()
     assert "prune has collapsed at 50%" in with_prune["verdict"].iloc[0]
     words = report.headline(table)
-    assert "nearest rival" in words and "Collapsed: `prune`" in words and "prune beats" not in words
+    assert "nearest rival" in words and "Collapsed: `prune`" in words and "prune came out" not in words
     assert "(collapsed)" in report.result_table(table).to_html()
     assert '"text": {"value": "collapsed"}' in json.dumps(report.perplexity_chart(table).to_dict())
 
@@ -197,7 +197,10 @@ def test_names_and_tokens_stand_in_one_order(tmp_path):
     table = made_up(tmp_path)
     pairs = report.pair_table(table).set_index("pair")
     verdict = pairs.loc["prune / prune_finetune, 50%", "verdict"]
-    assert verdict.startswith("prune_finetune beats prune at 50%") and "(1,000 and 0 tokens)" in verdict
+    assert (
+        verdict.startswith("prune_finetune came out ahead of prune at 50%")
+        and "(1,000 and 0 tokens)" in verdict
+    )
 
 
 def test_a_report_is_rendered_again_only_where_something_changed(tmp_path, monkeypatch):
