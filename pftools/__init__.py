@@ -6,7 +6,8 @@ The helper package behind the notebooks. A module is one idea, and imports only 
     cli, doctor                        commands
     report, widgets                    render a study, steer it by hand
     study                              run a plan, read its results
-    executors, slurm                   execute its steps, here or on a cluster
+    local, slurm                       execute many steps, here or on a cluster
+    steps, progress                    execute one; say how far a plan is
     costs, plan, study_file            disk and time of a plan; the graph of steps; the YAML
     figures, compare, weights          charts; paired statistics; weight analysis
     models, checkpoints                a model by any name; base plus deltas, replayed
@@ -15,6 +16,7 @@ The helper package behind the notebooks. A module is one idea, and imports only 
     data_root, layers, masks           data sets as files; a decoder's anatomy; packed masks
     notebook                           what a notebook does first
     run_folder, orderings              run folders; words of P and F
+    redaction                          secrets stay out of what is kept
     settings, contents, files, errors  validated parameters; digests; atomic writes
     cells                              what the source of a notebook's cell sets
 

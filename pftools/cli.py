@@ -135,7 +135,7 @@ def _state(step: studies.PlannedStep, job: Any, broken: set[str]) -> tuple[str, 
         job: its job in SLURM's queue, or None.
         broken: names of failed steps and of all that depend on them; grows by this one where it is such.
     """
-    from pftools import executors
+    from pftools.steps import read_failure
 
     state = studies.run_state(step.folder)
     if job is not None and state != "finished":
@@ -146,7 +146,7 @@ def _state(step: studies.PlannedStep, job: Any, broken: set[str]) -> tuple[str, 
         return state, run_folder.owner(step.folder)
     if state == "failed":
         broken.add(step.name)
-        failure = executors.read_failure(step.folder)
+        failure = read_failure(step.folder)
         return state, (f"cell {failure.cell}: " if failure.cell else "") + failure.cause
     if state == "to do" and (causes := broken & set(step.parents)):
         broken.add(step.name)

@@ -122,7 +122,7 @@ def run_state(folder: Path) -> StepState:
         return "finished"
     if run_folder.is_locked(folder):
         return "running"
-    return "failed" if (folder / "failure.json").exists() else "to do"
+    return "to do" if run_folder.failure_of(folder) is None else "failed"
 
 
 def plan_study(study: Study, *, runs: str | Path = "runs") -> Plan:

@@ -1,11 +1,14 @@
-"""Run the steps of a plan on a SLURM cluster: every step a job, the whole graph submitted at once through submitit.
+"""Run the steps of a plan on a SLURM cluster: every step a job, the whole graph submitted at once through
+submitit.
 
-A job waits for the jobs of its parents (`afterok`); where one fails, SLURM cancels what depends on it and nothing else. After
-submitting, the driver may go away: the truth is in the run folders and in SLURM's queue, and nowhere else. A job's name
-says which run it makes, so a study that is submitted again adds only what is neither finished nor queued.
+A job waits for the jobs of its parents (`afterok`); where one fails, SLURM cancels what depends on it and
+nothing else. After submitting, the driver may go away: the truth is in the run folders and in SLURM's queue,
+and nowhere else. A job's name says which run it makes, so a study that is submitted again adds only what is
+neither finished nor queued.
 
-What a job executes is `executors.execute_step`, as everywhere. Shortly before its time limit a step that goes on from its own
-checkpoints (fine-tuning) is queued again, up to three times; any other says that its time was too short.
+What a job executes is `steps.execute_step`, as everywhere. Shortly before its time limit a step that goes on
+from its own checkpoints (fine-tuning) is queued again, up to three times; any other says that its time was
+too short.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from pftools import executors, run_folder
+from pftools import run_folder
 from pftools.errors import PftoolsError
-from pftools.executors import Failure
+from pftools.progress import progress_bar
+from pftools.steps import Failure, execute_step, read_failure, request, unusable
 
 if TYPE_CHECKING:
     import submitit
@@ -56,7 +60,6 @@ def run_plan(
     Returns:
         The failures; without ``wait``, none.
     """
-    executors.tidy_finished(plan)
     submitted = submit(plan, notebooks=notebooks, options=options)
     return _watch(plan, submitted, progress) if wait else []
 
@@ -64,9 +67,10 @@ def run_plan(
 def submit(
     plan: Plan, *, notebooks: str | Path | None = None, options: dict[str, str] | None = None
 ) -> list[str]:
-    """Submit every step that is neither finished nor queued; returns the names of all runs that jobs now work on."""
+    """Submit every step that is neither finished nor queued; returns the names of all runs that jobs now work
+    on."""
     folder = _folder(Path(plan.runs))
-    damaged = executors.unusable(plan)
+    damaged = unusable(plan)
     for why in damaged.values():
         print(f"Again: {why}")
     jobs: dict[str, str] = {}
@@ -105,7 +109,7 @@ def _submit_step(
         additional_parameters={"output": log, "kill-on-invalid-dep": "yes", **other},
     )
     try:
-        return executor.submit(StepJob(), executors.request(step, notebooks)).job_id
+        return executor.submit(StepJob(), request(step, notebooks)).job_id
     except (FailedJobError, OSError, subprocess.SubprocessError) as error:
         words = str(error).strip().splitlines()
         reason = (words[-1] if words else str(error)).removeprefix("sbatch: error: ").rstrip(".")
@@ -115,23 +119,23 @@ def _submit_step(
 class StepJob:
     """What submitit calls inside a job."""
 
-    def __call__(self, request: dict[str, Any]) -> None:
+    def __call__(self, step: dict[str, Any]) -> None:
         # A shared file system may take a minute to show what another node has just written.
         patience = time.monotonic() + 60
         while (
-            not all(run_folder.is_finished(parent) for parent in request["parents"])
+            not all(run_folder.is_finished(parent) for parent in step["parents"])
             and time.monotonic() < patience
         ):
-            os.listdir(Path(request["folder"]).parent)  # asks the server anew
+            os.listdir(Path(step["folder"]).parent)  # asks the server anew
             time.sleep(1)
-        executors.execute_step(request)
+        execute_step(step)
 
-    def checkpoint(self, request: dict[str, Any]) -> submitit.helpers.DelayedSubmission | None:
+    def checkpoint(self, step: dict[str, Any]) -> submitit.helpers.DelayedSubmission | None:
         """submitit asks this shortly before the time limit: what to queue again, or None to fail."""
         from submitit.helpers import DelayedSubmission
 
-        if request["resumes"]:
-            return DelayedSubmission(self, request)
+        if step["resumes"]:
+            return DelayedSubmission(self, step)
         return None
 
 
@@ -143,7 +147,8 @@ def queue(root: Path) -> dict[str, Job]:
     """
     if shutil.which("squeue") is None:
         raise PftoolsError(
-            "there is no squeue on this machine: run with --executor local, or from a login node of the cluster."
+            "there is no squeue on this machine: run with --executor local, "
+            "or from a login node of the cluster."
         )
     command = ["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%j"]
     try:
@@ -162,7 +167,8 @@ def queue(root: Path) -> dict[str, Job]:
     return found
 
 
-# States of a job that works or will. A job that is queued again passes through COMPLETING, so that is not the end of it.
+# States of a job that works or will. A job that is queued again passes through COMPLETING, so that is not the
+# end of it.
 _ALIVE = {
     "PENDING",
     "CONFIGURING",
@@ -240,11 +246,12 @@ def minutes(text: str) -> int:
 
 
 def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
-    """Wait until no job of ``submitted`` is left; the failures, without the jobs that SLURM cancelled because of them."""
+    """Wait until no job of ``submitted`` is left; the failures, without the jobs that SLURM cancelled because
+    of them."""
     left = set(submitted)
     done = len(plan.steps) - len(left)
     reached = time.monotonic()
-    with executors.progress_bar(len(plan.steps), done, progress) as show:
+    with progress_bar(len(plan.steps), done, progress) as show:
         while left:
             try:
                 queued = queue(Path(plan.runs))
@@ -272,7 +279,4 @@ def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
     time.sleep(0.5 if submitted else 0)  # a shared file system may show the last seal a moment later
     unfinished = [name for name in submitted if not run_folder.is_finished(plan.steps[name].folder)]
     causes = [name for name in unfinished if not set(plan.steps[name].parents) & set(unfinished)]
-    return [
-        executors.read_failure(plan.steps[name].folder, "its job ended before it could say why")
-        for name in causes
-    ]
+    return [read_failure(plan.steps[name].folder, "its job ended before it could say why") for name in causes]

@@ -10,8 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pftools import executors, run_folder
+from pftools import local, run_folder
+from pftools import slurm as cluster
+from pftools.errors import PftoolsError, nearest
 from pftools.plan import Plan, PlannedRow, PlannedStep, plan_study, run_state
+from pftools.steps import Failure
 from pftools.study_file import Study, load_study
 
 if TYPE_CHECKING:
@@ -39,30 +42,26 @@ def run_study(
     notebooks: str | Path | None = None,
     wait: bool = True,
     slurm: dict[str, str] | None = None,
-) -> list[executors.Failure]:
+) -> list[Failure]:
     """Execute the missing steps of a plan.
 
     Args:
         plan: what `plan_study` made.
         executor: `local` (processes of this machine) or `slurm` (jobs of a cluster).
-        jobs: local: how many steps at a time.
+        jobs: local: how many steps at a time; GPUs are handed out one a step.
         progress: show a bar of steps.
-        notebooks: the folder of notebooks; None: pftools' own.
+        notebooks: the folder of step notebooks; None: pftools' own.
         wait: slurm: stay until the last job has ended; otherwise leave after submitting.
-        slurm: options of sbatch for every job, such as {"partition": "gpu", "time": "120"}.
+        slurm: options of sbatch for every job, such as {"partition": "gpu", "gres": "gpu:1", "time": "120"}.
 
     Returns:
-        The failures, empty when every step is finished.
+        The failures; empty when every step is finished. What depends on a failed step is not started.
     """
-    return executors.run_plan(
-        plan,
-        executor=executor,
-        jobs=jobs,
-        progress=progress,
-        notebooks=notebooks,
-        wait=wait,
-        slurm=slurm,
-    )
+    if executor == "local":
+        return local.run_plan(plan, jobs=jobs, progress=progress, notebooks=notebooks)
+    if executor == "slurm":
+        return cluster.run_plan(plan, progress=progress, notebooks=notebooks, wait=wait, options=slurm or {})
+    raise PftoolsError(f"unknown executor {executor!r}: {nearest(executor, ['local', 'slurm'])}.")
 
 
 def results(plan: Plan) -> pd.DataFrame:

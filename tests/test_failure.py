@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pftools import cli, executors, run_folder, settings, study
+from pftools import cli, run_folder, settings, steps, study
 from pftools.errors import PftoolsError
 from tests.trivial import contents, trivial_plan, write_notebooks
 
@@ -27,10 +27,11 @@ ROOT = Path(__file__).parent.parent
 _DRIVER = """
 import sys
 from pathlib import Path
-from pftools.executors import run_plan
+from pftools.study import run_study
 from tests.trivial import trivial_plan
 words = {"orderings": ["P", "F"]} if "study" in Path(sys.argv[1]).name else {}
-failures = run_plan(trivial_plan(Path(sys.argv[1]), **words), jobs=int(sys.argv[3]), notebooks=sys.argv[2], progress=False)
+plan = trivial_plan(Path(sys.argv[1]), **words)
+failures = run_study(plan, jobs=int(sys.argv[3]), notebooks=sys.argv[2], progress=False)
 print(*failures, sep="\\n")
 sys.exit(len(failures))
 """
@@ -44,7 +45,8 @@ def drive(root: Path, notebooks: Path, jobs: int = 1) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        # Background jobs of a shell ignore Ctrl-C and hand that on to what they start; at a keyboard nothing does.
+        # Background jobs of a shell ignore Ctrl-C and hand that on to what they start; at a keyboard nothing
+        # does.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -63,21 +65,15 @@ def journal(root: Path) -> list[str]:
 
 
 def leftovers(root: Path) -> list[Path]:
-    """Files that belong to nothing: half-done work, drafts, notes of the dead, halves of JSON files."""
-    found = [
-        *root.glob("*/work"),
-        *root.glob(".drafts/*"),
-        *root.glob(".locks/*.json"),
-        *root.rglob(".*.partial"),
-    ]
-    return [*found, *(path for path in root.rglob("*.tmp"))]
+    """Files that belong to nothing: attempts, halves of JSON files, what a step did not seal."""
+    return [*root.glob(".work/*"), *root.rglob(".*.partial"), *root.rglob("*.tmp")]
 
 
 @pytest.mark.slow
 def test_a_study_survives_being_killed_twenty_times(tmp_path):
     notebooks = write_notebooks(tmp_path / "notebooks", prune="time.sleep(0.2)", finetune="time.sleep(0.2)")
     undisturbed = trivial_plan(tmp_path / "undisturbed", orderings=["P", "F"])
-    assert executors.run_plan(undisturbed, notebooks=notebooks, progress=False, jobs=2) == []
+    assert study.run_study(undisturbed, notebooks=notebooks, progress=False, jobs=2) == []
     chance = random.Random(1)
     kills = dict.fromkeys(("driver", "kernel", "both"), 0)
     number = 0
@@ -106,10 +102,10 @@ def test_a_study_survives_being_killed_twenty_times(tmp_path):
             again = {line.partition(" ")[2] for line in journal(root)[before:] if line.startswith("begins")}
             assert not again & finished, "a finished step was computed twice"
             finished = {name for name, step in plan.steps.items() if run_folder.is_finished(step.folder)}
-            assert executors.unusable(plan) == {}
+            assert steps.unusable(plan) == {}
         # What a killed driver had started ends a moment after it, and holds its run until then.
         wait_for(lambda plan=plan: not any(run_folder.is_locked(step.folder) for step in plan.steps.values()))
-        assert executors.run_plan(plan, notebooks=notebooks, progress=False) == []
+        assert study.run_study(plan, notebooks=notebooks, progress=False) == []
         assert contents(plan) == {
             name: (tmp_path / "undisturbed" / name / "result.txt").read_text() for name in plan.steps
         }
@@ -137,7 +133,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     notebooks = write_notebooks(folder / "notebooks")
     plan = trivial_plan(folder / "runs", orderings=["P F"], analyse=True)
-    assert executors.run_plan(plan, notebooks=notebooks, progress=False, jobs=2) == []
+    assert study.run_study(plan, notebooks=notebooks, progress=False, jobs=2) == []
     return plan, notebooks
 
 
@@ -165,11 +161,11 @@ def test_any_damaged_file_of_any_kind_of_run_is_named_and_never_used(finished):
                     with pytest.raises(PftoolsError, match=says):
                         run_folder.start(child.parameters)
                 if not gone:
-                    assert path.name in executors.unusable(plan).get(name, path.name)
+                    assert path.name in steps.unusable(plan).get(name, path.name)
                     if step.parameters.step == "evaluate":
                         with pytest.raises(PftoolsError, match=path.name):
                             study.results(plan)
-    assert executors.unusable(plan) == {}
+    assert steps.unusable(plan) == {}
 
 
 def test_a_damaged_run_that_is_needed_is_made_again(finished, tmp_path, capsys):
@@ -181,9 +177,9 @@ def test_a_damaged_run_that_is_needed_is_made_again(finished, tmp_path, capsys):
     before = contents(plan)
     (pruned.folder / "result.txt").write_text("not what was sealed")
     (evaluated.folder / "run.json").unlink()  # its model goes back to the pruned one
-    assert executors.run_plan(plan, notebooks=notebooks, progress=False) == []
+    assert study.run_study(plan, notebooks=notebooks, progress=False) == []
     assert "result.txt differs from what was sealed" in capsys.readouterr().err
-    assert contents(plan) == before and not executors.unusable(plan)
+    assert contents(plan) == before and not steps.unusable(plan)
 
 
 def test_ctrl_c_ends_every_process_and_the_next_run_goes_on(tmp_path):
@@ -201,8 +197,7 @@ def test_ctrl_c_ends_every_process_and_the_next_run_goes_on(tmp_path):
     (stopped,) = [step.folder for step in plan.steps.values() if run_folder.was_interrupted(step.folder)]
     assert stopped.name.startswith("prune-") and "process" in run_folder.owner(stopped)
     assert (
-        executors.run_plan(plan, notebooks=write_notebooks(tmp_path / "notebooks"), progress=False, jobs=2)
-        == []
+        study.run_study(plan, notebooks=write_notebooks(tmp_path / "notebooks"), progress=False, jobs=2) == []
     )
     assert leftovers(tmp_path / "runs") == []
 
@@ -226,7 +221,7 @@ def test_a_failure_stops_what_depends_on_it_and_is_named_in_status(tmp_path, cap
     notebooks = write_notebooks(tmp_path / "notebooks", finetune=bad)
     (tmp_path / "trivial.yaml").write_text("model: somebody/model\norderings: [P, F P]\n")
     plan = trivial_plan(tmp_path / "runs")
-    (failure,) = executors.run_plan(plan, notebooks=notebooks, progress=False, jobs=2)
+    (failure,) = study.run_study(plan, notebooks=notebooks, progress=False, jobs=2)
     assert failure.cell and "OSError: no luck with [redacted] [redacted]" in failure.cause
     for path in (tmp_path / "runs").rglob("*"):
         assert not path.is_file() or b"swordfish" not in path.read_bytes(), path
@@ -242,9 +237,13 @@ def test_a_failure_stops_what_depends_on_it_and_is_named_in_status(tmp_path, cap
 
 @pytest.mark.parametrize("where", ["work", "everything"])
 def test_a_full_disk_is_a_cause_and_not_a_result(tmp_path, where):
-    """A file may grow no further than 2,000 bytes: in the kernel, or on a real small file system that is full."""
+    """A file may grow no further than 2,000 bytes: in the kernel, or on a real small file system that is
+    full."""
     root = tmp_path / "runs"
-    fill = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\nrun.path('big').write_bytes(bytes(9999))"
+    fill = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "run.path('big').write_bytes(bytes(9999))"
+    )
     if where == "everything":
         root.mkdir()
         if (
@@ -256,21 +255,19 @@ def test_a_full_disk_is_a_cause_and_not_a_result(tmp_path, where):
     try:
         notebooks = write_notebooks(tmp_path / "notebooks", calibrate=fill)
         plan = trivial_plan(root, orderings=["P"])
-        (failure,) = executors.run_plan(plan, notebooks=notebooks, progress=False)
+        (failure,) = study.run_study(plan, notebooks=notebooks, progress=False)
         assert "OSError" in failure.cause and (
             "No space left" in failure.cause or "File too large" in failure.cause
         )
         assert not any(run_folder.is_finished(step.folder) for step in plan.steps.values())
-        assert (
-            executors.run_plan(plan, notebooks=write_notebooks(tmp_path / "notebooks"), progress=False) == []
-        )
+        assert study.run_study(plan, notebooks=write_notebooks(tmp_path / "notebooks"), progress=False) == []
         assert leftovers(root) == []
     finally:
         if where == "everything":
             subprocess.run(["umount", root], check=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # One run, without kernels
 
 
@@ -279,29 +276,59 @@ def parameters(tmp_path):
     return settings.Prune(model="somebody/model", runs=str(tmp_path / "runs"))
 
 
-def test_a_kernel_whose_driver_was_replaced_neither_starts_nor_seals(parameters):
+def test_a_kernel_whose_driver_was_replaced_neither_starts_nor_seals(parameters, monkeypatch):
     folder = run_folder.folder_of(parameters)
-    with run_folder.driving(folder):
+    with run_folder.attempting(folder) as attempt:
+        monkeypatch.setenv("PFTOOLS_ATTEMPT", str(attempt))
         run = run_folder.start(parameters)
         run.path("result.txt").write_text("mine")
-        older = os.environ["PFTOOLS_ATTEMPT"]
         shutil.rmtree(folder.parent / ".locks")  # by hand, while a step is at work
-        with run_folder.driving(folder):  # so another driver finds no lock
-            os.environ["PFTOOLS_ATTEMPT"] = older
+        with run_folder.attempting(folder):  # so another driver finds no lock
             with pytest.raises(PftoolsError, match="has taken over"):
                 run.seal(["result.txt"])
-            run.lock.release(force=True)
+            with pytest.raises(PftoolsError, match="has taken over"):
+                run.path("result.txt")
             with pytest.raises(PftoolsError, match="has taken over"):
                 run_folder.start(parameters)
     assert not run_folder.is_finished(folder)
 
 
-def test_a_notebook_that_makes_another_run_than_planned_is_stopped(parameters):
-    with (
-        run_folder.driving(run_folder.folder_of(parameters).with_name("prune-0123456789ab")),
-        pytest.raises(PftoolsError, match="its parameters make"),
-    ):
+def test_a_notebook_that_makes_another_run_than_planned_is_stopped(parameters, monkeypatch):
+    with run_folder.attempting(run_folder.folder_of(parameters).with_name("prune-0123456789ab")) as attempt:
+        monkeypatch.setenv("PFTOOLS_ATTEMPT", str(attempt))
+        with pytest.raises(PftoolsError, match="its parameters make"):
+            run_folder.start(parameters)
+
+
+def sealed_attempt(parameters, monkeypatch, text):
+    """An attempt that its kernel has sealed, in batch, and that its process did not live to make the run."""
+    folder = run_folder.folder_of(parameters)
+    with run_folder.attempting(folder) as attempt, monkeypatch.context() as environment:
+        environment.setenv("PFTOOLS_ATTEMPT", str(attempt))
+        run = run_folder.start(parameters)
+        run.path("result.txt").write_text(text)
+        run.seal(["result.txt"])
+        return folder, attempt, run
+
+
+def test_in_batch_a_run_is_sealed_once_and_is_not_finished_before_its_notebook_is_in(parameters, monkeypatch):
+    folder, attempt, run = sealed_attempt(parameters, monkeypatch, "one")
+    assert not run_folder.is_finished(folder)
+    for again in (lambda: run.seal([]), lambda: run.path("other.txt")):
+        with pytest.raises(PftoolsError, match="is sealed and stays as it is"):
+            again()
+    monkeypatch.setenv("PFTOOLS_ATTEMPT", str(attempt))
+    with pytest.raises(PftoolsError, match="is sealed and stays as it is"):
         run_folder.start(parameters)
+    run_folder.publish(attempt, folder)
+    assert run_folder.is_whole(folder) and leftovers(folder.parent) == []
+
+
+def test_of_two_attempts_that_end_the_first_is_the_run_and_the_other_is_discarded(parameters, monkeypatch):
+    folder, attempt, _ = sealed_attempt(parameters, monkeypatch, "one")
+    shutil.copytree(attempt, folder)  # the other one, from a machine that could not see the lock
+    run_folder.publish(attempt, folder)
+    assert run_folder.is_whole(folder) and not attempt.exists() and leftovers(folder.parent) == []
 
 
 def test_a_crash_between_the_outputs_and_the_record_leaves_an_unfinished_run(parameters, monkeypatch):
@@ -312,12 +339,12 @@ def test_a_crash_between_the_outputs_and_the_record_leaves_an_unfinished_run(par
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_folder, "_write_record", crash)
+    monkeypatch.setattr(run_folder.run, "write_record", crash)
     with pytest.raises(KeyboardInterrupt):
         run.seal(["result.txt", "folder"])
     run.lock.release(force=True)
     monkeypatch.undo()
-    assert (run.folder / "result.txt").exists() and not run_folder.is_finished(run.folder)
+    assert run.path("result.txt").exists() and not run_folder.is_finished(run.folder)
     run = run_folder.start(parameters)
     run.path("result.txt").write_text("second")
     run.seal(["result.txt"])
@@ -337,53 +364,51 @@ def test_only_finetuning_goes_on_from_what_a_killed_attempt_left(parameters):
         (parameters, False),
         (settings.Finetune(model="somebody/model", runs=parameters.runs), True),
     ):
-        left = run_folder.folder_of(given) / "work" / "trainer" / "state"
-        left.parent.mkdir(parents=True)
-        left.touch()
+        dead = run_folder.start(given)
+        dead.path("trainer/state").touch()
+        dead.lock.release(force=True)
         run = run_folder.start(given)
-        assert left.exists() == kept
+        assert run.path("trainer/state").exists() == kept
+        assert run_folder.attempts(run.folder) == [run.attempt]
         run.lock.release(force=True)
 
 
-def test_the_notebook_of_a_driver_killed_after_the_seal_is_kept_if_it_is_whole(parameters):
-    plan = trivial_plan(Path(parameters.runs), orderings=["F"])
-    folder = next(step.folder for step in plan.steps.values())
+def test_the_notebook_of_a_driver_killed_after_the_seal_is_kept_if_it_is_whole(parameters, monkeypatch):
     for text, kept in (('{"cells": [], "hf_' + "x" * 30 + '": 1}', True), ('{"cells": [', False)):
-        shutil.rmtree(folder, ignore_errors=True)
-        run_folder.start(next(iter(plan.steps.values())).parameters).seal([])
-        run_folder.draft_path(folder).write_text(text)
-        (folder / "work").mkdir()
-        executors.tidy_finished(plan)
+        folder, attempt, _ = sealed_attempt(parameters, monkeypatch, "one")
+        (attempt / "notebook.ipynb").write_text(text)
+        with run_folder.attempting(folder) as needed:
+            assert needed is None  # what was sealed is not computed again
         assert ("notebook.ipynb" in run_folder.verify(folder)["outputs"]) == kept
         assert not kept or "hf_" not in (folder / "notebook.ipynb").read_text()
         assert leftovers(folder.parent) == []
+        run_folder.remove(folder)
 
 
 def test_what_a_dying_process_still_holds_is_put_in_order_at_the_end(tmp_path):
     notebooks = write_notebooks(tmp_path / "notebooks")
     plan = trivial_plan(tmp_path / "runs", orderings=["P"])
-    assert executors.run_plan(plan, notebooks=notebooks, progress=False) == []
+    assert study.run_study(plan, notebooks=notebooks, progress=False) == []
     first, *_, last = [step.folder for step in plan.steps.values()]
     run_folder.remove(last)
-    run_folder.draft_path(first).write_text('{"cells": [')
-    held = run_folder._lock(first, "driver")
+    (tmp_path / "runs" / ".work" / f"{first.name}.0123abcd").mkdir()
+    held = run_folder.attempt.lock_of(first)
     held.acquire()
     threading.Timer(0.2, held.release).start()
-    assert executors.run_plan(plan, notebooks=notebooks, progress=False) == []
+    assert study.run_study(plan, notebooks=notebooks, progress=False) == []
     assert run_folder.is_whole(last) and leftovers(tmp_path / "runs") == []
 
 
 def test_a_clock_that_is_set_back_changes_nothing(parameters, monkeypatch):
     monkeypatch.setattr(time, "time", lambda now=time.time: now() - 86_400)
     folder = run_folder.folder_of(parameters)
-    with run_folder.driving(folder):
-        monkeypatch.undo()
-        assert "begun 24 hours ago" in run_folder.owner(folder)
-        run = run_folder.start(parameters)
-        monkeypatch.setattr(time, "time", lambda: 0.0)
-        assert "begun 0 seconds ago" in run_folder.owner(folder)
-        run.path("result.txt").write_text("one")
-        run.seal(["result.txt"])
+    run = run_folder.start(parameters)
+    monkeypatch.undo()
+    assert "begun 24 hours ago" in run_folder.owner(folder)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert "begun 0 seconds ago" in run_folder.owner(folder)
+    run.path("result.txt").write_text("one")
+    run.seal(["result.txt"])
     assert 0 <= run_folder.verify(folder)["seconds"] < 60
 
 

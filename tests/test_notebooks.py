@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from pftools import cells, checkpoints, executors, models, run_folder, settings, study
+from pftools import cells, checkpoints, models, redaction, run_folder, settings, steps, study
 from tests.tiny import save_tiny, tiny_blocks
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -82,7 +82,7 @@ def execute(name, tmp_path, **parameters):
 
 def run_of(tmp_path, step):
     (folder,) = (tmp_path / "runs").glob(f"{step}-*")
-    assert not (folder / "work").exists()
+    assert not list((tmp_path / "runs" / ".work").iterdir())
     return run_folder.verify(folder), str(folder)
 
 
@@ -160,10 +160,10 @@ def test_a_whole_study_runs_resumes_reports_and_exports(tmp_path, monkeypatch):
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/run.json")}
     assert (
         len(stamps) == 9
-        and not list((tmp_path / "runs").glob("*/work"))
+        and not list((tmp_path / "runs").glob(".work/*"))
         and not list((tmp_path / "runs").rglob(".*.partial"))
     )
-    assert executors.run_plan(plan, progress=False) == []
+    assert study.run_study(plan, progress=False) == []
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}  # nothing was done twice
 
     html = (tmp_path / "reports" / "tiny.html").read_text()
@@ -199,13 +199,11 @@ def test_success_is_never_inferred_from_the_notebook(tmp_path, body, says):
     folder = tmp_path / "runs" / "prune-0123456789ab"
     step = {"notebook": str(tmp_path / "bad.ipynb"), "folder": str(folder), "parameters": {}}
     with pytest.raises(Exception, match=says):
-        executors.execute_step(step)
-    assert says in json.loads((folder / "failure.json").read_text())["cause"] and not run_folder.is_finished(
-        folder
-    )
+        steps.execute_step(step)
+    assert says in steps.read_failure(folder).cause and not run_folder.is_finished(folder)
 
 
 def test_secrets_are_blotted_out_of_any_text(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", 'a "quoted" key')
-    found = executors.redact(json.dumps(['a "quoted" key', "hf_" + "x" * 34, "hf_transfer"]))
+    found = redaction.redact(json.dumps(['a "quoted" key', "hf_" + "x" * 34, "hf_transfer"]))
     assert json.loads(found) == ["[redacted]", "[redacted]", "hf_transfer"]

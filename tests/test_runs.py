@@ -168,7 +168,8 @@ def test_a_step_does_not_start_from_an_unfinished_run(tmp_path):
 def test_a_killed_owner_leaves_no_lock(tmp_path):
     code = (
         "import time; from pathlib import Path; from pftools import run_folder\n"
-        f"with run_folder.driving(Path({str(tmp_path)!r}) / 'prune-0123456789ab'):\n print('held', flush=True); time.sleep(60)"
+        f"with run_folder.attempting(Path({str(tmp_path)!r}) / 'prune-0123456789ab'):\n"
+        " print('held', flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline().strip() == "held"
@@ -177,7 +178,7 @@ def test_a_killed_owner_leaves_no_lock(tmp_path):
     owner.kill()
     owner.wait()
     began = time.monotonic()
-    with run_folder.driving(folder):
+    with run_folder.attempting(folder):
         assert time.monotonic() - began < 5
 
 
@@ -243,5 +244,6 @@ def test_the_record_tells_how_it_was_made(sealed):
 
 
 def test_importing_pftools_is_instant():
-    code = "import sys, pftools, pftools.cli; print([name for name in ('torch', 'transformers', 'pandas', 'altair') if name in sys.modules])"
+    heavy = "('torch', 'transformers', 'pandas', 'altair')"
+    code = f"import sys, pftools, pftools.cli; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -15,7 +15,8 @@ from typing import Any
 
 from pftools import files
 from pftools.errors import PftoolsError
-from pftools.executors import NOTEBOOKS, kernel_options, redact
+from pftools.redaction import redact
+from pftools.steps import NOTEBOOKS, kernel_options
 from pftools.study import Plan, load_study, plan_study, run_state
 
 _NOTEBOOK = "06_compare_orderings.ipynb"
@@ -73,7 +74,8 @@ def _executed(study: str | Path, parameters: dict[str, str]) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         executed = str(Path(scratch) / "report.ipynb")
         try:
-            papermill.execute_notebook(str(NOTEBOOKS / _NOTEBOOK), executed, parameters, **kernel_options())
+            with kernel_options() as options:
+                papermill.execute_notebook(str(NOTEBOOKS / _NOTEBOOK), executed, parameters, **options)
         except papermill.PapermillExecutionError as error:
             raise PftoolsError(f"the report of {study} could not be made: {error.evalue}") from None
         return nbformat.read(executed, as_version=4)

@@ -1,4 +1,4 @@
-"""The SLURM executor on a real one-node cluster, which tests/slurm/one_node.sh starts for these tests and ends after them."""
+"""The SLURM executor on a real cluster of one node, which tests/slurm/one_node.sh starts and ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pftools import cli, executors, run_folder, slurm, study
+from pftools import cli, run_folder, slurm, steps, study
 from pftools.errors import PftoolsError
 from tests.tiny import save_tiny
 from tests.trivial import contents, trivial_plan, write_notebooks
@@ -51,7 +51,7 @@ def states(plan):
 
 
 def run_all(plan, notebooks, **options):
-    return executors.run_plan(plan, executor="slurm", notebooks=notebooks, progress=False, **options)
+    return study.run_study(plan, executor="slurm", notebooks=notebooks, progress=False, **options)
 
 
 def wait_until(true, seconds=60):
@@ -79,7 +79,7 @@ def test_a_failing_step_cancels_only_what_depends_on_it_and_is_made_good_later(t
     notebooks = write_notebooks(tmp_path / "notebooks")
     assert run_all(plan, notebooks) == []
     local = trivial_plan(tmp_path / "local")
-    assert executors.run_plan(local, notebooks=notebooks, progress=False) == []
+    assert study.run_study(local, notebooks=notebooks, progress=False) == []
     assert contents(plan) == contents(local)
 
 
@@ -87,8 +87,9 @@ def test_the_driver_may_be_killed_and_a_second_one_submits_nothing_twice(tmp_pat
     notebooks = write_notebooks(tmp_path / "notebooks", calibrate="time.sleep(3)")
     plan = trivial_plan(tmp_path / "runs")
     code = (
-        "import sys; from pathlib import Path; from pftools.executors import run_plan; from tests.trivial import trivial_plan\n"
-        "run_plan(trivial_plan(Path(sys.argv[1])), executor='slurm', notebooks=sys.argv[2], progress=False)"
+        "import sys; from pathlib import Path\n"
+        "from pftools.study import run_study; from tests.trivial import trivial_plan\n"
+        "run_study(trivial_plan(Path(sys.argv[1])), executor='slurm', notebooks=sys.argv[2], progress=False)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "runs"), str(notebooks)], cwd=ROOT)
     wait_until(lambda: len(slurm.queue(tmp_path / "runs")) == len(plan.steps) or driver.poll() is not None)
@@ -119,7 +120,7 @@ def test_a_job_that_the_cluster_kills_is_not_finished_and_says_its_last_words(tm
         plan.steps[name].folder
     )
     assert list(states(plan).values()) == ["finished", "to do", "to do"]
-    assert executors.read_failure(plan.steps[name].folder).cause
+    assert steps.read_failure(plan.steps[name].folder).cause
     assert run_all(plan, write_notebooks(tmp_path / "notebooks")) == []
 
 

@@ -1,0 +1,169 @@
+"""A run under way, as its notebook sees it: started, written to, sealed once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock
+
+from pftools.errors import PftoolsError
+from pftools.files import sealed_sha256
+from pftools.run_folder import attempt as attempts
+from pftools.run_folder.machine import circumstances
+from pftools.run_folder.record import folder_of, is_finished, key_of_reference, verify, write_record
+from pftools.settings import Step
+
+ATTEMPT = "PFTOOLS_ATTEMPT"  # the environment variable that gives a notebook in batch its attempt's folder
+
+
+@dataclass
+class Run:
+    """A run under way. Write outputs to `path(name)`, then `seal` it.
+
+    folder: where the finished run will be. attempt: where it is made. lock: None where the process that
+    executes the notebook holds the lock and makes the sealed attempt the run.
+    """
+
+    parameters: Step
+    folder: Path
+    attempt: Path
+    already_finished: bool = False
+    lock: BaseFileLock | None = None
+    sealed: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def key(self) -> str:
+        return self.folder.name.rpartition("-")[2]
+
+    def path(self, name: str) -> Path:
+        """Where to write the output ``name`` (a file or a folder) until the run is sealed.
+
+        Raises:
+            PftoolsError: this run is sealed, or another attempt has taken over.
+        """
+        self._refuse_if_over()
+        path = self.attempt / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def seal(self, outputs: list[str], **results: Any) -> Path:
+        """Finish the run: write `run.json` last, and make the attempt the run in one rename.
+
+        Args:
+            outputs: names given to `path` that are to be kept; everything else in the attempt is removed.
+            results: what the step found, as JSON values (perplexity, measured sparsity, ...).
+
+        A run that had been finished before is left as it was.
+
+        Raises:
+            PftoolsError: this run is sealed, or another attempt has taken over.
+        """
+        self._refuse_if_over()
+        if self.already_finished:
+            shutil.rmtree(self.attempt)
+        else:
+            attempts.clear(
+                self.attempt,
+                keep=(*(Path(name).parts[0] for name in outputs), attempts.NOTEBOOK, attempts.OWNER),
+            )
+            write_record(self.attempt, self._record(outputs, results))
+            if self.lock:
+                attempts.publish(self.attempt, self.folder)
+        self.sealed = True
+        if self.lock:
+            self.lock.release(force=True)
+        return self.folder
+
+    def _refuse_if_over(self) -> None:
+        if self.sealed:
+            raise PftoolsError(
+                f"the run {self.folder} is sealed and stays as it is: to make another, begin again at "
+                "the cell that starts the run, and load the model anew."
+            )
+        if not self.attempt.exists():
+            raise PftoolsError(
+                f"another attempt at {self.folder} has taken over from this one, "
+                "which stops and seals nothing."
+            )
+
+    def _record(self, outputs: list[str], results: dict[str, Any]) -> dict[str, Any]:
+        files = _files(self.attempt, outputs)
+        mode = (
+            (self.attempt / attempts.OWNER).stat().st_mode
+        )  # as the umask says; safetensors writes for its user only
+        for name in files:
+            (self.attempt / name).chmod(mode)
+        return {
+            "step": self.parameters.step,
+            "key": self.key,
+            "parameters": self.parameters.model_dump(mode="json"),
+            "results": results,
+            "outputs": {name: sealed_sha256(self.attempt / name) for name in files},
+            "seconds": round(time.monotonic() - self.started, 2),
+            **circumstances(),
+        }
+
+    def __str__(self) -> str:
+        state = "finished before; its sealed results are kept" if self.already_finished else "under way"
+        return f"{self.folder} ({state})"
+
+
+def start(parameters: Step) -> Run:
+    """Open the run of a step: begins an attempt, after every file of the runs it starts from was checked.
+
+    In batch the attempt is given by the process that executes the notebook.
+
+    Raises:
+        PftoolsError: a run that it starts from is not finished or is damaged; this run is finished and
+            damaged; or the attempt given is for another run, is sealed, or was taken over.
+    """
+    for name in parameters.parents:
+        reference = getattr(parameters, name)
+        if key_of_reference(reference) != reference:
+            if not is_finished(reference):
+                raise PftoolsError(
+                    f"{name} is {reference!r}, and that run is not finished: run its step first."
+                )
+            verify(reference)
+    folder = folder_of(parameters)
+    if given := os.environ.get(ATTEMPT):
+        return _in_batch(parameters, folder, Path(given))
+    # One lock object a process: a cell that is executed again by hand must not wait for itself.
+    lock = attempts.lock_of(folder, is_singleton=True)
+    attempts.acquire(lock, folder)
+    try:
+        attempts.recover(folder)
+        finished = is_finished(folder)
+        if finished:
+            verify(folder)
+        return Run(parameters, folder, attempts.begin(folder, parameters.resumes), finished, lock)
+    except BaseException:
+        lock.release(force=True)
+        raise
+
+
+def _in_batch(parameters: Step, folder: Path, attempt: Path) -> Run:
+    planned = attempt.name.rpartition(".")[0]
+    if planned != folder.name:
+        raise PftoolsError(
+            f"this notebook was started for the run {planned}, and its parameters make {folder.name}: was "
+            "a file that it reads changed, or is the plan of an older pftools?"
+        )
+    run = Run(parameters, folder, attempt, sealed=is_finished(attempt))
+    run._refuse_if_over()
+    return run
+
+
+def _files(folder: Path, names: list[str]) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        path = folder / name
+        inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        found += [str(file.relative_to(folder)) for file in inside]
+    return found
