@@ -237,8 +237,7 @@ def test_a_failure_stops_what_depends_on_it_and_is_named_in_status(tmp_path, cap
 
 @pytest.mark.parametrize("where", ["work", "everything"])
 def test_a_full_disk_is_a_cause_and_not_a_result(tmp_path, where):
-    """A file may grow no further than 2,000 bytes: in the kernel, or on a real small file system that is
-    full."""
+    """A file may grow no further than 2,000 bytes: in the kernel, or on a real small file system."""
     root = tmp_path / "runs"
     fill = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"

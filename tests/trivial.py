@@ -1,7 +1,7 @@
 """Step notebooks that do next to nothing, quickly: what is tested with them is everything around a step.
 
-A trivial step writes one small file made of its parameters and its parents' results, and a line in `journal.txt` of the
-runs folder when it begins and when it has sealed.
+A trivial step writes one small file made of its parameters and its parents' results, and a line in
+`journal.txt` of the runs folder when it begins and when it has sealed.
 """
 
 from __future__ import annotations
