@@ -77,8 +77,7 @@ def run_plan(
 
 
 def _ready(waiting: dict[str, PlannedStep], unfinished: set[str], limit: int) -> list[PlannedStep]:
-    """Up to ``limit`` steps whose parents are finished and that no other driver works on, in the plan's
-    order."""
+    """Up to ``limit`` steps, in the plan's order, that can begin: parents finished, and nobody at work."""
     found: list[PlannedStep] = []
     for step in waiting.values():
         if len(found) >= limit:

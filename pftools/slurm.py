@@ -67,8 +67,7 @@ def run_plan(
 def submit(
     plan: Plan, *, notebooks: str | Path | None = None, options: dict[str, str] | None = None
 ) -> list[str]:
-    """Submit every step that is neither finished nor queued; returns the names of all runs that jobs now work
-    on."""
+    """Submit every step that is neither finished nor queued; returns the names of all runs with a job."""
     folder = _folder(Path(plan.runs))
     damaged = unusable(plan)
     for why in damaged.values():
@@ -246,8 +245,11 @@ def minutes(text: str) -> int:
 
 
 def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
-    """Wait until no job of ``submitted`` is left; the failures, without the jobs that SLURM cancelled because
-    of them."""
+    """Wait until no job of ``submitted`` is left.
+
+    Returns:
+        The failures, without the jobs that SLURM cancelled because of them.
+    """
     left = set(submitted)
     done = len(plan.steps) - len(left)
     reached = time.monotonic()

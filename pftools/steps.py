@@ -39,8 +39,10 @@ NOTEBOOK_OF = {
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a step did not finish: its run, the cell (counted from 1; None outside a cell), the cause in a
-    sentence."""
+    """Why a step did not finish.
+
+    run: the run's name. cell: counted from 1; None outside a cell. cause: a sentence.
+    """
 
     run: str
     cell: int | None
@@ -231,8 +233,7 @@ def _main() -> int:
 
 
 def _end_with_driver() -> None:
-    """Wait until the driver is gone, however it went: that closes standard input. End the kernel, then this
-    process."""
+    """Wait until the driver is gone, which closes standard input; then end the kernel and this process."""
     import psutil
 
     os.read(0, 1)

@@ -52,8 +52,7 @@ def attempting(folder: Path, *, resumes: bool = False) -> Iterator[Path | None]:
 
 
 def publish(attempt: Path, folder: Path) -> None:
-    """Make a sealed attempt the run, by one rename; where another attempt was first, this one is
-    discarded."""
+    """Make a sealed attempt the run, by one rename; discard it where another attempt was first."""
     record = read_record(attempt)
     notebook = attempt / NOTEBOOK
     if _is_json(notebook):
@@ -74,8 +73,11 @@ def publish(attempt: Path, folder: Path) -> None:
 
 
 def give_up(attempt: Path, failure: dict[str, Any], *, resumes: bool) -> None:
-    """Record why an attempt failed, and keep its notebook; what it wrote goes, unless the next one goes on
-    from it."""
+    """Record why an attempt failed, and keep its notebook.
+
+    Args:
+        resumes: also keep what it wrote, for the next attempt to go on from.
+    """
     if not resumes:
         clear(attempt, keep=(NOTEBOOK, OWNER))  # first: it may be what fills the disk
     write_json(attempt / FAILURE, failure)
