@@ -56,7 +56,7 @@ def write_notebooks(folder: Path, *, plain: bool = False, **work: str) -> Path:
     for step, kind in settings.STEPS.items():
         defaults = [f"{name} = {field.default!r}" for name, field in kind.model_fields.items()]
         body = (_PLAIN if plain else _BODY).format(step=step, work=work.get(step, "")).strip()
-        source = "# Parameters\n" + "\n".join(defaults)
+        source = "# Parameters: of a trivial step\n" + "\n".join(defaults)
         cells = [
             nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell(body),
