@@ -158,7 +158,8 @@ class Study(settings.Parameters):
         Raises:
             PftoolsError: the section is invalid, or names what the plan sets.
         """
-        section: dict[str, Any] = getattr(self, kind.step, {})
+        # An analysis has no section: `analyse` says whether there are any.
+        section: dict[str, Any] = getattr(self, kind.step) if kind.step in _PLANNED else {}
         for name in section:
             if name in _PLANNED.get(kind.step, ()):
                 raise PftoolsError(
