@@ -340,3 +340,13 @@ def test_a_model_that_is_pruned_further_keeps_its_zeros_in_every_block_of_column
         weight.data[:, :128] = 0  # the first block has more zeros than a block may have, the others none
     result = prune.prune_model(model, tiny_blocks(32), method="sparsegpt", sparsity=0.7, progress=False)
     assert result.zeros_returned == 0 and measured_sparsity(model) == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_reconstruction_brings_no_zeros_back(pattern):
+    model = tiny_llama(num_hidden_layers=1)
+    prune.prune_model(model, tiny_blocks(), sparsity=0.6, progress=False)
+    before = {name: weight == 0 for name, weight in linear_weights(model).items()}
+    prune.prune_model(model, tiny_blocks(32), pattern=pattern, reconstruct_steps=20, progress=False)
+    after = linear_weights(model)
+    assert all(not after[name][zero].any() for name, zero in before.items())

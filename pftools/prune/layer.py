@@ -95,7 +95,11 @@ def recover_layer(
         targets: the same batches as the layer of the dense model gives them.
         steps: Adam steps.
     """
-    kept = {name.removeprefix(f"{place}."): mask for name, mask in done.masks.items()}
+    kept = {}
+    for name, mask in done.masks.items():
+        inner = name.removeprefix(f"{place}.")
+        # Zeros that the mask keeps, because the pattern asks for no more, stay zero as well.
+        kept[inner] = mask & (layer.get_parameter(inner) != 0).cpu()
     before, after = reconstruct(layer, index, inputs, targets, kept, steps=steps, place=place)
     done.weights = _weights_of(layer, place)
     for row in done.rows:

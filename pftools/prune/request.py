@@ -88,7 +88,6 @@ def check_request(
             f"the linear weights are of dtype {found}: load the model in one float dtype before pruning."
         )
     _check_matrices(model, shape)
-    check_length(model, blocks.shape[1])
     size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
     if options["reconstruct_steps"]:
         size = min(size, max(1, TOKENS // blocks.shape[1]))
