@@ -10,6 +10,7 @@ from pftools.errors import PftoolsError
 from pftools.evaluate.beginnings import best_stretches, common_length
 from pftools.evaluate.tasks import load_tasks
 from tests import oracles
+from tests.families import checks
 from tests.tiny import tiny_blocks, tiny_llama, tiny_tokenizer
 
 
@@ -269,3 +270,66 @@ def test_the_embedded_tasks_have_signal_and_equal_hflm(smollm2):
     for sample in expected["samples"]["facts"]:
         theirs = [response[0] for response in sample["filtered_resps"]]
         assert max(abs(a - b) for a, b in zip(ours[sample["doc_id"]], theirs)) < 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------
+# Families: sliding windows, ALiBi, recurrent and hybrid models, LongRoPE
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "mpt", "bloom", "falcon", "gemma4_text"])
+def test_windows_and_alibi_share_beginnings_and_stay_exact(kind):
+    """Likelihoods are HFLM's, and replies those of a loop without a cache, though the beginning is read once."""
+    assert checks.likelihoods_equal_hflm(kind) == "exact"
+    checks.greedy_texts_equal_a_loop(kind)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "lfm2", "jamba", "bamba", "falcon_h1", "doge"])
+def test_recurrent_and_hybrid_models_answer_few_shot_questions(kind):
+    checks.likelihoods_equal_hflm(kind)
+    checks.greedy_texts_equal_a_loop(kind)
+
+
+def test_a_model_that_ignores_its_cache_is_read_plainly_and_says_so(monkeypatch):
+    model = tiny_llama()
+    plain = model.forward
+
+    def forgetful(input_ids, past_key_values=None, cache=None, **options):
+        return plain(input_ids=input_ids, **options)
+
+    pair = [
+        kind(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=4)
+        for kind in (evaluate.PrefixCachedLM, HFLM)
+    ]
+    monkeypatch.setattr(pair[0].reader.forwards, "model", forgetful)
+    found, expected = (lm.loglikelihood(requests(1, 8), disable_tqdm=True) for lm in pair)
+    assert max(abs(a - b) for (a, _), (b, _) in zip(found, expected)) < 1e-3
+    reading = pair[0].shared_beginnings()
+    assert reading["shared_beginnings"] == "plain" and "differs from a plain forward" in reading["reason"]
+
+
+def test_longrope_beyond_the_original_context_is_read_plainly():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4}
+    rope |= {"long_factor": [3.0] * 4, "original_max_position_embeddings": 128}
+    sizes = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 257, "eos_token_id": 257}
+    config = Phi3Config(
+        **sizes, **heads, max_position_embeddings=512, rope_parameters=rope, initializer_range=0.2
+    )
+    model = Phi3ForCausalLM(config).float().eval()
+    ours = evaluate.PrefixCachedLM(pretrained=model, tokenizer=tiny_tokenizer())
+    theirs = HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=1)
+    asked = requests(1, 8)
+    found, expected = (lm.loglikelihood(asked, disable_tqdm=True) for lm in (ours, theirs))
+    assert max(abs(a - b) for (a, _), (b, _) in zip(found, expected)) < 1e-3
+    assert "original context of 128" in ours.shared_beginnings()["reason"]
+
+
+def test_what_was_shared_is_recorded():
+    lm = evaluate.PrefixCachedLM(pretrained=tiny_llama(), tokenizer=tiny_tokenizer())
+    lm.loglikelihood(requests(1, 8), disable_tqdm=True)
+    assert lm.shared_beginnings() == {"shared_beginnings": "shared", "reason": ""}
+    found = evaluate.evaluate_tasks(tiny_llama(), tiny_tokenizer(), ["facts"], limit=2, progress=False)
+    assert found.results["shared_beginnings"] == found.reading["shared_beginnings"] == "plain"

@@ -34,11 +34,13 @@ class Beginning:
         length: how many tokens.
         cache: the cache, of one row; None where nothing is shared.
         pads: whether rows after it may be padded to one length.
+        caches: whether replies may be written with a cache.
     """
 
     length: int = 0
     cache: Cache | None = None
     pads: bool = True
+    caches: bool = True
 
     def cache_for(self, rows: int) -> Cache | None:
         """A copy of the cache for so many rows; the model may change it."""

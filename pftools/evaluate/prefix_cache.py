@@ -25,6 +25,7 @@ from lm_eval.models.utils import (
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList
 
@@ -195,10 +196,13 @@ class PrefixCachedLM(HFLM):
         return [(place, (value, bool(greedy))) for (place, _), (value, greedy) in zip(scored, values)]
 
     def _scoring_differs(self, beginning: Beginning, group: Group) -> float:
-        """How far a group's longest row, after its beginning and with padding, is from a plain forward."""
+        """How far a group's longest row, and the shortest padded to its length, are from plain forwards."""
         rows = [group.longest, min(group.rows, key=lambda row: len(row.tokens))]
-        batched = self.reader.halving(self.reader.last_logits, beginning, rows)[0]
-        return difference(batched, self.reader.last_logits(PLAIN, rows[:1])[0])
+        if len(rows[0].tokens) == len(rows[1].tokens):
+            rows = rows[:1]
+        together = self.reader.halving(self.reader.last_logits, beginning, rows)
+        apart = [self.reader.last_logits(PLAIN, [row])[0] for row in rows]
+        return max(difference(one, other) for one, other in zip(together, apart))
 
     # ------------------------------------------------------------------------------------------------------
     # Generation
@@ -267,33 +271,32 @@ class PrefixCachedLM(HFLM):
     def _generate(
         self, beginning: Beginning, batch: list[Row], until: list[str], most: int, **options: Any
     ) -> Any:
-        """The model's own `generate` after a beginning.
-
-        No row is padded, so positions and cache slots are true.
-        """
+        """The model's own `generate`. No row is padded, so that positions and cache slots are true."""
         inputs = torch.tensor([row.tokens for row in batch], device=self.device)
-        self.reader.tokens_read += len(batch) * (len(batch[0].tokens) - beginning.length)
-        cache = beginning.cache_for(len(batch))
+        rows, length = inputs.shape
+        self.reader.tokens_read += rows * (length - beginning.length)
+        cache = beginning.cache_for(rows)
         if cache is not None:
             options[self.reader.forwards.cache_name] = cache
-        return self._model_generate(
-            context=inputs,
-            max_length=inputs.shape[1] + most,
-            stop=until,
+        return self.model.generate(
+            input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
+            max_length=length + most,
+            do_sample=False,
+            use_cache=beginning.caches,
+            pad_token_id=self.tokenizer.pad_token_id,
+            stopping_criteria=stop_sequences_criteria(self.tokenizer, until, length, rows),
             logits_processor=LogitsProcessorList([_refuse_nan]),
             **options,
         )
 
     def _generation_differs(self, beginning: Beginning, group: Group) -> float:
-        """How far the logits of the longest row's next two tokens are from those of a plain reading."""
-        wanted = {"output_logits": True, "return_dict_in_generate": True}
-        shared, plain = (
-            self._generate(start, [group.longest], [], 2, **wanted) for start in (beginning, PLAIN)
-        )
-        # Where the first tokens differ, the second ones follow other texts.
-        steps = 2 if torch.equal(shared.sequences[:, :-1], plain.sequences[:, :-1]) else 1
-        return difference(torch.cat(shared.logits[:steps]), torch.cat(plain.logits[:steps]))
+        """How far the logits of two new tokens after a group's longest row are from a plain forward."""
+        row = group.longest
+        written = self._generate(beginning, [row], [], 2, output_logits=True, return_dict_in_generate=True)
+        tokens = tuple(written.sequences[0].tolist())[: len(row.tokens) + len(written.logits) - 1]
+        (plain,) = self.reader.last_logits(PLAIN, [Row(tokens, [(0, [0] * len(written.logits))])])
+        return difference(torch.cat(written.logits), plain)
 
     # ------------------------------------------------------------------------------------------------------
     # Forwards and batches

@@ -25,6 +25,8 @@ _CACHE_BYTES = {"cpu": 2_000_000_000, "cuda": 4_000_000_000}
 _LOGITS_BUDGET = 100_000_000
 # Rows about which nothing is taken for granted: read from their first token, and without padding.
 PLAIN = Beginning(pads=False)
+# Rows whose replies are written without a cache, too: every new token reads all anew.
+UNCACHED = Beginning(pads=False, caches=False)
 Answer = TypeVar("Answer")
 Check = Callable[[Beginning, Group], float]
 
@@ -55,35 +57,65 @@ class Reader:
         self._config = model.config.get_text_config()
         self._dtype = model.dtype
         self._alike_up_to = alike_up_to(model.config)
-        self._only_plain = False
-        self._checked: dict[tuple[str, bool], int] = {}
+        self._only_plain, self._caches = False, True
+        self._checked: dict[tuple[str, bool, bool], int] = {}
 
     def beginning(self, group: Group, differs: Check, kind: str, new: int = 0) -> Beginning:
-        """The beginning of a group, read; `PLAIN` where its rows have to be read one by one.
+        """The beginning of a group, read; `PLAIN` or `UNCACHED` where its rows have to be read one by one.
 
         Groups come with the longest rows first, so that the check of the first one stands for the others.
 
         Args:
-            differs: how far the group's longest row, read after a beginning, is from a plain forward.
+            differs: how far a row of the group, read after a beginning, is from a plain forward.
             kind: what ``differs`` checks, "likelihood" or "generation".
             new: tokens that may follow a row.
+
+        Raises:
+            PftoolsError: a row does not fit the memory, or the model's `generate` does not follow its
+            forward.
         """
-        longest = len(group.longest.tokens)
+        writes, longest = kind == "generation", len(group.longest.tokens)
         if self._alike_up_to is not None and longest + new > self._alike_up_to:
-            return self._plainly(f"rows are longer than the original context of {self._alike_up_to} tokens")
-        uneven = kind == "likelihood" and len({len(row.tokens) for row in group.rows}) > 1
-        if self._only_plain or not (group.shared or uneven):
-            return PLAIN
+            self._say(f"rows are longer than the original context of {self._alike_up_to} tokens")
+            return UNCACHED if writes else PLAIN
+        try:
+            found = self._shared(group, differs, kind)
+            return found or (self._written(group, differs) if writes else PLAIN)
+        except torch.OutOfMemoryError:
+            raise _too_long(group.longest.tokens) from None
+
+    def _shared(self, group: Group, differs: Check, kind: str) -> Beginning | None:
+        """The beginning of a group, checked; None where it has none, or cannot be read after it."""
+        pads = kind == "likelihood" and len({len(row.tokens) for row in group.rows}) > 1
+        if self._only_plain or not (group.shared or pads):
+            return None
         try:
             beginning = self._read(group)
             self._check(beginning, group, differs, kind)
-        except torch.OutOfMemoryError:
-            raise _too_long(group.longest.tokens) from None
         except _Differs as fault:
             self._only_plain = True
-            return self._plainly(str(fault))
+            self._say(str(fault))
+            return None
         self.shares = self.shares or group.shared > 0
         return beginning
+
+    def _written(self, group: Group, differs: Check) -> Beginning:
+        """How replies are written without a shared beginning: with the model's cache, or without one."""
+        if self._caches:
+            try:
+                self._check(PLAIN, group, differs, "generation")
+                return PLAIN
+            except _Differs as fault:
+                self._caches = False
+                self._say(str(fault))
+        try:
+            self._check(UNCACHED, group, differs, "generation")
+        except _Differs as fault:
+            raise PftoolsError(
+                f"this model's own generate does not follow its forward ({fault}): "
+                "choose tasks that it answers by choices."
+            ) from None
+        return UNCACHED
 
     def _read(self, group: Group) -> Beginning:
         if not group.shared:
@@ -96,7 +128,7 @@ class Reader:
 
     def _check(self, beginning: Beginning, group: Group, differs: Check, kind: str) -> None:
         """Compare one row with a plain forward, unless a row of this length was before."""
-        longest, case = len(group.longest.tokens), (kind, group.shared > 0)
+        longest, case = len(group.longest.tokens), (kind, beginning.length > 0, beginning.caches)
         if self._checked.get(case, 0) >= longest:
             return
         try:
@@ -106,18 +138,18 @@ class Reader:
         except Exception as error:  # a model may do anything with a cache that it does not expect
             cause = (str(error).splitlines() or [""])[0]
             raise _Differs(
-                f"the model does not go on from its cache ({type(error).__name__}: {cause})"
+                f"the model does not go on from its cache: {type(error).__name__}, {cause}"
             ) from None
         if off > tolerance(self._dtype):
-            place = "after a shared beginning" if group.shared else "beside longer rows"
-            raise _Differs(f"{place}, a row differs from a plain forward, by {off:.2g} of its spread")
+            place = "beside longer rows" if kind == "likelihood" else "with new tokens"
+            place = "after a shared beginning" if beginning.length else place
+            raise _Differs(f"{place}, a row differs from a plain forward by {off:.2g} of its spread")
         self._checked[case] = longest
 
-    def _plainly(self, reason: str) -> Beginning:
+    def _say(self, reason: str) -> None:
         if not self.plain_because:
             self.plain_because = reason
             logging.getLogger(__name__).warning("questions are read one by one: %s", reason)
-        return PLAIN
 
     def batches(
         self, beginning: Beginning, rows: list[Row], override_bs: int | None, new: int | None = None
@@ -143,16 +175,23 @@ class Reader:
         device = "cuda" if self.device.type == "cuda" else "cpu"
         read = _TOKENS_A_FORWARD[device] // rest
         kept = _CACHE_BYTES[device] // (self.bytes_a_token() * (cached + rest)) if cached else read
-        vocabulary = getattr(self._config, "vocab_size", 32_000)
+        vocabulary = self._setting("vocab_size", 32_000)
         return max(1, min(read, kept, _LOGITS_BUDGET // (needed * vocabulary)))
 
     def bytes_a_token(self) -> int:
-        """Of its keys and values, in all layers."""
-        config = self._config
-        heads = getattr(config, "num_attention_heads", 32)
-        width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 4096) // heads
-        kept = getattr(config, "num_key_value_heads", None) or heads
-        return 2 * getattr(config, "num_hidden_layers", 32) * kept * width * self._dtype.itemsize
+        """Of its keys and values, in all layers; by a common layout where the configuration does not say."""
+        heads = self._setting("num_attention_heads", 32)
+        width = self._setting("head_dim", 0) or self._setting("hidden_size", 4096) // heads
+        kept = self._setting("num_key_value_heads", 0) or heads
+        return 2 * self._setting("num_hidden_layers", 32) * kept * width * self._dtype.itemsize
+
+    def _setting(self, name: str, default: int) -> int:
+        """A number of the model's configuration; ``default`` where it has none, or another for each layer."""
+        try:
+            value = getattr(self._config, name, None)
+        except Exception:  # transformers refuses to name one number where layers differ
+            return default
+        return value if isinstance(value, int) else default
 
     def halving(
         self, work: Callable[[Beginning, list[Row]], list[Answer]], beginning: Beginning, batch: list[Row]

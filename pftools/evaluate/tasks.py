@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ class TaskResults:
             target, answer (what was written), choice_scores (log-likelihoods, in nats).
         results: lm-eval's own result file, JSON-serialisable.
         truncated: how many prompts were longer than the model's context, and cut at their beginning.
+        reading: {"shared_beginnings": "shared" or "plain", "reason": why not}; empty where nothing was asked.
     """
 
     scores: pd.DataFrame
     samples: pd.DataFrame
     results: dict[str, Any]
     truncated: int = 0
+    reading: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate_tasks(
@@ -79,6 +81,7 @@ def evaluate_tasks(
     samples: list[pd.DataFrame] = []
     results: dict[str, Any] = {}
     truncated = 0
+    reading: dict[str, str] = {}
     if loaded:
         lm = PrefixCachedLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto", progress=progress
@@ -87,7 +90,7 @@ def evaluate_tasks(
         for task, leaves in leaves_of(loaded, results).items():
             samples.append(question_rows(task, leaves, results))
             scores.append(task_score(task, leaves, results, samples[-1]))
-        truncated = lm.truncated
+        truncated, reading = lm.truncated, lm.shared_beginnings()
     for name, settings in blocks.items():
         text = _task_blocks(model, tokenizer, settings, data)[:limit]
         found = perplexity(model, text, batch_size=batch_size, progress=progress)
@@ -101,8 +104,9 @@ def evaluate_tasks(
             "%d prompts were longer than the model's context and cut at their beginning", truncated
         )
     kept = {name: value for name, value in results.items() if name != "samples"}
-    record = strict_json({**kept, "truncated_prompts": truncated})
-    return TaskResults(pd.DataFrame(scores), pd.concat(samples, ignore_index=True), record, truncated)
+    record = strict_json({**kept, "truncated_prompts": truncated, **reading})
+    answers = pd.concat(samples, ignore_index=True)
+    return TaskResults(pd.DataFrame(scores), answers, record, truncated, reading)
 
 
 def scores_as_json(scores: pd.DataFrame) -> dict[str, dict[str, Any]]:
