@@ -278,7 +278,7 @@ def test_the_embedded_tasks_have_signal_and_equal_hflm(smollm2):
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "mpt", "bloom", "falcon", "gemma4_text"])
 def test_windows_and_alibi_share_beginnings_and_stay_exact(kind):
-    """Likelihoods are HFLM's, and replies those of a loop without a cache, though the beginning is read once."""
+    """Likelihoods are HFLM's and replies those of a loop, though the beginning is read once."""
     assert checks.likelihoods_equal_hflm(kind) == "exact"
     checks.greedy_texts_equal_a_loop(kind)
 

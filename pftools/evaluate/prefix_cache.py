@@ -294,9 +294,13 @@ class PrefixCachedLM(HFLM):
         """How far the logits of two new tokens after a group's longest row are from a plain forward."""
         row = group.longest
         written = self._generate(beginning, [row], [], 2, output_logits=True, return_dict_in_generate=True)
-        tokens = tuple(written.sequences[0].tolist())[: len(row.tokens) + len(written.logits) - 1]
-        (plain,) = self.reader.last_logits(PLAIN, [Row(tokens, [(0, [0] * len(written.logits))])])
-        return difference(torch.cat(written.logits), plain)
+        tokens = tuple(written.sequences[0].tolist())
+        # A forward for each token: in some models what follows a token changes how it is read.
+        plain = [
+            self.reader.last_logits(PLAIN, [Row(tokens[: len(row.tokens) + step], [(0, [0])])])[0]
+            for step in range(len(written.logits))
+        ]
+        return difference(torch.cat(written.logits), torch.cat(plain))
 
     # ------------------------------------------------------------------------------------------------------
     # Forwards and batches
