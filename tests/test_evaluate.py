@@ -315,6 +315,7 @@ def test_longrope_beyond_the_original_context_is_read_plainly():
     rope |= {"long_factor": [3.0] * 4, "original_max_position_embeddings": 128}
     sizes = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 257, "eos_token_id": 257}
+    heads["original_max_position_embeddings"] = 128
     config = Phi3Config(
         **sizes, **heads, max_position_embeddings=512, rope_parameters=rope, initializer_range=0.2
     )
