@@ -86,6 +86,8 @@ def run(
     options = _slurm_options(slurm or [])
     for line in costs.summary(planned):
         out.print(line, highlight=False)
+    if executor == "local" and planned.missing() and not costs.estimate_seconds(planned)[0]:
+        out.print(costs.first_times(planned), highlight=False)
     again = _command("run", study, runs, executor=executor, jobs=jobs, slurm=slurm or [])
     try:
         failures = studies.run_study(

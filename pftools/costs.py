@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,61 @@ def estimate_seconds(plan: Plan) -> tuple[float, set[str]]:
         else:
             unknown.add(kind[0])
     return total, unknown
+
+
+def first_times(plan: Plan) -> str:
+    """A sentence about the time of a plan that no run tells of yet, by a second's timing of the model here."""
+    shapes = shapes_of(plan.study)
+    if not shapes:
+        return f"Time: not known yet, as no file of {plan.study.model!r} is here."
+    seconds = estimate_first_seconds(plan, _seconds_a_token(plan.study, shapes))
+    return (
+        f"Time: very roughly {max(1, round(seconds / 60))} minutes, one step after the other, by a second's "
+        "timing of the model's products here; the next plan tells it from runs."
+    )
+
+
+def _seconds_a_token(study: Study, shapes: Shapes) -> float:
+    device = study.parameters(settings.Evaluate).device
+    asked = json.dumps({"shapes": shapes, "dtype": study.dtype, "device": device})
+    command = [sys.executable, "-m", "pftools.timing"]
+    done = subprocess.run(command, input=asked, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise PftoolsError(f"the model could not be timed here ({last}): choose another dtype or device.")
+    return float(done.stdout)
+
+
+def estimate_first_seconds(plan: Plan, seconds_a_token: float) -> float:
+    """Seconds of the missing steps by the tokens that they read.
+
+    Args:
+        plan: the plan.
+        seconds_a_token: of a forward pass.
+    """
+    return sum(_STEP_SECONDS + seconds_a_token * _forwards(step.parameters) for step in plan.missing())
+
+
+_STEP_SECONDS = 8  # a process, a kernel, and a small model read from the disk
+_QUESTION_TOKENS = 40  # with its answers; what questions share is read once
+_ALL_QUESTIONS, _ALL_TOKENS = 5000, 100_000
+
+
+def _forwards(parameters: settings.Step) -> float:
+    """Tokens that a step reads, a backward pass counted as one more forward and a half."""
+    if isinstance(parameters, settings.Calibrate):
+        return parameters.n_blocks * parameters.block_length
+    if isinstance(parameters, settings.Prune):  # with the calibration's blocks: two passes
+        held_out = 2 * parameters.held_out_blocks * parameters.block_length
+        return 2 * parameters.n_blocks * parameters.block_length + held_out
+    if isinstance(parameters, settings.Finetune):
+        held_out = 2 * parameters.held_out_blocks * parameters.block_length
+        return 2.5 * (parameters.tokens or 0) + held_out
+    if isinstance(parameters, settings.Evaluate):
+        questions = len(parameters.tasks) * (parameters.limit or _ALL_QUESTIONS)
+        text = (parameters.n_blocks or 0) * parameters.block_length or _ALL_TOKENS
+        return text + questions * _QUESTION_TOKENS
+    return 0
 
 
 def _past_seconds(root: Path) -> dict[tuple[str, ...], list[float]]:

@@ -18,6 +18,20 @@ from pftools.settings import EMBEDDED_MODEL
 Shapes = dict[str, tuple[int, ...]]
 
 _IN_A_LAYER = re.compile(r"\.\d+\..*\.(weight|gate_up_proj|down_proj)$")
+# What the embedded model's config.json says, for machines that have not fetched it yet; a test compares the
+# two.
+_EMBEDDED = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+}
 
 
 def model_folder(name: str) -> Path | None:
@@ -39,6 +53,8 @@ def model_folder(name: str) -> Path | None:
 def read_config(name: str) -> dict[str, Any]:
     """What a model's config.json says, of its language part where it has several; empty: it is not here."""
     folder = model_folder(name)
+    if folder is None and name == EMBEDDED_MODEL:
+        return dict(_EMBEDDED)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
     except (OSError, ValueError):

@@ -8,11 +8,11 @@ import pytest
 
 from pftools import settings
 from pftools.checks import check_plan
-from pftools.costs import estimate_disk
+from pftools.costs import estimate_disk, estimate_first_seconds, first_times
 from pftools.errors import PftoolsError
 from pftools.finetune.recipe import find_targets
 from pftools.layers import linear_modules
-from pftools.model_files import matrices, weight_shapes
+from pftools.model_files import matrices, read_config, weight_shapes
 from pftools.study import load_study, plan_study
 from tests.tiny import save_tiny, tiny_llama
 
@@ -201,3 +201,17 @@ def test_what_papermill_gives_as_text_is_understood(given, meant):
 def test_true_is_no_number(kind, given, says):
     with pytest.raises(PftoolsError, match=says):
         settings.check(kind, given)
+
+
+def test_a_first_run_is_estimated_without_past_runs(checked):
+    plan = checked(evaluate="{block_length: 64, n_blocks: 10, tasks: [facts], limit: 5}")
+    few = estimate_first_seconds(plan, 0.001)
+    assert estimate_first_seconds(plan, 0.01) > few > 0
+    assert "Time: very roughly" in first_times(plan)
+
+
+def test_the_embedded_model_is_known_before_it_is_fetched(tmp_path, monkeypatch):
+    here = read_config(settings.EMBEDDED_MODEL)
+    monkeypatch.setenv("PFTOOLS_CACHE", str(tmp_path))
+    before = read_config(settings.EMBEDDED_MODEL)
+    assert before and {name: here[name] for name in before} == before
