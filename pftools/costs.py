@@ -113,7 +113,7 @@ def estimate_seconds(plan: Plan) -> tuple[float, set[str]]:
 
 
 def first_times(plan: Plan) -> str:
-    """A sentence about the time of a plan that no run tells of yet, by a second's timing of the model here."""
+    """A sentence about the time of a plan without past runs, by a second's timing of the model here."""
     shapes = shapes_of(plan.study)
     if not shapes:
         return f"Time: not known yet, as no file of {plan.study.model!r} is here."
