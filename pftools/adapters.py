@@ -20,7 +20,7 @@ from torch import nn
 from pftools.dithering import dithered
 from pftools.errors import PftoolsError, nearest
 from pftools.files import write_json
-from pftools.layers import measured_sparsity
+from pftools.layers import measured_sparsity, rows_of
 from pftools.masks import pack
 
 MASKED_TYPE = (
@@ -84,7 +84,7 @@ def merge_adapter(model: Model, adapter: Adapter | str | Path, *, merge: str = "
     merge = "masked" if merge == "auto" and adapter.masked else resolve_merge(merge, model)
     modules = dict(model.named_modules())
     for name, (a, b) in adapter.factors.items():
-        if name not in modules or modules[name].weight.shape != (b.shape[0], a.shape[1]):
+        if name not in modules or rows_of(modules[name]).shape != (b.shape[0], a.shape[1]):
             raise PftoolsError(
                 f"the adapter does not fit the model at {name}: it was trained on another model."
             )
@@ -96,7 +96,7 @@ def merge_adapter(model: Model, adapter: Adapter | str | Path, *, merge: str = "
     kind = "hira" if adapter.kind == "hira" else merge
     with torch.no_grad():
         for name, (a, b) in adapter.factors.items():
-            weight = modules[name].weight
+            weight = rows_of(modules[name])
             weight.copy_(
                 updated_weight(weight, a.to(weight.device), b.to(weight.device), adapter.scaling, kind=kind)
             )

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from peft.tuners import hira, lora
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from pftools.errors import PftoolsError
 from pftools.finetune.update import updated_linear
@@ -44,6 +45,13 @@ class _Masked(lora.LoraLayer):
 
 class MaskedLinear(_Masked, lora.Linear):
     """A masked LoRA layer on a plain `nn.Linear`."""
+
+
+class MaskedConv1D(_Masked, lora.Linear):
+    """A masked LoRA layer on GPT-2's `Conv1D`, whose weight is (inputs, outputs)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "fan_in_fan_out": True})
 
 
 class HiraLinear(hira.Linear):
@@ -86,7 +94,7 @@ def masked_modules() -> dict[type[nn.Module], type[nn.Module]]:
             """A masked LoRA layer on an NF4 base."""
 
         mapping |= {bnb.nn.Linear8bitLt: MaskedLinear8bit, bnb.nn.Linear4bit: MaskedLinear4bit}
-    return mapping | {nn.Linear: MaskedLinear}
+    return mapping | {nn.Linear: MaskedLinear, Conv1D: MaskedConv1D}
 
 
 def fuse_hira(model: nn.Module) -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from pftools.errors import PftoolsError
 from pftools.finetune.update import remember_kept
-from pftools.layers import linear_modules
+from pftools.layers import linear_modules, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,12 +27,15 @@ BASES = ("plain", "8bit", "nf4")
 
 
 @contextmanager
-def quantized(model: PreTrainedModel, base: str, *, keep_masks_of: Collection[str] = ()) -> Iterator[None]:
+def quantized(
+    model: PreTrainedModel, base: str, *, keep_masks_of: Collection[str] = (), plain: Collection[str] = ()
+) -> Iterator[None]:
     """The linear modules of a model replaced by bitsandbytes', and put back at the end.
 
     Args:
         base: `plain` (nothing is done), `8bit` or `nf4`.
         keep_masks_of: names of modules whose zeros are remembered beside the quantized weight.
+        plain: names of modules that stay as they are, since the model reads their weight itself.
 
     Raises:
         PftoolsError: bitsandbytes is not installed.
@@ -40,12 +44,13 @@ def quantized(model: PreTrainedModel, base: str, *, keep_masks_of: Collection[st
         yield
         return
     check_bitsandbytes(base)
-    device, originals = model.device, linear_modules(model)
+    device = model.device
+    originals = {name: module for name, module in linear_modules(model).items() if name not in plain}
     try:
         for name, module in originals.items():
             new = _bitsandbytes_linear(module, base)
             if name in keep_masks_of:
-                remember_kept(new, module.weight.detach() != 0)
+                remember_kept(new, rows_of(module).detach() != 0)
             module.to("cpu")
             model.set_submodule(name, new)
         yield
@@ -71,12 +76,12 @@ def check_bitsandbytes(base: str) -> None:
         ) from None
 
 
-def _bitsandbytes_linear(module: nn.Linear, base: str) -> nn.Linear:
+def _bitsandbytes_linear(module: Any, base: str) -> nn.Linear:
     import bitsandbytes as bnb
 
-    shape, bias, device = (module.in_features, module.out_features), module.bias, module.weight.device
     # bitsandbytes quantizes on the way from the CPU to the device.
-    weight = module.weight.detach().cpu().clone()
+    weight = rows_of(module).detach().cpu().clone(memory_format=torch.contiguous_format)
+    shape, bias, device = (weight.shape[1], weight.shape[0]), module.bias, module.weight.device
     new: nn.Linear
     if base == "8bit":
         new = bnb.nn.Linear8bitLt(*shape, bias=bias is not None, has_fp16_weights=False, threshold=6.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ from pftools.adapters import mask_digest, resolve_merge
 from pftools.base_models import check_length
 from pftools.errors import PftoolsError, nearest
 from pftools.finetune.quantize import BASES, check_bitsandbytes
+from pftools.finetune.reads import read_by_model
 from pftools.finetune.rows import Rows
-from pftools.layers import linear_modules
+from pftools.layers import linear_modules, linear_weights
 from pftools.settings import TARGETS
 
 if TYPE_CHECKING:
@@ -83,6 +85,8 @@ class Training:
     Attributes:
         recipe: what was asked for.
         targets: full names of the linear modules that get an adapter.
+        plain: full names of those that are not quantized, since the model reads their weight itself.
+        left_out: share of the linear weights that get no adapter, between 0 and 1.
         masked: whether the update is masked.
         zeros: digest of the mask that it is trained on; empty where it is not masked.
         n_rows: how many rows are trained on, the same row several times included.
@@ -94,6 +98,8 @@ class Training:
 
     recipe: Recipe
     targets: tuple[str, ...]
+    plain: frozenset[str]
+    left_out: float
     masked: bool
     zeros: str
     n_rows: int
@@ -118,7 +124,13 @@ def prepare(recipe: Recipe, model: PreTrainedModel, rows: Rows) -> Training:
     """
     length = rows.input_ids.shape[1]
     check_length(model, length)
-    targets = find_targets(model, recipe.targets)
+    if recipe.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise PftoolsError(
+            f"{type(model).__name__} has no gradient checkpointing: train with gradient_checkpointing=False and "
+            "a smaller micro_batch_size or block_length."
+        )
+    plain = frozenset(read_by_model(model, rows.input_ids))
+    targets = find_targets(model, recipe.targets, leave=plain)
     n_rows = rows_of_budget(
         len(rows),
         rows.real_tokens / len(rows),
@@ -133,6 +145,8 @@ def prepare(recipe: Recipe, model: PreTrainedModel, rows: Rows) -> Training:
     return Training(
         recipe=recipe,
         targets=tuple(targets),
+        plain=plain,
+        left_out=_left_out(model, targets),
         masked=masked,
         zeros=mask_digest(model, targets) if masked else "",
         n_rows=n_rows,
@@ -143,29 +157,42 @@ def prepare(recipe: Recipe, model: PreTrainedModel, rows: Rows) -> Training:
     )
 
 
-def find_targets(model: nn.Module, targets: str) -> list[str]:
+def find_targets(model: nn.Module, targets: str, *, leave: Collection[str] = ()) -> list[str]:
     """Full names of the linear modules that get an adapter.
 
     Args:
-        targets: `all-linear` (every `nn.Linear` of the decoder layers; fused experts are none), `attention`,
-            `published` (q and v), or module names with commas between.
+        targets: `all-linear` (every linear module of the decoder layers; stacked experts are none),
+            `attention`, `published` (q and v), or module names with commas between.
+        leave: full names of modules that can have none (see `reads`).
 
     Raises:
         PftoolsError: nothing matches; the names that exist are listed.
     """
-    modules = list(linear_modules(model))
-    if targets == "all-linear":
+    modules = [name for name in linear_modules(model) if name not in leave]
+    if targets == "all-linear" and modules:
         return modules
     wanted = TARGETS.get(targets) or tuple(name.strip() for name in targets.split(",") if name.strip())
     short = sorted({name.rpartition(".")[2] for name in modules})
     missing = [] if targets in TARGETS else [name for name in wanted if name not in short]
     found = [name for name in modules if name.rpartition(".")[2] in wanted]
     if missing or not found:
+        refused = sorted({name.rpartition(".")[2] for name in leave} - set(short))
+        why = (
+            f" ({', '.join(refused)} can have no adapter: the model reads the weight itself)"
+            if refused
+            else ""
+        )
         raise PftoolsError(
             f"targets {targets!r} match nothing for {', '.join(missing or wanted)}: the linear modules of "
-            f"this model are {', '.join(short)}; or give 'all-linear' or 'attention'."
+            f"this model are {', '.join(short)}; or give 'all-linear' or 'attention'{why}."
         )
     return found
+
+
+def _left_out(model: nn.Module, targets: list[str]) -> float:
+    """The share of the linear weights that get no adapter."""
+    total = sum(weight.numel() for weight in linear_weights(model).values())
+    return 1 - sum(model.get_parameter(f"{name}.weight").numel() for name in targets) / total
 
 
 def rows_of_budget(

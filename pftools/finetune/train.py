@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -78,10 +79,15 @@ def finetune_model(
     """
     rows = blocks if isinstance(blocks, Rows) else Rows(blocks)
     training = prepare(Recipe(**recipe), model, rows)
+    if training.recipe.targets == "all-linear" and training.left_out > 0:
+        logging.getLogger(__name__).warning(
+            "%.1f%% of the linear weights get no adapter: stacked experts, or weights that the model reads itself",
+            100 * training.left_out,
+        )
     with _folder(output) as folder:
         checkpoint = _checkpoint_to_go_on_from(folder / "trainer", training.identity(rows))
         keep_masks_of = training.targets if training.masked else ()
-        with quantized(model, training.recipe.base, keep_masks_of=keep_masks_of):
+        with quantized(model, training.recipe.base, keep_masks_of=keep_masks_of, plain=training.plain):
             with adapted(model, training) as peft_model:
                 watch = _Watch(training.steps, progress)
                 trainer = _trainer(peft_model, training, rows, folder, save_every, [watch, *callbacks])
@@ -106,6 +112,7 @@ def finetune_model(
         "trainable_share": trainable / (total + trainable),
         "loss": float(losses["loss"].iloc[-5:].mean()),
         "masked": training.masked,
+        "left_out": training.left_out,
     }
     return FinetuneResult(adapter, losses, Path(output) / "adapter" if output is not None else None, summary)
 

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pftools.adapters import Kind, row_slices, updated_weight
+from pftools.layers import rows_of
 from pftools.masks import pack, unpack_on_device
 
 
@@ -102,7 +103,7 @@ def updated_linear(
 def dense_weight(layer: nn.Linear) -> torch.Tensor:
     """(rows, columns), floating point: the layer's weight, or what its 8-bit or NF4 weight stands for."""
     if type(layer.weight).__name__ not in ("Int8Params", "Params4bit"):
-        return layer.weight.detach()
+        return rows_of(layer).detach()
     from peft.utils.integrations import dequantize_bnb_weight
 
     weight: Any = layer.weight
