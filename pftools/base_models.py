@@ -110,6 +110,36 @@ def check_length(model: torch.nn.Module, length: int) -> None:
         )
 
 
+# Model types that read a text from both sides unless their config.json says is_decoder.
+_ENCODERS = tuple(
+    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
+    "roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod xlnet cpmant".split()
+)
+
+
+def unsuitable(config: dict[str, Any]) -> str:
+    """Why a model cannot be worked on, from its config.json alone, as half a sentence; empty: it can."""
+    if config.get("is_encoder_decoder"):
+        return "has an encoder beside its decoder, and its decoder alone is only half of a model"
+    if config.get("model_type") in _ENCODERS and not config.get("is_decoder"):
+        return "is an encoder, which sees later tokens, and no causal language model"
+    if stored := config.get("quantization_config"):
+        method = stored.get("quant_method", "") if isinstance(stored, dict) else ""
+        return f"is stored in quantized weights ({method or 'quantization_config'}), which cannot be pruned"
+    return ""
+
+
+def _refuse_unsuitable(name: str, source: str, trust_remote_code: bool) -> None:
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(source, trust_remote_code=trust_remote_code)
+    if why := unsuitable(config):
+        raise PftoolsError(
+            f"the model {name!r} {why}: give a causal language model with plain weights, such as "
+            f"{EMBEDDED_MODEL}."
+        )
+
+
 def load_pretrained(
     name: str, *, dtype: str | torch.dtype = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -121,10 +151,13 @@ def load_pretrained(
     source = model_source(name)
     device = resolve_device(device)
     try:
+        _refuse_unsuitable(name, source, trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=resolve_dtype(dtype, device), trust_remote_code=trust_remote_code
         )
+    except PftoolsError:
+        raise
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PftoolsError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pftools import corpora, settings
+from pftools.base_models import unsuitable
 from pftools.costs import adapted_matrices, estimate_disk, shapes_of
 from pftools.data_root import data_root
 from pftools.errors import PftoolsError
@@ -86,10 +87,15 @@ def _size(path: Path) -> int:
 
 
 def _check_class(study: Study, config: dict[str, Any]) -> None:
-    names = [str(name) for name in config.get("architectures") or ()]
-    if config.get("is_encoder_decoder") or (names and all(name.endswith(_OTHER_CLASSES) for name in names)):
+    if why := unsuitable(config):
         raise PftoolsError(
-            f"{study.place('model')}: {study.model!r} is a {', '.join(names) or 'model with an encoder'}, "
+            f"{study.place('model')}: {study.model!r} {why}: give a causal language model with plain weights, "
+            "such as smollm2-135m."
+        )
+    names = [str(name) for name in config.get("architectures") or ()]
+    if names and all(name.endswith(_OTHER_CLASSES) for name in names):
+        raise PftoolsError(
+            f"{study.place('model')}: {study.model!r} is a {', '.join(names)}, "
             "and pftools works on causal language models: give one such as smollm2-135m."
         )
 

@@ -123,9 +123,16 @@ def is_linear(module: torch.nn.Module) -> bool:
 
 
 def linear_modules(model: torch.nn.Module) -> dict[str, Any]:
-    """The linear modules inside the decoder layers, by their full name, in the model's order."""
+    """The linear modules inside the decoder layers, by their full name, in the model's order.
+
+    Without routers, stacked matrices, and subclasses that compute something else.
+    """
     prefix, layers = decoder_layers(model)
-    return {f"{prefix}.{name}": module for name, module in layers.named_modules() if is_linear(module)}
+    return {
+        f"{prefix}.{name}": module
+        for name, module in layers.named_modules()
+        if is_linear(module) and not _stacked(module) and _counted(module)
+    }
 
 
 def rows_of(module: Any) -> torch.Tensor:

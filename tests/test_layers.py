@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from pftools import layers
 from pftools.errors import PftoolsError
-from pftools.prune import prune_model
+from pftools.finetune import finetune_model
+from pftools.models import load_model
+from pftools.prune import prune_checkpoint, prune_model
 from tests import oracles
 from tests.families import checks, zoo
-from tests.tiny import tiny_blocks, tiny_llama
+from tests.tiny import save_tiny, tiny_blocks, tiny_llama
 
 
 def pruned(kind, **options):
@@ -166,3 +170,65 @@ def test_the_walk_checks_itself_against_the_models_own_forward():
     with pytest.raises(PftoolsError, match="layer 1 computes something else when it is run alone"):
         prune_model(model, tiny_blocks(), progress=False)
     assert torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Fine-tuning and bad input, kind by kind
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mamba", "deepseek_v2", "axk2", "phimoe"])
+@pytest.mark.parametrize(
+    "check",
+    [checks.masked_adapters_keep_zeros, checks.a_quantized_base_keeps_zeros],
+    ids=lambda check: check.__name__,
+)
+def test_adapters_are_exact_where_weights_are_laid_out_or_read_in_other_ways(kind, check):
+    outcome = checks.run(check, kind)
+    assert outcome.status == "exact", outcome.says
+
+
+def test_what_gets_no_adapter_is_said_before_training(caplog):
+    model = zoo.build("mixtral")
+    trained = finetune_model(model, checks.blocks(2), steps=1, progress=False)
+    assert 0 < trained.summary["left_out"] < 1
+    assert "of the linear weights get no adapter" in caplog.text
+
+
+def test_a_module_whose_weight_the_model_reads_itself_cannot_be_a_target():
+    with pytest.raises(
+        PftoolsError, match="dt_proj, out_proj can have no adapter: the model reads the weight itself"
+    ):
+        finetune_model(zoo.build("mamba"), checks.blocks(2), targets="dt_proj", steps=1, progress=False)
+
+
+def test_gradient_checkpointing_is_refused_where_there_is_none():
+    with pytest.raises(PftoolsError, match="CTRLLMHeadModel has no gradient checkpointing"):
+        finetune_model(
+            zoo.build("ctrl"), checks.blocks(2), steps=1, gradient_checkpointing=True, progress=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "bert"}, "is an encoder"),
+        ({"model_type": "bart", "is_encoder_decoder": True}, "only half of a model"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+    ],
+)
+def test_unsuitable_models_are_refused_by_their_settings(tmp_path, config, says):
+    save_tiny(tmp_path / "tiny")
+    path = tmp_path / "tiny" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    for act in (
+        lambda: load_model(tmp_path / "tiny", dtype="float32", device="cpu"),
+        lambda: prune_checkpoint(tmp_path / "tiny", tiny_blocks(), tmp_path / "pruned", progress=False),
+    ):
+        with pytest.raises(PftoolsError, match=says):
+            act()
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "apertus"])
+def test_buffers_that_a_checkpoint_holds_are_read_and_written_from_disk(kind):
+    outcome = checks.run(checks.from_disk_equals_in_memory, kind)
+    assert outcome.status == "exact", outcome.says

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import transformers_weight_conversion
 
 from pftools.adapters import Adapter, factors_of
 from pftools.finetune.masked import fuse_hira, masked_modules
@@ -27,7 +28,9 @@ def adapted(model: PreTrainedModel, training: Training) -> Iterator[PeftModel]:
     with warnings.catch_warnings():
         # PEFT asks by a name that transformers has changed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-        peft_model = get_peft_model(model, _config(training))
+        with _names_as_given():
+            peft_model = get_peft_model(model, _config(training))
+    model.config.use_cache = False
     assert isinstance(peft_model, PeftModel)
     fuse_hira(peft_model)
     try:
@@ -45,6 +48,20 @@ def adapted(model: PreTrainedModel, training: Training) -> Iterator[PeftModel]:
         for marker in ("peft_config", "_hf_peft_config_loaded"):
             if marker in vars(model):
                 delattr(model, marker)
+
+
+@contextmanager
+def _names_as_given() -> Iterator[None]:
+    """PEFT without its translation of targets from transformers 4.
+
+    It takes the gate_proj of a dense layer for the experts' of old, and would adapt the stacked experts too.
+    """
+    translate = transformers_weight_conversion.convert_peft_config_for_transformers
+    transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        transformers_weight_conversion.convert_peft_config_for_transformers = translate
 
 
 def _config(training: Training) -> HiraConfig | LoraConfig:

@@ -1,4 +1,5 @@
-"""Linear modules whose weight a model reads itself, past the module: what must stay plain while it is trained.
+"""Linear modules whose weight a model reads itself, past the module: what must stay plain while it is
+trained.
 
 Mamba multiplies with `dt_proj.weight`, DeepSeek's indexer casts its inputs to `weights_proj.weight.dtype`. An
 adapter beside such a weight would have no effect, and the codes of a quantized weight would be taken for

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from pftools.adapters import mask_digest, resolve_merge
-from pftools.base_models import check_length
+from pftools.base_models import check_length, unsuitable
 from pftools.errors import PftoolsError, nearest
 from pftools.finetune.quantize import BASES, check_bitsandbytes
 from pftools.finetune.reads import read_by_model
@@ -124,6 +124,8 @@ def prepare(recipe: Recipe, model: PreTrainedModel, rows: Rows) -> Training:
     """
     length = rows.input_ids.shape[1]
     check_length(model, length)
+    if why := unsuitable(model.config.to_dict()):
+        raise PftoolsError(f"{type(model).__name__} {why}: give a causal language model with plain weights.")
     if recipe.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise PftoolsError(
             f"{type(model).__name__} has no gradient checkpointing: train with gradient_checkpointing=False and "

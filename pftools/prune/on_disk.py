@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pftools.base_models import model_source, resolve_dtype
+from pftools.base_models import model_source, resolve_dtype, unsuitable
 from pftools.errors import PftoolsError
 from pftools.files import write_json
 from pftools.layers import decoder_layers
@@ -31,6 +31,10 @@ class OnDisk:
         logging.disable_progress_bar()  # transformers draws one for every layer that is loaded
         self.folder, self.device = _folder_of(str(name)), device
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
+        if why := unsuitable(config.to_dict()):
+            raise PftoolsError(
+                f"the model {str(name)!r} {why}: give a causal language model with plain weights."
+            )
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         self.dtype = stored if dtype == "auto" else resolve_dtype(dtype)
         with init_empty_weights(
