@@ -40,7 +40,7 @@ def metric_chart(
         results: columns ordering, measured and ``metric``. Optional: ``metric``_low and ``metric``_high (an
             interval), label (how a row is called, else its ordering) and
             collapsed (true for a model worse than guessing: drawn as a cross at the end of the scale).
-        by: "sparsity" draws a line an ordering against *measured* sparsity; "ordering" draws a row an ordering,
+        by: "sparsity" draws a line an ordering against *measured* sparsity; "ordering" a row an ordering,
             for studies of a single sparsity.
         chance: the level of guessing, drawn as a dashed line.
         percent: the metric is a share, written in per cent.
@@ -116,7 +116,10 @@ def _measured(shown: pd.DataFrame, channel: Any) -> Any:
 
 def _numbers(base: alt.Chart, at: dict[str, Any], metric: str, *, percent: bool) -> alt.Chart:
     text = alt.Text(f"{metric}:Q", format=".1%" if percent else ".2f")
-    return base.transform_filter("!datum.collapsed").mark_text(dy=-13, fontSize=11).encode(**at, text=text)
+    words = base.transform_filter("!datum.collapsed").mark_text(dy=-13, fontSize=11)
+    return words.encode(
+        **at, text=text, color=alt.value(INK)
+    )  # an ordering's own colour may be too pale to read
 
 
 def _collapsed(base: alt.Chart, at: dict[str, Any], tooltip: list[str]) -> alt.LayerChart:

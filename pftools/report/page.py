@@ -1,7 +1,8 @@
 """The notebook `06_compare_orderings`, executed, as one HTML file that needs no network and no script.
 
-The cells' tags say what becomes of them: the cell tagged `answer` comes first, under the title of the cell
-tagged `opening`, whose other words follow as "How to read it".
+The cells' tags say what becomes of them. The first screen holds the title of the cell tagged `opening`, the
+cell tagged `answer` and, beside it, the one tagged `main-chart`. The opening's other words follow as "How to
+read it".
 """
 
 from __future__ import annotations
@@ -84,12 +85,34 @@ def _executed(study: str | Path, parameters: dict[str, str]) -> Any:
 def _html(notebook: Any, name: str, state: str) -> str:
     """The notebook's words and outputs, without its code, in a page of our own."""
     from jinja2 import Environment
-    from nbconvert import HTMLExporter
 
-    notebook.cells = [cell for cell in _in_order(notebook.cells) if _has_words(cell)]
     for number, cell in enumerate(notebook.cells):
         _tidy(cell, f"cell{number}")
-    # nbconvert's own page loads scripts from elsewhere.
+    tagged = {tag: cell for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
+    title, how = _opening(tagged["opening"].source)
+    first = [tagged["answer"], tagged["main-chart"]]
+    others = [cell for cell in notebook.cells if _has_words(cell) and cell not in [tagged["opening"], *first]]
+    template = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    answer, chart = (_body(notebook, [cell]) for cell in first)
+    return template.render(
+        name=name, state=state, title=title, answer=answer, chart=chart, body=_body(notebook, [how, *others])
+    )
+
+
+def _opening(source: str) -> tuple[str, Any]:
+    """(the notebook's title as a report's, a cell with the words under it)."""
+    import nbformat
+
+    first, _, words = source.partition("\n")
+    title = first.removeprefix("#").partition("·")[2].partition(":")[2].strip() or first.strip("# ")
+    return f"{title[:1].upper()}{title[1:]}", nbformat.v4.new_markdown_cell(f"## How to read it\n{words}")
+
+
+def _body(notebook: Any, cells: list[Any]) -> str:
+    """These cells as HTML. nbconvert's own page loads scripts from elsewhere."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
     exporter = HTMLExporter(
         template_name="basic",
         exclude_input=True,
@@ -97,22 +120,9 @@ def _html(notebook: Any, name: str, state: str) -> str:
         exclude_output_prompt=True,
         exclude_anchor_links=True,
     )
-    body, _ = exporter.from_notebook_node(notebook)
-    template = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(name=name, state=state, body=body)
-
-
-def _in_order(cells: list[Any]) -> list[Any]:
-    """The answer under the title, what the report is about after it, and all else in its order."""
-    import nbformat
-
-    tagged = {tag: cell for cell in cells for tag in cell.metadata.get("tags", [])}
-    opening, answer = tagged["opening"], tagged["answer"]
-    title, _, words = opening.source.partition("\n")
-    title = title.removeprefix("#").partition("·")[2].partition(":")[2].strip() or title
-    first = nbformat.v4.new_markdown_cell(f"# {title[:1].upper()}{title[1:]}")
-    how = nbformat.v4.new_markdown_cell(f"## How to read it\n{words}")
-    return [first, answer, how, *(cell for cell in cells if cell is not opening and cell is not answer)]
+    plain = [nbformat.from_dict({**cell, "metadata": {}}) for cell in cells]
+    body, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=plain, metadata=notebook.metadata))
+    return body
 
 
 def _has_words(cell: Any) -> bool:
@@ -121,19 +131,27 @@ def _has_words(cell: Any) -> bool:
 
 def _tidy(cell: Any, prefix: str) -> None:
     """Charts become part of the page; what the kernel warns of belongs to a notebook, not to a report."""
-    cell.metadata.pop("tags", None)
     if cell.cell_type != "code":
         return
     cell.outputs = [
         output for output in cell.outputs if output.output_type != "stream" or output.get("name") == "stdout"
     ]
     for number, output in enumerate(cell.outputs):
-        svg = output.get("data", {}).get("image/svg+xml")
-        if svg:
-            output.data = type(output.data)({"text/html": _figure(svg, f"{prefix}-{number}")})
+        data = output.get("data", {})
+        if "image/svg+xml" in data:
+            output.data = type(data)({"text/html": _figure(data["image/svg+xml"], f"{prefix}-{number}")})
+        elif "<table" in data.get("text/html", ""):
+            output.data = type(data)(
+                {"text/html": f'<div class="wide" tabindex="0">{data["text/html"]}</div>'}
+            )
 
 
 def _figure(svg: str, prefix: str) -> str:
-    """A chart as part of the page: its words can be selected and are read aloud; its ids are its own."""
+    """A chart as part of the page: it has a name that is read aloud, and ids of its own.
+
+    Where the screen is narrow it scrolls inside itself, so that its words stay readable.
+    """
     svg = re.sub(r'(\bid="|url\(#|href="#)', lambda found: f"{found.group(1)}{escape(prefix)}-", svg)
-    return f"<figure>{svg}</figure>"
+    words = re.search(r"(?:Title text|Subtitle text) '([^\"]*)'\"", svg)
+    name = words.group(1) if words else "Chart"
+    return f'<figure role="group" aria-label="{name}" tabindex="0">{svg}</figure>'
