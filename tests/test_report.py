@@ -1,6 +1,7 @@
 """The report of a study whose runs are made up here: sealed, but computed by nobody."""
 
 import json
+import re
 from html import unescape
 from io import StringIO
 
@@ -221,3 +222,29 @@ def test_a_report_is_rendered_again_only_where_something_changed(tmp_path, monke
     run.write_text(run.read_text() + "\n")
     report.render(file, runs=tmp_path / "runs", output=path)
     assert len(rendered) == 2
+
+
+def test_the_page_answers_first_and_holds_all_it_needs():
+    """The cells' tags, not their source, say what becomes of them; ids differ, tables scroll, charts have names."""
+    svg = '<svg><g aria-label="Title text \'Perplexity\'" id="a"></g><path clip-path="url(#a)"/></svg>'
+    cells = [
+        nbformat.v4.new_markdown_cell(
+            "# 6 · Compare: which order is better?\nThree words.", metadata={"tags": ["opening"]}
+        ),
+        shown({"text/html": "<table><tr><td>1</td></tr></table>"}),
+        shown({"image/svg+xml": svg}, "main-chart"),
+        shown({"image/svg+xml": svg}),
+        shown({"text/markdown": "It **won**."}, "answer"),
+    ]
+    html = report.page._html(nbformat.v4.new_notebook(cells=cells), "<b>name</b>", "state")
+    places = [html.index(words) for words in ("<h1>Which order", "<strong>won", "<figure", "How to read it")]
+    assert places == sorted(places) and "<title>&lt;b&gt;name" in html
+    assert html.count('aria-label="Perplexity"') == 2 and html.count('<div class="wide"') == 1
+    ids = re.findall(r'<g [^>]*id="([^"]*)"', html)
+    assert len(ids) == len(set(ids)) == 2 and all(f"url(#{name})" in html for name in ids)
+    assert "<script" not in html and "http" not in html
+
+
+def shown(data, *tags):
+    output = nbformat.v4.new_output("display_data", data)
+    return nbformat.v4.new_code_cell("code", outputs=[output], metadata={"tags": list(tags)})
