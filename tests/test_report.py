@@ -225,7 +225,7 @@ def test_a_report_is_rendered_again_only_where_something_changed(tmp_path, monke
 
 
 def test_the_page_answers_first_and_holds_all_it_needs():
-    """The cells' tags, not their source, say what becomes of them; ids differ, tables scroll, charts have names."""
+    """Cells' tags, not their source, say what becomes of them; charts have names, and ids of their own."""
     svg = '<svg><g aria-label="Title text \'Perplexity\'" id="a"></g><path clip-path="url(#a)"/></svg>'
     cells = [
         nbformat.v4.new_markdown_cell(
@@ -248,3 +248,10 @@ def test_the_page_answers_first_and_holds_all_it_needs():
 def shown(data, *tags):
     output = nbformat.v4.new_output("display_data", data)
     return nbformat.v4.new_code_cell("code", outputs=[output], metadata={"tags": list(tags)})
+
+
+def test_results_that_are_missing_are_named_with_their_step(tmp_path):
+    table = made_up(tmp_path, skip=lambda row: row.ordering == "prune")
+    words = report.headline(table)
+    assert "3 of 4 results are finished" in words
+    assert re.search(r"prune at 50% \(wanda, auto, seed 0\): evaluate-[0-9a-f]+ has not begun", words)

@@ -18,6 +18,10 @@ def headline(table: pd.DataFrame) -> str:
         lines.append(
             f"*{len(table)} of {table.attrs['planned']} results are finished; this is what they say.*"
         )
+        lines.append(
+            "<details><summary>What is missing (pftools status tells the cause of a failure)</summary>\n\n"
+            f"{bullets(table.attrs['missing'])}\n\n</details>"
+        )
     lines += [f"> {sentence}" for sentence in answers(table)]
     return "\n\n".join(lines)
 

@@ -10,7 +10,7 @@ import pandas as pd
 from pftools import compare, run_folder
 from pftools.errors import PftoolsError
 from pftools.orderings import parse_ordering
-from pftools.study import load_study, plan_study, results
+from pftools.study import Plan, load_study, plan_study, results, run_state
 
 
 def study_results(study: str | Path, *, runs: str | Path = "runs") -> pd.DataFrame:
@@ -32,8 +32,30 @@ def study_results(study: str | Path, *, runs: str | Path = "runs") -> pd.DataFra
         "study": plan.study.model_dump(mode="json"),
         "planned": len(plan.rows),
         "runs": str(runs),
+        "missing": _missing(plan),
     }
     return table
+
+
+def _missing(plan: Plan) -> list[str]:
+    """The results that are not there, with the unfinished step that makes or evaluates its model."""
+    words = compare.sparsity_words(row.asked for row in plan.rows)
+    told = []
+    for row in plan.rows:
+        if run_folder.is_finished(row.evaluation):
+            continue
+        model = Path(row.model)
+        made = model.name in plan.steps and not run_folder.is_finished(model)
+        step = plan.steps[model.name if made else Path(row.evaluation).name]
+        asked = words[round(row.asked, 10)]
+        told.append(
+            f"{row.ordering} at {asked} ({row.method}, {row.merge}, seed {row.seed}): "
+            f"{step.name} {_STATES[run_state(step.folder)]}"
+        )
+    return list(dict.fromkeys(told))
+
+
+_STATES = {"to do": "has not begun", "running": "is at work", "queued": "waits", "failed": "has failed"}
 
 
 def final_states(table: pd.DataFrame) -> pd.DataFrame:
