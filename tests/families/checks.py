@@ -24,6 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from pftools import adapters, checkpoints, layers, models, run_folder, settings
+from pftools.base_models import unsuitable
 from pftools.errors import PftoolsError
 from pftools.evaluate import PrefixCachedLM, perplexity
 from pftools.finetune import finetune_model
@@ -318,7 +319,7 @@ def likelihoods_equal_hflm(kind: str) -> str:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    model = zoo.build(kind)
+    model = suitable(kind)
     pairs = [(question, f" {answer}") for question in _QUESTIONS for answer in ("yes", "no", "a fox")]
     pairs += [("Alone.", " yes"), (_SHARED * 4, " long")]
     lm, answers = _asked(model, pairs)
@@ -328,6 +329,17 @@ def likelihoods_equal_hflm(kind: str) -> str:
     off = max(abs(one[0] - other[0]) for one, other in zip(answers, expected))
     require(off <= 1e-3, f"log-likelihoods are off by {off:.2g} nats")
     return "exact" if lm.tokens_read < lm.tokens_asked else "plain"
+
+
+def suitable(kind: str) -> nn.Module:
+    """The tiny model, after what `load_model` looks at before it loads one.
+
+    Raises:
+        PftoolsError: the model's settings say that it is no causal language model.
+    """
+    if why := unsuitable(zoo.config_of(kind).to_dict()):
+        raise PftoolsError(f"the model {kind!r} {why}.")
+    return zoo.build(kind)
 
 
 def _asked(model: nn.Module, pairs: list[tuple[str, str]]) -> tuple[PrefixCachedLM, list[tuple[float, bool]]]:
@@ -342,7 +354,7 @@ def greedy_texts_equal_a_loop(kind: str) -> None:
     """Greedy replies are those of a loop that reads everything anew for every token, without a cache."""
     from lm_eval.api.instance import Instance
 
-    model, tokenizer, most = zoo.build(kind), tiny_tokenizer(), 8
+    model, tokenizer, most = suitable(kind), tiny_tokenizer(), 8
     prompts = [*_QUESTIONS, _SHARED * 4]
     lm = PrefixCachedLM(pretrained=model, tokenizer=tokenizer, progress=False, max_length=zoo.CONTEXT)
     options = {"until": ["<never>"], "max_gen_toks": most, "do_sample": False}
@@ -373,7 +385,7 @@ def greedy_texts_equal_a_loop(kind: str) -> None:
 def perplexity_is_the_models_own(kind: str) -> None:
     """The loss of blocks, one by one; and blocks beyond the context are refused, or read as the model reads
     them."""
-    model, tokens = zoo.build(kind), blocks(3, 40)
+    model, tokens = suitable(kind), blocks(3, 40)
     found = perplexity(model, tokens, batch_size=2, progress=False).block_nll
     for block, loss in zip(tokens, found):
         off = abs(float(loss) - loss_of(model, block[None]))

@@ -1,7 +1,6 @@
 """`python -m tests.families.walk`: every check of every class, and the table `data/families.csv`.
 
-It can be stopped and goes on where it was: what is done lies in a file beside the cache, with the digest of
-the code that did it. Parts are named: `--only LlamaForCausalLM gpt2`, `--checks prune disk`, `--part 1/3`.
+It can be stopped, and goes on where it was: what is done lies in `.families.jsonl`; `--anew` begins again. Parts are named: `--only LlamaForCausalLM gpt2`, `--checks prune disk`, `--part 1/3`.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def write_table(done: dict[tuple[str, str], dict[str, str]]) -> None:
             for checks in COLUMNS.values():
                 found = [done[name, check] for check in checks if (name, check) in done]
                 worst = min(found, key=lambda line: _RANK.index(line["status"]), default=None)
-                cells.append(worst["status"] if worst else "")
+                cells.append(worst["status"] if worst else "not run")
                 if worst and worst["says"] and not note:
                     note = worst["says"]
             writer.writerow([name, kind, *cells, note])
