@@ -85,7 +85,7 @@ def shapes_of(study: Study) -> Shapes:
 
 def adapted_matrices(shapes: Shapes, targets: str) -> Shapes:
     """The weights that get an adapter, as `finetune.recipe.find_targets` chooses them from a loaded model."""
-    linear = {name: shape for name, shape in matrices(shapes).items() if len(shape) == 2}
+    linear: Shapes = {name: shape for name, shape in matrices(shapes).items() if len(shape) == 2}
     if targets == "all-linear":
         return linear
     wanted = settings.TARGETS.get(targets) or [name.strip() for name in targets.split(",")]

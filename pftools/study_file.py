@@ -226,6 +226,10 @@ def load_study(path: str | Path) -> Study:
     return study
 
 
+_Located = Literal["model", "corpus", "data root"]
+_PATHS: dict[str, _Located] = {"corpus": "corpus", "data": "data root"}  # parameters of a section
+
+
 def _with_paths(given: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A study's content, in which relative paths have become absolute ones."""
     found = dict(given)
@@ -236,14 +240,14 @@ def _with_paths(given: dict[str, Any], folder: Path) -> dict[str, Any]:
         if not isinstance(given.get(section), dict):
             continue
         found[section] = dict(given[section])
-        for name, kind in (("corpus", "corpus"), ("data", "data root")):
+        for name, kind in _PATHS.items():
             if isinstance(value := given[section].get(name), str) and value:
                 with _at(section, name):
                     found[section][name] = locate(value, folder, kind)
     return found
 
 
-def locate(reference: str, folder: Path, kind: Literal["model", "corpus", "data root"]) -> str:
+def locate(reference: str, folder: Path, kind: _Located) -> str:
     """What a study calls a model, corpus or data root: a name as it is, a path as an absolute one.
 
     Args:

@@ -34,7 +34,7 @@ def seconds_a_token(shapes: Shapes, *, dtype: str = "auto", device: str = "auto"
     import torch
 
     device = resolve_device(device)
-    kinds = Counter(shape for shape in matrices(shapes).values() if len(shape) == 2)
+    kinds: Counter[tuple[int, ...]] = Counter(shape for shape in matrices(shapes).values() if len(shape) == 2)
     head = next((shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), None)
     if head:
         kinds[head] += 1

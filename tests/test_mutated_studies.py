@@ -43,7 +43,8 @@ evaluate: {corpus: pydocs, block_length: 128, tasks: [facts], limit: 20}
 analyse: false
 """
 _VALUES = (
-    "010", "true", "null", "2:4", "-1", "0", "1e400", ".nan", ".inf", "''", "[]", "{}", "[[1]]", "{a: {b: c}}",
+    "010", "true", "null", "2:4", "-1", "0", "1e400", ".nan", ".inf", "''", "[]", "{}", "[[1]]",
+    "{a: {b: c}}",
     "'word'", "0.5", "1000000000000", "~", "!!int x", "*gone", "&a [*a]", "\xff", "🦙", "yes", "[1, true]",
     "/nowhere", "./x", "a/b/c", "hf_" + 24 * "x", 30 * "9", "- x", "@x", "%x", "`x`",
 )  # fmt: skip
