@@ -103,6 +103,8 @@ def run(
         out.print(f"Submitted. `{_command('status', study, runs)}` tells how far it is.", highlight=False)
         return
     _print_results(planned)
+    if len(planned.rows) and not failures:
+        _print_answers(study, runs)
     if report and len(planned.rows) and not failures:
         _write_report(study, runs, None, None)
     if failures:
@@ -338,6 +340,14 @@ def _print_results(planned: studies.Plan) -> None:
             *scores,
         )
     out.print(table)
+
+
+def _print_answers(study: Path, runs: Path) -> None:
+    """By sparsity, and by perplexity and task: which orderings may be the best."""
+    from pftools import compare, report
+
+    for found in report.best_sets(report.study_results(study, runs=runs)):
+        out.print(compare.set_in_words(found), highlight=False, markup=False, soft_wrap=True)
 
 
 def _task_names(planned: studies.Plan) -> list[str]:

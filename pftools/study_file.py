@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -85,6 +85,12 @@ class Study(settings.Parameters):
     prune: dict[str, Any] = Field({}, description="parameters of 02_prune")
     finetune: dict[str, Any] = Field({}, description="parameters of 03_finetune")
     evaluate: dict[str, Any] = Field({}, description="parameters of 04_evaluate")
+    equivalent_within: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="a difference that does not matter: 1% of perplexity, one point of accuracy",
+    )
     analyse: bool = Field(False, description="whether 05_analyse_weights is run on every model")
     shape: dict[str, Annotated[int, Field(ge=0, lt=10**9)]] = Field(
         {}, description="the model's config.json numbers, to estimate disk without the model"
@@ -95,6 +101,15 @@ class Study(settings.Parameters):
     @classmethod
     def _an_empty_section_is_none(cls, given: Any) -> Any:
         return {} if given is None else given
+
+    @field_validator("equivalent_within", mode="before")
+    @classmethod
+    def _per_cent(cls, given: Any) -> Any:
+        """1% and 0.01 are the same."""
+        if isinstance(given, str) and given.strip().endswith("%"):
+            with suppress(ValueError):
+                return float(given.strip().removesuffix("%")) / 100
+        return given
 
     @field_validator("shape")
     @classmethod

@@ -255,3 +255,29 @@ def test_results_that_are_missing_are_named_with_their_step(tmp_path):
     words = report.headline(table)
     assert "3 of 4 results are finished" in words
     assert re.search(r"prune at 50% \(wanda, auto, seed 0\): evaluate-[0-9a-f]+ has not begun", words)
+
+
+def test_the_answer_is_a_set_and_stands_first(wide):
+    """The lowest number was the answer, however close the next one was."""
+    sets = report.best_sets(wide)
+    assert {found.asked for found in sets if found.metric == "perplexity"} >= {0.3, 0.6}
+    (highest,) = [found for found in sets if found.asked == 0.6 and found.metric == "perplexity"]
+    (answer, *_) = [line for line in report.headline(wide).split("\n\n") if line.startswith("> ")]
+    assert answer.startswith("> At 60%, the lowest perplexity has ") and "(95% confidence, 2 seeds" in answer
+    assert highest.members[0] in answer
+    html = report.result_table(wide).to_html()
+    marked = sum(len(found.members) for found in sets if found.metric == "perplexity")
+    assert "may be best" in html and html.count(">yes<") == marked
+
+
+def test_one_training_each_makes_no_ordering_the_best(quick):
+    answer = report.headline(quick).split("> ", 1)[1]
+    assert "which ordering is best, one training each cannot say" in answer
+
+
+def test_the_readers_margin_reaches_the_verdicts(wide):
+    """A study says what does not matter: equivalent_within."""
+    table = wide.copy()
+    table.attrs = {**wide.attrs, "study": {**wide.attrs["study"], "equivalent_within": 0.9}}
+    assert (report.pair_table(table)["verdict_kind"] == "equivalent").any()
+    assert not (report.pair_table(wide)["verdict_kind"] == "equivalent").any()

@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 
 from pftools.compare.sets import best_sets, set_in_words
+from pftools.errors import PftoolsError
+from pftools.study_file import load_study
 
 
 def study(gaps, *, seeds=3, blocks=40, by_seed=0.01, noise=0.05, key=0, asked=0.5, measured=None):
@@ -42,7 +44,7 @@ def test_several_seeds_give_a_set_of_orderings():
     assert set(found.members) == {"finetune_prune", "prune_finetune"}
     assert (found.metric, found.where, found.n_seeds, found.n) == ("perplexity", "50%", 3, 40)
     says = set_in_words(found)
-    assert says.startswith("At 50%, the lowest perplexity has one of `")
+    assert says.startswith("At 50%, the lowest perplexity has one of ")
     assert says.endswith("(95% confidence, 3 seeds, 40 blocks); the other is behind.")
 
 
@@ -99,7 +101,7 @@ def test_tasks_have_sets_of_their_own():
     }
     perplexity, facts = best_sets(table, losses, samples)
     assert facts.metric == "facts" and facts.members == ("finetune_prune",) and facts.n == 300
-    assert "most right answers to facts has `finetune_prune`" in set_in_words(facts)
+    assert "most right answers to facts has finetune_prune (" in set_in_words(facts)
     assert perplexity.metric == "perplexity"
 
 
@@ -121,3 +123,17 @@ def test_a_set_is_never_empty(seeds):
     for key in range(10):
         (found,) = best_sets(*study({"P F": 0.0, "F P": 1.0}, seeds=seeds, key=key))
         assert found.members
+
+
+@pytest.mark.parametrize("given,margin", [("1%", 0.01), ("0.02", 0.02), ("", None)])
+def test_a_study_file_says_what_does_not_matter(tmp_path, given, margin):
+    path = tmp_path / "mine.yaml"
+    path.write_text("orderings: [prune]\n" + (f"equivalent_within: {given}\n" if given else ""))
+    assert load_study(path).equivalent_within == margin
+
+
+def test_a_margin_that_is_none_is_refused(tmp_path):
+    for given in ("0", "120%", "much"):
+        (tmp_path / "mine.yaml").write_text(f"orderings: [prune]\nequivalent_within: {given}\n")
+        with pytest.raises(PftoolsError, match="equivalent_within"):
+            load_study(tmp_path / "mine.yaml")

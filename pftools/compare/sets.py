@@ -185,6 +185,6 @@ def _margin_in_words(found: BestSet) -> str:
 
 def _one_of(labels: tuple[str, ...]) -> str:
     if len(labels) == 1:
-        return f"`{labels[0]}`"
-    named = ", ".join(f"`{label}`" for label in labels[:-1])
-    return f"one of {named} and `{labels[-1]}`" if len(labels) < 7 else f"one of {len(labels)}"
+        return labels[0]
+    named = ", ".join(labels[:-1])
+    return f"one of {named} and {labels[-1]}" if len(labels) < 7 else f"one of {len(labels)}"

@@ -18,6 +18,7 @@ from pftools.report.charts import (
 )
 from pftools.report.page import render
 from pftools.report.results import (
+    best_sets,
     entry_table,
     final_states,
     pair_table,
@@ -29,6 +30,7 @@ from pftools.report.settings import circumstances, settings_table
 from pftools.report.tables import guessing_table, result_table, visible_differences
 
 __all__ = [
+    "best_sets",
     "circumstances",
     "entry_table",
     "final_states",

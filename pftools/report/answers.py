@@ -7,7 +7,7 @@ import pandas as pd
 from pftools import compare
 from pftools.compare import perplexity_in_words, sparsity_words
 from pftools.report.markdown import bullets, code, plain
-from pftools.report.results import entry_table, final_states, pair_table
+from pftools.report.results import best_sets, entry_table, final_states, pair_table
 
 
 def headline(table: pd.DataFrame) -> str:
@@ -27,11 +27,19 @@ def headline(table: pd.DataFrame) -> str:
 
 
 def answers(table: pd.DataFrame) -> list[str]:
-    """A sentence or two for every sparsity that orderings end at, the highest first."""
+    """What can be said of every sparsity that orderings end at, the highest first: the set that holds the
+    best by perplexity, and by each task; then the numbers."""
     ends = entry_table(final_states(table))
     pairs = pair_table(table)
     levels = sorted(ends["asked"].unique(), reverse=True)
-    return [_answer(ends, pairs, asked) for asked in levels if asked > 0 or len(levels) == 1]
+    sets: dict[float, list[str]] = {}
+    for found in best_sets(table):
+        sets.setdefault(found.asked, []).append(plain(compare.set_in_words(found)))
+    return [
+        " ".join([*sets.get(asked, []), _answer(ends, pairs, asked)])
+        for asked in levels
+        if asked > 0 or len(levels) == 1
+    ]
 
 
 def _answer(ends: pd.DataFrame, pairs: pd.DataFrame, asked: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pftools import compare, run_folder
@@ -99,15 +100,34 @@ def is_perplexity(table: pd.DataFrame, task: str) -> bool:
 def pair_table(table: pd.DataFrame) -> pd.DataFrame:
     """`compare.compare_orderings` on the losses that the evaluation runs keep, checked by their seals."""
     ends = final_states(table)
+    return compare.compare_orderings(ends, _losses(ends), margin=margin(table))
+
+
+def best_sets(table: pd.DataFrame) -> list[compare.BestSet]:
+    """The answer: by sparsity, and by perplexity and task, the entries that may be the best."""
+    ends = final_states(table)
+    return compare.best_sets(ends, _losses(ends), _samples(ends), margin=margin(table))
+
+
+def margin(table: pd.DataFrame) -> float | None:
+    """Within which share a difference does not matter to whoever wrote the study; None: not said."""
+    return table.attrs["study"].get("equivalent_within")
+
+
+def _losses(ends: pd.DataFrame) -> dict[str, np.ndarray]:
     losses = {}
     for run in ends["run"].unique():
         run_folder.verify(run)
         losses[run] = pd.read_parquet(Path(run) / "block_nll.parquet")["nll"].to_numpy()
-    return compare.compare_orderings(ends, losses)
+    return losses
+
+
+def _samples(ends: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    kept = [run for run in ends["run"].unique() if (Path(run) / "samples.parquet").exists()]
+    return {run: pd.read_parquet(Path(run) / "samples.parquet") for run in kept}
 
 
 def task_pairs(table: pd.DataFrame) -> pd.DataFrame:
     """`compare.compare_tasks` on the answers that runs keep; empty where no task counts right answers."""
     ends = final_states(table)
-    kept = [run for run in ends["run"].unique() if (Path(run) / "samples.parquet").exists()]
-    return compare.compare_tasks(ends, {run: pd.read_parquet(Path(run) / "samples.parquet") for run in kept})
+    return compare.compare_tasks(ends, _samples(ends), margin=margin(table))

@@ -94,7 +94,7 @@ def circumstances(table: pd.DataFrame) -> str:
         f"- Budget: {study['tokens']:,} fine-tuning tokens {budget}",
         f"- Machine: {plain(machine['platform'])}, {machine['cores']} cores, {gpu}",
         f"- Versions: {plain(known)}",
-        "- Intervals: 95%, paired over blocks (Student's t) or questions (bootstrap), pooled over seeds; "
+        "- Intervals: 95%, paired by block or question; with several seeds, over trainings too; "
         "p-values: corrected by Holm over the pairs of a metric",
         f"- Runs: the evaluations are the folders `evaluate-*` of {code(table.attrs['runs'])}; each holds "
         "its losses, answers and executed notebook",

@@ -9,11 +9,21 @@ from pandas.io.formats.style import Styler
 
 from pftools import compare
 from pftools.compare import perplexity_in_words, sparsity_words
-from pftools.report.results import entry_table, final_states, is_perplexity, task_names, task_record
+from pftools.report.results import (
+    best_sets,
+    entry_table,
+    final_states,
+    is_perplexity,
+    task_names,
+    task_record,
+)
 
 
 def result_table(table: pd.DataFrame) -> Styler:
-    """The entries, pooled over seeds; the best of each sparsity is bold, a collapsed model is called so."""
+    """The entries, pooled over seeds; the lowest perplexity of each sparsity is bold.
+
+    Marked are those that may be the best with 95% confidence; a collapsed model is called so.
+    """
     entries = entry_table(final_states(table)).sort_values("asked", kind="stable").reset_index(drop=True)
     tasks = task_names(table)
     shown = pd.DataFrame({"ordering": [_name(row) for _, row in entries.iterrows()]})
@@ -30,6 +40,11 @@ def result_table(table: pd.DataFrame) -> Styler:
     shown["training tokens"] = entries["finetune_tokens"]
     if entries["seeds"].max() > 1:
         shown["seeds"] = entries["seeds"]
+    sets = [found for found in best_sets(table) if found.metric == "perplexity"]
+    if sets:
+        inside = {(found.asked, label) for found in sets for label in found.members}
+        marks = [(asked, label) in inside for asked, label in zip(entries["asked"], entries["label"])]
+        shown["may be best"] = ["yes" if mark else "" for mark in marks]
     formats = {"measured": "{:.2%}", "training tokens": "{:,}"}
     formats |= {task: "{:.2f}" if is_perplexity(table, task) else "{:.1%}" for task in tasks}
     rivals = entries.groupby("asked")["asked"].transform("size") > 1
