@@ -1,7 +1,7 @@
 """What every benchmark shares: a clock, the circumstances, and results as JSON that a reader can check.
 
-A benchmark measures a claim beside the naive way of doing the same, within one process, in turns: only ratios of such
-times mean anything on a machine that others use too.
+A benchmark measures a claim beside the naive way of doing the same, within one process, in turns: only
+ratios of such times mean anything on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def seconds(work: Callable[[], Any], device: str = "cpu") -> float:
 def in_turns(
     contestants: dict[str, Callable[[], Any]], *, rounds: int = 3, device: str = "cpu"
 ) -> dict[str, float]:
-    """The median wall time of each contestant. They run in turns, so that a slow minute of the machine slows them all."""
+    """The median wall time of each contestant. They run in turns: a slow minute slows them all."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds):
         for name, work in contestants.items():
@@ -53,7 +53,7 @@ def in_turns(
 def report(
     claim: str, measured: dict[str, Any], *, script: str, device: str, store: bool, settings: dict[str, Any]
 ) -> None:
-    """Print a result, and keep it where ``store`` says so: `results/<script>-<device>.json`, one entry a claim."""
+    """Print a result; with ``store``, keep it in `results/<script>-<device>.json`, one entry a claim."""
     print(f"{claim}\n{json.dumps(measured, indent=1)}", flush=True)
     if not store:
         return

@@ -1,9 +1,10 @@
-"""Evaluation: the same log-likelihoods as lm-eval's HFLM, in a fraction of the time where questions share their examples.
+"""Evaluation: the log-likelihoods of lm-eval's HFLM, faster where questions share their examples.
 
-    python benchmarks/evaluate.py speed      requests per second on a 5-shot choice task, on MMLU (data root), and zero-shot
-    python benchmarks/evaluate.py equality   largest difference of a log-likelihood in fp32, over MMLU, BBH and lm-eval's own tasks
+    python benchmarks/evaluate.py speed      requests a second: 5-shot choices, MMLU (data root), zero-shot
+    python benchmarks/evaluate.py equality   largest difference in fp32: MMLU, BBH, lm-eval's own tasks
 
-How much can be won is the ratio of tokens read, printed beside: HFLM reads the examples with every question, PrefixCachedLM once.
+How much can be won is the ratio of tokens read, printed beside: HFLM reads the examples with every question,
+PrefixCachedLM once.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ from pftools.models import load_model
 
 BATCH = 16
 SUBJECTS = ("anatomy", "astronomy", "management", "sociology")
-WORDS = "the of a in red blue house tree run walk green city river sun moon book paper stone light dark hand wind salt".split()
+WORDS = (
+    "the of a in red blue house tree run walk green city river sun moon book paper stone light dark hand "
+    "wind salt"
+).split()
 
 
 def few_shot_requests(
     tokenizer: Any, *, prefixes: int = 4, questions: int = 25, shared: int = 680, own: int = 75
 ) -> list[Instance]:
-    """A 5-shot choice task as MMLU by subject is: every question after one of four beginnings of about 680 tokens."""
+    """5-shot choices, as MMLU by subject: every question after one of four beginnings of about 680 tokens."""
     chooser = random.Random(0)
     requests = []
     for _ in range(prefixes):

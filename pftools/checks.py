@@ -89,7 +89,8 @@ def _size(path: Path) -> int:
 def _check_class(study: Study, config: dict[str, Any]) -> None:
     if why := unsuitable(config):
         raise PftoolsError(
-            f"{study.place('model')}: {study.model!r} {why}: give a causal language model with plain weights, "
+            f"{study.place('model')}: {study.model!r} {why}: give a causal language model with "
+            "plain weights, "
             "such as smollm2-135m."
         )
     names = [str(name) for name in config.get("architectures") or ()]

@@ -140,7 +140,8 @@ def read_results(path: str | Path, *, metric: str | None = None) -> pd.DataFrame
         row = table[repeated].iloc[0]
         raise PftoolsError(
             f"{path} answers question {row['question']!r}{_of(row['task'])} twice for the training "
-            f"{row['seed']!r}: keep one answer, or give every training a seed (a column seed, or a folder each)."
+            f"{row['seed']!r}: keep one answer, or give every training a seed (a column seed, or "
+            "a folder each)."
         )
     return table
 

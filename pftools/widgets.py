@@ -56,7 +56,7 @@ class LiveLoss(TrainerCallback):
 
 
 def ordering_explorer(ordering: str = "iter_pf", sparsity: float = 0.5) -> ipywidgets.VBox:
-    """A box to type an ordering into, a slider for the sparsity, and the steps that they stand for, drawn as one turns them.
+    """A box to type an ordering into, a slider for the sparsity, and the steps that they stand for.
 
     Without a live kernel (in a rendered notebook) the first picture stays.
     """

@@ -105,7 +105,7 @@ def perplexity(model: torch.nn.Module, blocks: torch.Tensor) -> float:
 
 
 def variant_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """True = kept. Wanda's variant as in its published code (`return_given_alpha` and its search), in loops."""
+    """True = kept. Wanda's variant as in its published code (`return_given_alpha`, its search), in loops."""
     rows, columns = scores.shape
     values = scores.double().tolist()
 
@@ -225,7 +225,7 @@ def crossed_half_width(d: np.ndarray, level: float) -> float:
 
 
 def best_set(losses: np.ndarray, level: float) -> list[int]:
-    """One after the other, whoever is most clearly behind the mean of the others leaves, while that is beyond doubt."""
+    """Whoever is most clearly behind the mean of the others leaves, while that is beyond doubt."""
     left = list(range(len(losses)))
     while len(left) > 1:
         behind = {}

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Cache, PretrainedConfig
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 # How models call the cache that they take and return: transformers has renamed it within version 5.
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -48,7 +47,7 @@ class Beginning:
             return None
         repeated = copy.deepcopy(self.cache)
         if rows > 1:
-            repeated.reorder_cache(torch.zeros(rows, dtype=torch.long))
+            repeated.reorder_cache(torch.LongTensor([0] * rows))
         return repeated
 
 
@@ -59,7 +58,7 @@ class Forwards:
         cache_name: the argument for the cache; None where the model takes none.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         names = inspect.signature(inspect.unwrap(type(model).forward)).parameters
         self.cache_name = next((name for name in _CACHE_NAMES if name in names), None)
@@ -75,7 +74,7 @@ class Forwards:
         self, inputs: torch.Tensor, cache: Cache | None = None, *, keep: int | torch.Tensor
     ) -> torch.Tensor:
         """Logits at the last ``keep`` positions, or at those that it lists: (rows, positions, vocabulary)."""
-        options = {} if cache is None else {self.cache_name: cache}
+        options = {self.cache_name: cache} if cache is not None and self.cache_name else {}
         logits = self._outputs(inputs, keep=keep, use_cache=cache is not None, **options).logits
         if self._keeps_some_logits:
             return logits

@@ -276,7 +276,7 @@ class PrefixCachedLM(HFLM):
         rows, length = inputs.shape
         self.reader.tokens_read += rows * (length - beginning.length)
         cache = beginning.cache_for(rows)
-        if cache is not None:
+        if cache is not None and self.reader.forwards.cache_name:
             options[self.reader.forwards.cache_name] = cache
         return self.model.generate(
             input_ids=inputs,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from pftools.errors import PftoolsError
 from pftools.evaluate.beginnings import Group, Row
@@ -47,7 +47,9 @@ class Reader:
         plain_because: why rows were read on their own, as a half-sentence; empty where that was not needed.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, rows_a_forward: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, device: torch.device, rows_a_forward: int | None = None
+    ) -> None:
         self.forwards = Forwards(model)
         self.device = device
         self.rows_a_forward = rows_a_forward

@@ -73,7 +73,7 @@ class _Loader(yaml.SafeLoader):
     """A YAML loader that keeps ``!function module.name`` as text."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: str(loader.construct_scalar(node)))
+_Loader.add_constructor("!function", lambda _, node: str(node.value))
 
 
 # ------------------------------------------------------------------------------------------------------------

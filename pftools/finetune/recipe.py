@@ -128,7 +128,8 @@ def prepare(recipe: Recipe, model: PreTrainedModel, rows: Rows) -> Training:
         raise PftoolsError(f"{type(model).__name__} {why}: give a causal language model with plain weights.")
     if recipe.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise PftoolsError(
-            f"{type(model).__name__} has no gradient checkpointing: train with gradient_checkpointing=False and "
+            f"{type(model).__name__} has no gradient checkpointing: train with "
+            "gradient_checkpointing=False and "
             "a smaller micro_batch_size or block_length."
         )
     plain = frozenset(read_by_model(model, rows.input_ids))

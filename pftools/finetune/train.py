@@ -81,7 +81,8 @@ def finetune_model(
     training = prepare(Recipe(**recipe), model, rows)
     if training.recipe.targets == "all-linear" and training.left_out > 0:
         logging.getLogger(__name__).warning(
-            "%.1f%% of the linear weights get no adapter: stacked experts, or weights that the model reads itself",
+            "%.1f%% of the linear weights get no adapter: stacked experts, or weights that the "
+            "model reads itself",
             100 * training.left_out,
         )
     with _folder(output) as folder:

@@ -116,8 +116,10 @@ class _Check:
                 raise self.refusal(f"layer {index} computes something else when it is run alone")
             if _looks_ahead(self.output):
                 raise PftoolsError(
-                    f"{type(self.source.model).__name__} reads ahead: its layer {index} sees later tokens, so it is an "
-                    "encoder and no causal language model; give a decoder (or set is_decoder in its config.json)."
+                    f"{type(self.source.model).__name__} reads ahead: its layer {index} sees "
+                    "later tokens, so it is an "
+                    "encoder and no causal language model; give a decoder (or set is_decoder in "
+                    "its config.json)."
                 )
             unused = [
                 name
@@ -142,7 +144,8 @@ class _Check:
     def refusal(self, why: str) -> PftoolsError:
         """The sentence."""
         return PftoolsError(
-            f"the layers of {type(self.source.model).__name__} cannot be pruned one after the other: {why}; nothing was changed."
+            f"the layers of {type(self.source.model).__name__} cannot be pruned one after the "
+            f"other: {why}; nothing was changed."
         )
 
 

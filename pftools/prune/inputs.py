@@ -165,7 +165,8 @@ class InputMeter(TorchFunctionMode):
         ):
             name = matrix.name if matrix else next(iter(home.values())).name
             raise PftoolsError(
-                f"{name} of {type(self.layer).__name__} is multiplied in another way than it is laid out: this model cannot be pruned."
+                f"{name} of {type(self.layer).__name__} is multiplied in another way than it is "
+                "laid out: this model cannot be pruned."
             )
         self._reach(matrix, inputs)
         if self.stop_early and len(self._reached) == len(self.matrices):

@@ -48,13 +48,22 @@ def _advice(place: str, layer: nn.Module, blocks: torch.Size, batch_size: int) -
     block = (8 * width + 4 * widest_output(layer)) * block_length * weight.element_size()
     free = free_memory(weight.device)
     fits = int(free // block)
-    tried = f"out of memory at {place} with batch_size {batch_size} and {n_blocks} blocks of {block_length} tokens on {weight.device}"
+    tried = (
+        f"out of memory at {place} with batch_size {batch_size} and {n_blocks} blocks of "
+        f"{block_length} tokens on {weight.device}"
+    )
     there = f"{free / 2**30:.1f} GiB are free, a block takes about {block / 2**30:.2f} GiB"
     if 0 < fits < batch_size:
-        return f"{tried}: {there}, so batch_size={fits} should fit; a smaller block_length or fewer blocks (n_blocks) save more."
+        return (
+            f"{tried}: {there}, so batch_size={fits} should fit; a smaller block_length or fewer "
+            "blocks (n_blocks) save more."
+        )
     if fits == 0:
         length = int(block_length * free // block) // 8 * 8
-        return f"{tried}: {there}, so a block_length of about {max(length, 8)} should fit; fewer blocks (n_blocks) leave more room."
+        return (
+            f"{tried}: {there}, so a block_length of about {max(length, 8)} should fit; fewer blocks "
+            "(n_blocks) leave more room."
+        )
     half, states = max(1, n_blocks // 2), n_blocks * block_length * width * weight.element_size()
     return (
         f"{tried}: {there}, and the hidden states of all blocks {states / 2**30:.1f} GiB: n_blocks={half} or "

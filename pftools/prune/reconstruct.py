@@ -82,7 +82,8 @@ def reconstruct(
             loss = loss_of(step % len(inputs))
             if not torch.isfinite(loss):
                 raise PftoolsError(
-                    f"reconstructing {place} diverged at step {step}: use dtype float32, or reconstruct_steps=0."
+                    f"reconstructing {place} diverged at step {step}: use dtype float32, or "
+                    "reconstruct_steps=0."
                 )
             loss.backward()
         for name, weight in weights.items():

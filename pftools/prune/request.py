@@ -73,11 +73,13 @@ def check_request(
             raise PftoolsError(f"unknown {name} {value!r}: {nearest(value, valid)}.")
     if options["allocation"] == "owl" and shape.group:
         raise PftoolsError(
-            f"OWL gives every layer a sparsity of its own, and the pattern {shape} fixes it: use one of the two."
+            f"OWL gives every layer a sparsity of its own, and the pattern {shape} fixes it: use "
+            "one of the two."
         )
     if blocks.dim() != 2 or not blocks.numel():
         raise PftoolsError(
-            f"the calibration blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) is needed, with tokens."
+            f"the calibration blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) "
+            "is needed, with tokens."
         )
     check_length(model, blocks.shape[1])
     weights = linear_weights(model)
@@ -103,7 +105,8 @@ def _check_matrices(model: nn.Module, shape: Pattern) -> None:
             owner = seen.setdefault(id(layer.get_parameter(matrix.parameter)), index)
             if owner != index:
                 raise PftoolsError(
-                    f"layers {owner} and {index} of {type(model).__name__} share {name}: what is pruned for the "
+                    f"layers {owner} and {index} of {type(model).__name__} share {name}: what is "
+                    "pruned for the "
                     "one is gone for the other, so this model cannot be pruned layer by layer."
                 )
             check_width(f"{prefix}.{index}.{name}", matrix.weight(layer).shape[1], shape)

@@ -1,6 +1,7 @@
 """`python -m tests.families.walk`: every check of every class, and the table `data/families.csv`.
 
-It can be stopped, and goes on where it was: what is done lies in `.families.jsonl`; `--anew` begins again. Parts are named: `--only LlamaForCausalLM gpt2`, `--checks prune disk`, `--part 1/3`.
+It can be stopped, and goes on where it was: what is done lies in `.families.jsonl`; `--anew` begins again.
+Parts are named: `--only LlamaForCausalLM gpt2`, `--checks prune disk`, `--part 1/3`.
 """
 
 from __future__ import annotations
