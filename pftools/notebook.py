@@ -20,6 +20,7 @@ from pftools.errors import PftoolsError
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 _Step = TypeVar("_Step", bound=settings.Step)
+_forgotten: set[str] = set()  # names that were made from earlier parameters
 _MARK = "# Parameters"  # how a parameters cell begins; the first line of papermill's own is nothing else
 
 
@@ -44,12 +45,13 @@ def read(kind: type[_Kind], namespace: dict[str, Any]) -> _Kind:
 
     Raises:
         PftoolsError: no parameters cell was executed, a value of it cannot be known, a name is unknown (the
-        nearest
-            valid one is offered), or a value is out of its range.
+            nearest valid one is offered), or a value is out of its range.
     """
     _forget_what_was_made(namespace)
     values = _values(kind, namespace["In"][:-1], namespace)
-    return settings.check(kind, _from_the_project(kind, values))
+    parameters = settings.check(kind, _from_the_project(kind, values))
+    _watch(kind, namespace)
+    return parameters
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -163,4 +165,43 @@ def project_folder() -> Path:
 def _forget_what_was_made(namespace: dict[str, Any]) -> None:
     """Delete the parameters and the run that were read before, and the names that cells made from them."""
     for name in cells.made_from(("parameters", "run"), namespace["In"]):
-        namespace.pop(name, None)
+        if namespace.pop(name, None) is not None:
+            _forgotten.add(name)
+
+
+def _watch(kind: type[BaseModel], namespace: dict[str, Any]) -> None:
+    """Forget as soon as a parameters cell is executed again, and say so where a forgotten name is used.
+
+    Without that, the cells below would work with parameters that the notebook no longer shows.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None or namespace is not shell.user_ns:
+        return
+
+    def after_each_cell(result: Any) -> None:
+        if _is_parameters_cell(kind, result.info.raw_cell or ""):
+            _forget_what_was_made(namespace)
+
+    for earlier in [
+        found for found in shell.events.callbacks["post_run_cell"] if found.__name__ == "after_each_cell"
+    ]:
+        shell.events.unregister("post_run_cell", earlier)
+    shell.events.register("post_run_cell", after_each_cell)
+    shell.set_custom_exc((NameError,), _explain)
+
+
+def _explain(
+    shell: Any, kind: type[NameError], error: NameError, trace: Any, tb_offset: int | None = None
+) -> None:
+    """Show that a name was forgotten, or else the error as it is."""
+    if error.name not in _forgotten:
+        shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+        return
+    sentence = PftoolsError(
+        f"{error.name} was made from parameters that were read before: execute the notebook again from the "
+        "cell that "
+        "reads the parameters."
+    )
+    shell.showtraceback((PftoolsError, sentence, None))

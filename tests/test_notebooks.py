@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -207,3 +208,15 @@ def test_secrets_are_blotted_out_of_any_text(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", 'a "quoted" key')
     found = redaction.redact(json.dumps(['a "quoted" key', "hf_" + "x" * 34, "hf_transfer"]))
     assert json.loads(found) == ["[redacted]", "[redacted]", "hf_transfer"]
+
+
+def test_what_01_says_of_growing_signals_is_what_the_model_shows():
+    """The subtitle is computed: with a model whose signals shrink it says so."""
+    cells = {cell.id: cell.source for cell in read("01_calibrate").cells}
+    shown = {}
+    figures = SimpleNamespace(heat_map=lambda *_, **options: shown.update(options))
+    rows = [(layer, module, 8.0 / 2**layer) for layer in range(3) for module in ("q_proj", "up_proj")]
+    table = pd.DataFrame([*rows[:-1], (2, "up_proj", 0.5)], columns=["layer", "module", "mean_norm"])
+    exec(cells["01-07"], {"table": table, "figures": figures})
+    assert "0.16 times what it is in the first" in shown["subtitle"]
+    assert "up_proj varies most, by a factor of 16" in shown["subtitle"]
