@@ -95,7 +95,7 @@ def all_places_name_the_same_best(table):
         ours = pairs[pairs["asked"] == asked]
         assert set(ours["best"]) <= ({*best["label"]} or {""})
         for row in ours.itertuples():
-            beaten = re.match(r"(.*) beats (.*) at ", row.verdict)
+            beaten = re.match(r"(.*) (?:beats|came out ahead of) (.*) at ", row.verdict)
             assert beaten is None or beaten.group(2) != row.best  # nobody beats the best
         if len(best) and (asked > 0 or entries["asked"].nunique() == 1):
             assert f"`{best['ordering'].iloc[0]}`" in said
