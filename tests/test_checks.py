@@ -72,8 +72,8 @@ def test_a_corpus_without_the_split_that_a_step_reads_is_told(checked, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architectures": ["BertForMaskedLM"]}, "line 2: .*BertForMaskedLM.*causal language model"),
-        ({"is_encoder_decoder": True}, "line 2: .*causal language model"),
+        ({"architectures": ["BertForMaskedLM"]}, "line 2: .*BertForMaskedLM.*causal language models"),
+        ({"is_encoder_decoder": True}, "line 2: .*only half of a model: give a causal language model"),
     ],
 )
 def test_a_model_of_another_class_is_told(checked, tiny, tmp_path, changes, says):
