@@ -225,7 +225,6 @@ def export(
     if folder.exists() and any(folder.iterdir()):
         raise PftoolsError(f"the folder {folder} is not empty: choose another, or remove it first.")
     model, tokenizer = load(run, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -17,8 +17,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``, that takes its place when the block ends without error.
 
     It may become a file or a folder; a folder replaces only an empty one. Readers see the old content or the
-    new, never a part, also after a power cut.
+    new, never a part, also after a power cut. Folders above it are made.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     _remove(partial)
     try:

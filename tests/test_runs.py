@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from pftools import checkpoints, contents, models, run_folder, settings
+from pftools import checkpoints, contents, files, models, run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.finetune import finetune_model
 from pftools.prune import prune_model
@@ -201,7 +201,7 @@ def test_half_of_smollm2_takes_less_than_a_twelfth_of_it_and_exports_to_plain_tr
     masks = prune_model(model, torch.zeros(1, 8, dtype=torch.long), method="magnitude", progress=False).masks
     folder = run.seal(checkpoints.save_prune(run, masks))
     whole = 2 * sum(weight.numel() for weight in model.parameters())
-    assert run_folder.size_of(folder) < whole / 12
+    assert files.size_of(folder) < whole / 12
     exported = checkpoints.export(folder, tmp_path / "exported", dtype="bfloat16")
     plain = AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
     text = AutoTokenizer.from_pretrained(exported)(

@@ -51,7 +51,6 @@ class HeldOut:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not known, or the file is damaged: both are mended by measuring
         found = perplexity(model, self.blocks, batch_size=self.batch_size, progress=False).perplexity
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"perplexity": found})
         return found
 

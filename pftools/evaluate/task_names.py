@@ -167,7 +167,6 @@ def lm_eval_index() -> dict[str, dict[str, Any]]:
         pass
     index = _read_index(folder)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, index)
     except OSError as error:
         logging.getLogger(__name__).warning("the index of lm-eval's tasks could not be kept: %s", error)

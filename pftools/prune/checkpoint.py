@@ -90,7 +90,6 @@ def prune_checkpoint(
             f"{method!r} with reconstruct_steps={reconstruct_steps} changes the kept weights, and masks do "
             "not hold them: write='model'."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as partial:
         partial.mkdir()
         table, measured = _prune_into(partial, source, blocks, request, write_model=write == "model")
