@@ -48,13 +48,14 @@ def plan(study: StudyFile, runs: Runs = _RUNS) -> None:
     """Show the steps of a study, what is shared, what earlier runs hold, and what it will cost."""
     planned = _plan(study, runs)
     checks.check_plan(planned)
-    table = Table(
-        "", "step", "does", "run", "shared by", "state", title=planned.study.name, title_justify="left"
-    )
+    stages = ["stage"] if any(step.stage for step in planned.steps.values()) else []
+    columns = ("", *stages, "step", "does", "run", "shared by", "state")
+    table = Table(*columns, title=planned.study.name, title_justify="left")
     for number, step in enumerate(planned.steps.values(), 1):
         state = studies.run_state(step.folder)
         table.add_row(
             str(number),
+            *([step.stage] if stages else []),
             step.parameters.step,
             step.label,
             step.name,

@@ -33,6 +33,7 @@ def summary(plan: Plan) -> list[str]:
         f"{len(plan.rows)} results from {len(plan.steps)} steps; a plan without sharing would take "
         f"{plan.unshared}.",
         f"{finished} of the steps are finished, {len(plan.steps) - finished} are to do.",
+        *(f"Not planned yet: {what}." for what in plan.open),
     ]
     disk = estimate_disk(plan)
     if disk:

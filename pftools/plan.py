@@ -1,20 +1,20 @@
-"""The plan of a study: every step that it needs, once, after the steps that it starts from.
+"""What a plan is: every step that a study needs, once, after the steps that it starts from.
 
 A step is known by the key of its run (`run_folder.run_key`), which is made of its parameters and its parents'
 keys. So orderings that begin alike share their beginning, within a study and across studies, and a finished
-step is never planned again. Planning loads no torch, no model, and asks no network.
+step is never planned again. `stages.plan_study` makes the plan of a study.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pftools import run_folder, settings
-from pftools.errors import PftoolsError
-from pftools.orderings import MOST_STEPS, Ordering, OrderingStep, parse_ordering
+from pftools.orderings import MOST_STEPS, OrderingStep, parse_ordering
 from pftools.study_file import OrderingEntry, Study
 
 if TYPE_CHECKING:
@@ -31,12 +31,14 @@ class PlannedStep:
         parameters: checked; they decide the run's key, and so its folder.
         parents: names of the runs (`step-key`) that it starts from.
         label: what it does, in a few words.
+        stage: what it is for, in a study that is planned in stages: "trials", "3 seeds", "5 seeds".
         orderings: names of the orderings that need it.
     """
 
     parameters: settings.Step
     parents: tuple[str, ...]
     label: str
+    stage: str = ""
     orderings: set[str] = field(default_factory=set)
 
     @property
@@ -46,6 +48,23 @@ class PlannedStep:
     @cached_property
     def folder(self) -> Path:
         return run_folder.folder_of(self.parameters)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An ordering at one target sparsity, with a pruning method, a pattern and a merge: what has seeds, and a
+    learning rate where that is tuned."""
+
+    ordering: str
+    asked: float
+    method: str
+    pattern: str
+    merge: str
+
+    def __str__(self) -> str:
+        choices = [choice for choice in (self.pattern, self.merge) if choice not in ("unstructured", "auto")]
+        told = ", ".join([self.method, *choices])
+        return f"{self.ordering} at {self.asked:.0%} ({told})" if self.asked else self.ordering
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,8 @@ class PlannedRow:
         n_finetunes: how many F's until here.
         model: the run folder of the model, or the base model's name.
         evaluation: the run folder of its evaluation.
+        learning_rate: of its F's, where that was tuned; else None.
+        target: the sparsity that its ordering ends at.
     """
 
     ordering: str
@@ -73,6 +94,26 @@ class PlannedRow:
     seed: int
     finetune_tokens: int
     n_finetunes: int
+    model: str
+    evaluation: str
+    learning_rate: float | None = None
+    target: float = 0.0
+
+    @property
+    def variant(self) -> Variant:
+        return Variant(self.ordering, self.target, self.method, self.pattern, self.merge)
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """One training that is there to choose a learning rate by, judged on the validation split.
+
+    seed: of its own. model, evaluation: run folders.
+    """
+
+    variant: Variant
+    learning_rate: float
+    seed: int
     model: str
     evaluation: str
 
@@ -87,6 +128,10 @@ class Plan:
         steps: {run: step}.
         rows: the results, in the order of the study's file.
         unshared: how many steps there would be if nothing were shared.
+        trials: what learning rates are chosen by; empty where they are not tuned.
+        rates: {variant: its learning rate}, as far as the trials have told.
+        open: what is not planned yet, and when it will be, in sentences. A plan is complete where this is
+            empty.
     """
 
     study: Study
@@ -94,13 +139,17 @@ class Plan:
     steps: dict[str, PlannedStep] = field(default_factory=dict)
     rows: list[PlannedRow] = field(default_factory=list)
     unshared: int = 0
+    trials: list[PlannedTrial] = field(default_factory=list)
+    rates: dict[Variant, float] = field(default_factory=dict)
+    open: list[str] = field(default_factory=list)
 
     def table(self) -> pd.DataFrame:
-        """A row a step: step, does, run, starts from, state, and how many orderings share it."""
+        """A row a step: stage, step, does, run, starts from, state, and how many orderings share it."""
         import pandas as pd
 
         return pd.DataFrame(
             {
+                "stage": step.stage,
                 "step": step.parameters.step,
                 "does": step.label,
                 "run": name,
@@ -125,65 +174,89 @@ def run_state(folder: Path) -> StepState:
     return "to do" if run_folder.failure_of(folder) is None else "failed"
 
 
-def plan_study(study: Study, *, runs: str | Path = "runs") -> Plan:
-    """All steps that a study needs.
-
-    Args:
-        study: what `study_file.load_study` read.
-        runs: the folder of run folders; it need not be there yet.
-
-    Raises:
-        PftoolsError: ``runs`` is a file, or lies in one.
-    """
-    plan = Plan(study, str(_folder(runs)))
-    for seed in study.seeds:
-        for method in study.methods:
-            for pattern in study.patterns:
-                for merge in study.merges:
-                    for entry in study.orderings:
-                        _plan_ordering(plan, entry, method, pattern, merge, seed)
-    plan.rows = list(dict.fromkeys(plan.rows))  # a value that the file repeats is one result
-    return plan
+def variants(study: Study) -> list[Variant]:
+    """Everything that a study crosses, each once, in the order of its file; seeds aside."""
+    found = [
+        Variant(parse_ordering(entry.ordering).name, sparsity, method, pattern, merge)
+        for method in study.methods
+        for pattern in study.patterns
+        for merge in study.merges
+        for entry in study.orderings
+        for sparsity in _targets(study, entry, pattern)
+    ]
+    return list(dict.fromkeys(found))
 
 
-def _folder(runs: str | Path) -> Path:
-    path = Path(runs).expanduser()
-    blocking = next((part for part in (path, *path.parents) if part.exists()), path)
-    if blocking.is_file():
-        raise PftoolsError(f"--runs is {path}, and {blocking} is a file: give a folder.")
-    return path
-
-
-def _plan_ordering(
-    plan: Plan, entry: OrderingEntry, method: str, pattern: str, merge: str, seed: int
-) -> None:
-    ordering = parse_ordering(entry.ordering)
-    for sparsity in _targets(plan.study, entry, ordering, pattern):
-        chain = _Chain(plan, ordering, method, pattern, merge, seed)
-        if not ordering.letters:
-            chain.report(0.0)
-        for step in ordering.steps(sparsity, schedule=plan.study.schedule):
-            chain.prune(step) if step.kind == "P" else chain.finetune(step)
-            if step.reported:
-                chain.report(step.sparsity)
-
-
-def _targets(study: Study, entry: OrderingEntry, ordering: Ordering, pattern: str) -> list[float]:
-    if not ordering.n_prunes:
+def _targets(study: Study, entry: OrderingEntry, pattern: str) -> list[float]:
+    if not parse_ordering(entry.ordering).n_prunes:
         return [0.0]
     fixed = settings.pattern_sparsity(pattern)
     return (entry.sparsities or study.sparsities) if fixed is None else [fixed]
+
+
+def add_training(
+    plan: Plan, variant: Variant, seed: int, *, learning_rate: float | None = None, stage: str = ""
+) -> None:
+    """Add the steps of one training to a plan, with an evaluation wherever its ordering reports."""
+    chain = _Chain(plan, variant, seed, learning_rate, stage)
+    plan.rows += chain.results()
+
+
+def add_trial(plan: Plan, variant: Variant, seed: int, learning_rate: float) -> None:
+    """Add the steps of a trial to a plan: one training, evaluated on the validation split."""
+    chain = _Chain(plan, variant, seed, learning_rate, "trials")
+    for _ in chain.reports():
+        pass
+    assert plan.study.tune is not None
+    evaluation = chain.evaluate(split="validation", n_blocks=plan.study.tune.n_blocks, tasks=[])
+    plan.trials.append(PlannedTrial(variant, learning_rate, seed, chain.model, evaluation))
 
 
 class _Chain:
     """Walks one ordering and adds its steps to the plan."""
 
     def __init__(
-        self, plan: Plan, ordering: Ordering, method: str, pattern: str, merge: str, seed: int
+        self, plan: Plan, variant: Variant, seed: int, learning_rate: float | None, stage: str
     ) -> None:
-        self.plan, self.study, self.ordering = plan, plan.study, ordering
-        self.method, self.pattern, self.merge, self.seed = method, pattern, merge, seed
+        self.plan, self.study, self.variant, self.seed = plan, plan.study, variant, seed
+        self.ordering = parse_ordering(variant.ordering)
+        self.method, self.pattern, self.merge = variant.method, variant.pattern, variant.merge
+        self.learning_rate, self.stage = learning_rate, stage
         self.model, self.tokens, self.finetunes = plan.study.model, 0, 0
+
+    def reports(self) -> Iterator[float]:
+        """Add the steps one after the other; stops with the sparsity wherever the ordering reports."""
+        if not self.ordering.letters:
+            yield 0.0
+        for step in self.ordering.steps(self.variant.asked, schedule=self.study.schedule):
+            self.prune(step) if step.kind == "P" else self.finetune(step)
+            if step.reported:
+                yield step.sparsity
+
+    def results(self) -> Iterator[PlannedRow]:
+        for sparsity in self.reports():
+            evaluation = self.evaluate()
+            if self.study.analyse:
+                self._add(settings.Analyse, f"analyse {Path(self.model).name}", model=self.model)
+            yield PlannedRow(
+                ordering=self.ordering.name,
+                asked=sparsity,
+                method=self.method,
+                pattern=self.pattern,
+                merge=self.merge,
+                seed=self.seed,
+                finetune_tokens=self.tokens,
+                n_finetunes=self.finetunes,
+                model=self.model,
+                evaluation=evaluation,
+                learning_rate=self.learning_rate,
+                target=self.variant.asked,
+            )
+
+    def evaluate(self, **planned: Any) -> str:
+        """Plan the evaluation of the model as it is now; returns its run folder."""
+        label = f"evaluate {Path(self.model).name}"
+        return self._add(settings.Evaluate, label, model=self.model, seed=self.seed, **planned)
 
     def prune(self, step: OrderingStep) -> None:
         # Dense inputs and OWL read statistics that 01 keeps, which have to be of the model that is pruned.
@@ -210,9 +283,12 @@ class _Chain:
         share = self.study.tokens
         if self.study.budget == "total":
             share = self.study.shares(self.ordering.n_finetunes)[step.number - 1]
+        tuned = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
+        rate = f", rate {self.learning_rate:g}" if tuned else ""
         self.model = self._add(
             settings.Finetune,
-            f"F{step.number}, {share:,} tokens",
+            f"F{step.number}, {share:,} tokens{rate}",
+            **tuned,
             model=self.model,
             tokens=share,
             # A model without zeros has none to keep, so all merges share this step.
@@ -223,88 +299,13 @@ class _Chain:
         self.tokens += share
         self.finetunes += 1
 
-    def report(self, sparsity: float) -> None:
-        """Plan the evaluation of the model as it is now, and the row that it fills."""
-        name = Path(self.model).name
-        evaluation = self._add(settings.Evaluate, f"evaluate {name}", model=self.model, seed=self.seed)
-        if self.study.analyse:
-            self._add(settings.Analyse, f"analyse {name}", model=self.model)
-        self.plan.rows.append(
-            PlannedRow(
-                ordering=self.ordering.name,
-                asked=sparsity,
-                method=self.method,
-                pattern=self.pattern,
-                merge=self.merge,
-                seed=self.seed,
-                finetune_tokens=self.tokens,
-                n_finetunes=self.finetunes,
-                model=self.model,
-                evaluation=evaluation,
-            )
-        )
-
     def _add(self, kind: type[settings.Step], label: str, **planned: Any) -> str:
         """Add a step, unless the plan has it; returns its run folder."""
         parameters = self.study.parameters(kind, **planned, runs=self.plan.runs)
         references = [Path(getattr(parameters, name)).name for name in parameters.parents]
         parents = tuple(name for name in references if name in self.plan.steps)
-        step = PlannedStep(parameters, parents, label)
+        step = PlannedStep(parameters, parents, label, self.stage)
         step = self.plan.steps.setdefault(step.name, step)
         step.orderings.add(self.ordering.name)
         self.plan.unshared += 1
         return str(step.folder)
-
-
-def plan_layout(plan: Plan) -> pd.DataFrame:
-    """Where `figures.plan_chart` draws every model of a plan, as a tree that grows to the right.
-
-    A model is one column to the right of the model it starts from, and on its line or, where another child
-    has taken that, on the next free one.
-
-    Returns:
-        A row a model: key, parent, depth, lane, kind (base, P or F), label, state, evaluated.
-    """
-    import pandas as pd
-
-    models = _models(plan)
-    evaluated = {Path(row.model).name for row in plan.rows}
-    children: dict[str, list[str]] = {}
-    for name, model in models.items():
-        children.setdefault(model["parent"], []).append(name)
-    rows, branches, lane = [], [(_BASE, 0, 0)], 0
-    while branches:  # depth first, the first child on its parent's line
-        name, depth, level = branches.pop()
-        parent = models[name]["parent"]
-        if parent and name != children[parent][0]:
-            lane = level = lane + 1
-        shown = (Path(plan.study.model).name if name == _BASE else name) in evaluated
-        rows.append({"key": name, **models[name], "depth": depth, "lane": level, "evaluated": shown})
-        branches += [(child, depth + 1, level) for child in reversed(children.get(name, []))]
-    return pd.DataFrame(rows)
-
-
-_BASE = "base"  # the key of the base model in a layout
-
-
-def _models(plan: Plan) -> dict[str, dict[str, str]]:
-    """{key: parent, kind, label and state} of the base model and of every model that the plan makes."""
-    models = {_BASE: {"parent": "", "kind": _BASE, "label": _BASE, "state": _base_state(plan)}}
-    for name, step in plan.steps.items():
-        if step.parameters.step not in ("prune", "finetune"):
-            continue
-        parent = Path(step.parameters.model).name
-        state = run_state(step.folder)
-        models[name] = {
-            "parent": parent if parent in plan.steps else _BASE,
-            "kind": step.parameters.step[0].upper(),
-            "label": step.label.partition(",")[0],
-            "state": state if state in ("finished", "failed") else "to do",
-        }
-    return models
-
-
-def _base_state(plan: Plan) -> StepState:
-    """No step makes the base model: it counts as finished once a step that starts from it is."""
-    used = [step for step in plan.steps.values() if step.parameters.model == plan.study.model]
-    return "finished" if any(run_folder.is_finished(step.folder) for step in used) else "to do"

@@ -13,9 +13,12 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from pftools import contents, settings
 from pftools.errors import PftoolsError, nearest
+from pftools.inference.looks import Looks
 from pftools.orderings import Schedule, parse_ordering
 from pftools.shipped import shipped_studies
 from pftools.yaml_file import YamlFile, read_yaml
+
+TRIAL_SEEDS = 3_000_000  # trials have seeds from here on, which no result has
 
 # What the plan sets in each step, and a study's sections therefore cannot.
 _PLANNED = {
@@ -57,6 +60,42 @@ class OrderingEntry(settings.Parameters):
         return given
 
 
+class SeedLooks(settings.Parameters):
+    """`seeds: {start: 3, most: 10}`: how many trainings at first, and how many at most."""
+
+    step: ClassVar[str] = "seeds"
+
+    start: int = Field(3, ge=2, le=1000, description="trainings of each ordering before the first look")
+    most: int = Field(ge=2, le=1000, description="trainings at most, of those that may still be the best")
+
+    @model_validator(mode="after")
+    def _most_is_not_less(self) -> SeedLooks:
+        if self.most < self.start:
+            raise ValueError(f"most is {self.most}, and start is {self.start}: most cannot be less.")
+        return self
+
+
+class Tune(settings.Parameters):
+    """`tune: {learning_rate: [...]}`: what is chosen for each ordering, on text that nothing else reads."""
+
+    step: ClassVar[str] = "tune"
+
+    learning_rate: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        min_length=2, max_length=20, description="the rates that each ordering tries"
+    )
+    seeds: int = Field(1, ge=1, le=100, description="trainings of each rate, with seeds of their own")
+    n_blocks: int | None = Field(
+        None, ge=1, description="validation blocks that a trial is judged on; None: the whole split"
+    )
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _each_rate_once(cls, rates: list[float]) -> list[float]:
+        if len(set(rates)) < len(rates):
+            raise ValueError("each rate should be given once")
+        return sorted(rates)
+
+
 class Study(settings.Parameters):
     """The contents of a study file. Every list is crossed with every other."""
 
@@ -73,7 +112,13 @@ class Study(settings.Parameters):
     methods: list[str] = Field(["wanda"], min_length=1)
     patterns: list[str] = Field(["unstructured"], min_length=1)
     merges: list[settings.Merge] = Field(["auto"], min_length=1)
-    seeds: list[Annotated[int, Field(ge=0, lt=4_000_000)]] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=4_000_000)]] = Field(
+        [0], min_length=1, description="a training each; or {start: 3, most: 10}"
+    )
+    most_seeds: int | None = Field(
+        None, ge=2, le=1000, description="as `most` of seeds: {start: ..., most: ...}"
+    )
+    tune: Tune | None = Field(None, description="{learning_rate: [...]}: chosen for each ordering")
     schedule: Schedule = Field("linear", description="how several P's share the way to the target")
     budget: Literal["total", "per_step"] = Field(
         "total", description="total: the tokens are split over an ordering's F's"
@@ -96,6 +141,16 @@ class Study(settings.Parameters):
         {}, description="the model's config.json numbers, to estimate disk without the model"
     )
     _source: YamlFile | None = PrivateAttr(None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seeds_from_looks(cls, given: Any) -> Any:
+        """{start: 3, most: 10} is seeds 0, 1 and 2, and up to ten."""
+        if isinstance(given, dict) and isinstance(given.get("seeds"), dict):
+            with _at("seeds"):
+                looks = settings.check(SeedLooks, given["seeds"])
+            return {**given, "seeds": list(range(looks.start)), "most_seeds": looks.most}
+        return given
 
     @field_validator("calibrate", "prune", "finetune", "evaluate", "shape", mode="before")
     @classmethod
@@ -136,7 +191,41 @@ class Study(settings.Parameters):
                 self.parameters(settings.STEPS[section])
         with _at("finetune"):
             self._check_preset()
+        self._check_seeds()
+        if self.tune is not None:
+            with _at("tune"):
+                self._check_tuning(self.tune)
         return self
+
+    def _check_seeds(self) -> None:
+        if self.most_seeds is not None and not 2 <= len(self.seeds) <= self.most_seeds:
+            raise PftoolsError(
+                f"most_seeds is {self.most_seeds}, and seeds has {len(self.seeds)}: give at least two seeds, "
+                "and no more than most_seeds.",
+                where=("seeds",),
+            )
+
+    def _check_tuning(self, tune: Tune) -> None:
+        if not any(parse_ordering(entry.ordering).n_finetunes for entry in self.orderings):
+            raise PftoolsError(
+                "no ordering of the study has an F, so there is nothing to tune: leave it out."
+            )
+        if "learning_rate" in self.finetune:
+            raise PftoolsError(
+                "learning_rate stands under finetune, too: leave it out there, or do not tune it."
+            )
+        for rate in tune.learning_rate:
+            if self.parameters(settings.Finetune, learning_rate=rate).learning_rate != rate:
+                raise PftoolsError(
+                    f"the preset under finetune has a rate of its own: {rate:g} cannot be tried."
+                )
+        if self.parameters(settings.Evaluate).split == "validation":
+            raise PftoolsError(
+                "rates are chosen on the validation split, so results have to be of another: set split to "
+                "test under evaluate."
+            )
+        if max(self.all_seeds()) >= TRIAL_SEEDS:
+            raise PftoolsError(f"seeds from {TRIAL_SEEDS:,} are those of the trials: give smaller ones.")
 
     def _check_ordering(self, entry: OrderingEntry) -> None:
         ordering = parse_ordering(entry.ordering)
@@ -184,6 +273,16 @@ class Study(settings.Parameters):
                 )
         given = {"model": self.model, "dtype": self.dtype, **section, **planned}
         return settings.check(kind, given, place=f"{kind.step} in the study {self.name!r}")
+
+    def all_seeds(self) -> list[int]:
+        """The seeds of all looks, in the order in which they are spent."""
+        more = (self.most_seeds or 0) - len(self.seeds)
+        return [*self.seeds, *(max(self.seeds) + 1 + number for number in range(more))]
+
+    @property
+    def looks(self) -> Looks | None:
+        """When the results are looked at, where seeds are spent one look after the other."""
+        return None if self.most_seeds is None else Looks(len(self.seeds), self.most_seeds)
 
     def place(self, *where: str | int) -> str:
         """Where a value stands, such as `quick.yaml, line 7`, for a message."""

@@ -6,7 +6,7 @@ import pytest
 from pftools import run_folder, settings
 from pftools.costs import estimate_disk, estimate_seconds
 from pftools.errors import PftoolsError
-from pftools.plan import plan_layout
+from pftools.layout import plan_layout
 from pftools.study import Study, load_study, plan_study
 
 

@@ -25,7 +25,7 @@ from pftools.compare.paired import (
     smallest_visible_ratio,
 )
 from pftools.compare.pairs import compare_orderings, compare_tasks
-from pftools.compare.sets import BestSet, best_sets, set_in_words
+from pftools.compare.sets import BestSet, Spent, best_sets, decisions, set_in_words
 from pftools.compare.verdicts import p_in_words, perplexity_in_words
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "BestSet",
     "Comparison",
     "SPARSITY_TOLERANCE",
+    "Spent",
     "best_entry",
     "best_sets",
     "chance_interval",
@@ -40,6 +41,7 @@ __all__ = [
     "compare_orderings",
     "compare_perplexity",
     "compare_tasks",
+    "decisions",
     "entries",
     "geometric_mean",
     "holm",

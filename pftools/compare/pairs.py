@@ -30,6 +30,7 @@ from pftools.compare.paired import (
     smallest_visible_ratio,
 )
 from pftools.compare.verdicts import perplexity_verdict, task_verdict
+from pftools.inference.looks import Looks
 from pftools.inference.verdict import (
     DIFFERS,
     EQUIVALENT,
@@ -79,6 +80,7 @@ class _Pair:
     best: str
     one: pd.DataFrame
     other: pd.DataFrame
+    level: float = ALPHA  # of this look, where seeds are spent one look after the other
 
     @property
     def comparable(self) -> bool:
@@ -121,6 +123,7 @@ class _Row:
     values: dict[str, Any]
     judged: Judged | None = None
     visible: Callable[..., float] | None = None
+    level: float = ALPHA
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,12 @@ class _Size:
     margin: float | None
 
 
-def _pairs(results: pd.DataFrame) -> Iterator[_Pair]:
-    """Every two entries with the same asked sparsity and at least one seed in common, each pair once."""
+def _pairs(results: pd.DataFrame, looks: Looks | None) -> Iterator[_Pair]:
+    """Every two entries with the same asked sparsity and at least one seed in common, each pair once.
+
+    With looks, a pair is compared as at the last look that both have reached, at that look's share of the
+    level: over all looks it is found different by chance in 5% at most.
+    """
     table = entries(results)
     frames = [rows.set_index("seed") for _, rows in rows_by_entry(results)]
     words = sparsity_words(table["asked"])
@@ -143,6 +150,7 @@ def _pairs(results: pd.DataFrame) -> Iterator[_Pair]:
         for first, second in itertools.combinations(group.index, 2):
             one, other = frames[first], frames[second]
             seeds = [seed for seed in one.index if seed in other.index]
+            seeds = sorted(seeds)[: looks.last(len(seeds))] if looks else seeds
             if seeds:
                 yield _Pair(
                     table.loc[first],
@@ -151,11 +159,16 @@ def _pairs(results: pd.DataFrame) -> Iterator[_Pair]:
                     "" if best is None else str(best["label"]),
                     one.loc[seeds],
                     other.loc[seeds],
+                    looks.share(len(seeds)) if looks else ALPHA,
                 )
 
 
 def compare_orderings(
-    results: pd.DataFrame, block_nll: Mapping[str, ArrayLike], *, margin: float | None = None
+    results: pd.DataFrame,
+    block_nll: Mapping[str, ArrayLike],
+    *,
+    margin: float | None = None,
+    looks: Looks | None = None,
 ) -> pd.DataFrame:
     """Every pair of distinct results with the same asked sparsity, compared by perplexity.
 
@@ -166,6 +179,7 @@ def compare_orderings(
         results: as for `entries`.
         block_nll: {run: mean loss of each block, in nats a token}.
         margin: perplexities within this share of each other are equivalent to the reader: 0.01 is 1%.
+        looks: where seeds were spent one look after the other; p and intervals then count all looks.
 
     Returns:
         A row a pair. first, second (labels of the entries), pair (both, and where), asked, where (the
@@ -175,7 +189,7 @@ def compare_orderings(
         verdict_kind (`differs`, `cannot be told apart`, `equivalent`, `not comparable` or `collapsed`),
         meaning (what follows from that about orderings, or what would show more) and verdict, a sentence.
     """
-    rows = [_perplexity_row(pair, block_nll) for pair in _pairs(results)]
+    rows = [_perplexity_row(pair, block_nll) for pair in _pairs(results, looks)]
     share = margin or _PERPLEXITY_SIZE
     size = _Size(math.log1p(share), f"{100 * share:g}%", None if margin is None else math.log1p(margin))
     table = _corrected(rows, ["perplexity_first", "perplexity_second", "ratio"], size)
@@ -203,9 +217,15 @@ def _perplexity_row(pair: _Pair, block_nll: Mapping[str, ArrayLike]) -> _Row:
         found = compare_perplexity(first[0], second[0])
         row |= {"ratio": found.estimate, **_numbers(found)}
         return _Row(row, judged, partial(smallest_visible_ratio, first[0], second[0]))
-    low, high = judged.interval
-    row |= {"ratio": _ratio(judged.mean), "low": _ratio(low), "high": _ratio(high), "p": judged.p}
-    return _Row(row, judged, lambda alpha: _ratio(judged.visible(alpha)))
+    low, high = judged.estimate.interval(pair.level)
+    p = _over_looks(judged.p, pair.level)
+    row |= {"ratio": _ratio(judged.mean), "low": _ratio(low), "high": _ratio(high), "p": p}
+    return _Row(row, judged, lambda alpha: _ratio(judged.visible(alpha)), pair.level)
+
+
+def _over_looks(p: float, level: float) -> float:
+    """p of one look, as p of all looks: it is below 5% where the look's own is below its share."""
+    return min(1.0, p * ALPHA / level)
 
 
 def _ratio(difference: float) -> float:
@@ -214,7 +234,11 @@ def _ratio(difference: float) -> float:
 
 
 def compare_tasks(
-    results: pd.DataFrame, samples: Mapping[str, pd.DataFrame], *, margin: float | None = None
+    results: pd.DataFrame,
+    samples: Mapping[str, pd.DataFrame],
+    *,
+    margin: float | None = None,
+    looks: Looks | None = None,
 ) -> pd.DataFrame:
     """Every comparable pair, compared by every task. Holm's correction is by task.
 
@@ -226,6 +250,7 @@ def compare_tasks(
         samples: {run: DataFrame(task, subject, question, correct)}; questions whose ``correct`` is missing
             are left out, as are results whose run is not there.
         margin: accuracies within this share of the questions are equivalent: 0.01 is one point.
+        looks: as for `compare_orderings`.
 
     Returns:
         A row a pair and task, with the columns of `compare_orderings`, but task, accuracy_first,
@@ -234,7 +259,7 @@ def compare_tasks(
     """
     answered = results[results["run"].isin(list(samples))]
     by_task: dict[str, list[_Row]] = {}
-    for pair in _pairs(answered) if len(answered) else ():
+    for pair in _pairs(answered, looks) if len(answered) else ():
         for task, row in _task_rows(pair, samples) if pair.comparable else ():
             by_task.setdefault(task, []).append(row)
     numbers = ["task", "accuracy_first", "accuracy_second", "difference"]
@@ -268,9 +293,10 @@ def _task_rows(pair: _Pair, samples: Mapping[str, pd.DataFrame]) -> Iterator[tup
             visible = partial(smallest_visible_difference, found.n, disagreement=disagreement)
             yield str(task), _Row({**row, **_numbers(found)}, judged, visible)
         else:
-            low, high = judged.interval
-            row |= {"low": low, "high": high, "p": judged.p, "n": first.shape[1]}
-            yield str(task), _Row(row, judged, partial(_visible_accuracy, judged))
+            low, high = judged.estimate.interval(pair.level)
+            p = _over_looks(judged.p, pair.level)
+            row |= {"low": low, "high": high, "p": p, "n": first.shape[1]}
+            yield str(task), _Row(row, judged, partial(_visible_accuracy, judged), pair.level)
 
 
 def _visible_accuracy(judged: Judged, alpha: float) -> float:
@@ -302,8 +328,8 @@ def _corrected(rows: list[_Row], numbers: list[str], size: _Size) -> pd.DataFram
     tested = [row for row in rows if row.judged is not None]
     for row, p in zip(tested, holm([row.values["p"] for row in tested])):
         assert row.judged is not None and row.visible is not None
-        level = ALPHA / len(tested)
-        kind = row.judged.kind(p, size.margin)
+        level = row.level / len(tested)
+        kind = row.judged.kind(p, size.margin, level=row.level)
         row.values["p_holm"] = p
         row.values["verdict_kind"] = kind
         row.values["visible"] = row.visible(alpha=level)

@@ -2,11 +2,13 @@
 
 Everything that can be compared with the best entry takes part (`entries`): the same asked and the same
 measured sparsity, and not collapsed. With several seeds, seeds and text are drawn, and the set is about
-the orderings. With one seed it is about the models that were trained.
+the orderings. With one seed it is about the models that were trained. Where seeds are spent one look after
+the other, the set is what the looks have left, at the level that they share (`inference.sequential`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +21,8 @@ from pftools.compare.paired import ALPHA, FEWEST_BLOCKS
 from pftools.inference.confidence_set import leaving_levels
 from pftools.inference.crossed import Estimate, crossed_mean, crossed_proportion
 from pftools.inference.equivalence import all_equivalent
+from pftools.inference.looks import Looks
+from pftools.inference.sequential import Decision, Look, decide
 
 PERPLEXITY = "perplexity"
 
@@ -34,6 +38,8 @@ class BestSet:
         n_seeds, n: how many seeds, and blocks or questions, all of them have.
         equivalent: whether those in the set are shown to be alike within the margin.
         margin: of the reader; None where none was set.
+        looks: those that were taken, where seeds are spent one look after the other; then ``leaves`` is
+            empty.
     """
 
     metric: str
@@ -45,11 +51,40 @@ class BestSet:
     n: int
     equivalent: bool = False
     margin: float | None = None
+    looks: tuple[Look, ...] = ()
 
     @property
     def members(self) -> tuple[str, ...]:
         """The entries that may be the best, with 95% confidence."""
+        if self.looks:
+            return tuple(label for label in self.labels if label in self.looks[-1].members)
         return tuple(label for label, level in zip(self.labels, self.leaves) if level > ALPHA)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What the looks say at one sparsity, by perplexity, and the evaluations of each entry by its label."""
+
+    decision: Decision
+    runs: dict[str, tuple[str, ...]]
+
+
+def decisions(
+    results: pd.DataFrame, block_nll: Mapping[str, ArrayLike], *, looks: Looks, margin: float | None = None
+) -> dict[float, Spent]:
+    """{asked sparsity: which entries need more seeds}; the arguments are those of `best_sets`."""
+    found = {}
+    for asked, _, frames in _compared(results, looks):
+        losses = _losses(frames, block_nll)
+        if losses is not None:
+            decision = decide(
+                losses,
+                start=looks.start,
+                most=looks.most,
+                margin=None if margin is None else np.log1p(margin),
+            )
+            found[asked] = Spent(decision, {label: tuple(frame["run"]) for label, frame in frames.items()})
+    return found
 
 
 def best_sets(
@@ -58,6 +93,7 @@ def best_sets(
     samples: Mapping[str, pd.DataFrame] | None = None,
     *,
     margin: float | None = None,
+    looks: Looks | None = None,
 ) -> list[BestSet]:
     """The set of every sparsity, by perplexity and then by each task; the highest sparsity first.
 
@@ -67,22 +103,38 @@ def best_sets(
         samples: {run: DataFrame(task, subject, question, correct)}.
         margin: perplexities within this ratio less 1, and accuracies within this share of questions, are
             the same for the reader: 0.01 is 1%, or one point.
+        looks: where seeds were spent one look after the other. Perplexity decided who got more; every metric
+            is looked at with as many seeds, each at its own 5%.
     """
     found = []
-    for asked, where, frames in _compared(results):
-        losses = {label: [block_nll[run] for run in frame["run"]] for label, frame in frames.items()}
-        lengths = {len(np.asarray(values)) for rows in losses.values() for values in rows}
-        if len(lengths) == 1 and lengths.pop() >= FEWEST_BLOCKS:
-            arrays = {label: np.asarray(rows, dtype=np.float64) for label, rows in losses.items()}
+    for asked, where, frames in _compared(results, looks):
+        losses = _losses(frames, block_nll)
+        if losses is not None:
             limit = None if margin is None else float(np.log1p(margin))
-            found.append(_set_of(PERPLEXITY, asked, where, arrays, crossed_mean, limit, margin))
+            found.append(_set_of(PERPLEXITY, asked, where, losses, crossed_mean, limit, margin, looks))
         for task, wrong in _wrong_answers(frames, samples or {}):
-            found.append(_set_of(task, asked, where, wrong, crossed_proportion, margin, margin))
+            found.append(_set_of(task, asked, where, wrong, crossed_proportion, margin, margin, looks))
     return found
 
 
-def _compared(results: pd.DataFrame) -> Iterator[tuple[float, str, dict[str, pd.DataFrame]]]:
-    """(asked, in words, {label: rows by seed}) of at least two entries that can be compared."""
+def _losses(
+    frames: dict[str, pd.DataFrame], block_nll: Mapping[str, ArrayLike]
+) -> dict[str, np.ndarray] | None:
+    """{label: (seeds, blocks)}; None where they are not of the same blocks, or too few."""
+    losses = {label: [block_nll[run] for run in frame["run"]] for label, frame in frames.items()}
+    lengths = {len(np.asarray(values)) for rows in losses.values() for values in rows}
+    if len(lengths) != 1 or lengths.pop() < FEWEST_BLOCKS:
+        return None
+    return {label: np.asarray(rows, dtype=np.float64) for label, rows in losses.items()}
+
+
+def _compared(
+    results: pd.DataFrame, looks: Looks | None = None
+) -> Iterator[tuple[float, str, dict[str, pd.DataFrame]]]:
+    """(asked, in words, {label: rows by seed}) of at least two entries that can be compared.
+
+    All have the same seeds; with looks, each as many of the first ones as it has.
+    """
     table = entries(results)
     if not len(table):
         return
@@ -93,14 +145,25 @@ def _compared(results: pd.DataFrame) -> Iterator[tuple[float, str, dict[str, pd.
         if best is None:
             continue
         alike = table[(table["asked"] == asked) & (table["level"] == best["level"]) & ~table["collapsed"]]
-        seeds = set.intersection(*(set(frames[place].index) for place in alike.index))
-        if len(alike) > 1 and seeds:
-            chosen = sorted(seeds)
-            yield (
-                asked,
-                words[asked],
-                {row["label"]: frames[place].loc[chosen] for place, row in alike.iterrows()},
-            )
+        own = {row["label"]: frames[place] for place, row in alike.iterrows()}
+        shared = _first_seeds(own) if looks else _common_seeds(own)
+        if len(own) > 1 and all(shared.values()):
+            yield asked, words[asked], {label: own[label].loc[seeds] for label, seeds in shared.items()}
+
+
+def _common_seeds(frames: dict[str, pd.DataFrame]) -> dict[str, list[int]]:
+    common = sorted(set.intersection(*(set(frame.index) for frame in frames.values())))
+    return dict.fromkeys(frames, common)
+
+
+def _first_seeds(frames: dict[str, pd.DataFrame]) -> dict[str, list[int]]:
+    """The seeds of each, up to the first that it lacks of those that any has."""
+    every = sorted(set.union(*(set(frame.index) for frame in frames.values())))
+    found: dict[str, list[int]] = {}
+    for label, frame in frames.items():
+        own = set(frame.index)
+        found[label] = list(itertools.takewhile(own.__contains__, every))
+    return found
 
 
 def _wrong_answers(
@@ -139,8 +202,16 @@ def _set_of(
     estimate: Callable[[ArrayLike], Estimate],
     limit: float | None,
     margin: float | None,
+    looks: Looks | None,
 ) -> BestSet:
-    labels = sorted(losses, key=lambda label: float(losses[label].mean()))
+    labels = tuple(sorted(losses, key=lambda label: float(losses[label].mean())))
+    if looks is not None and all(len(rows) >= looks.start for rows in losses.values()):
+        taken = decide(losses, start=looks.start, most=looks.most, margin=limit, estimate=estimate)
+        n_seeds, n = taken.looks[-1].n_seeds, losses[labels[0]].shape[1]
+        alike = taken.reason == "equivalent"
+        return BestSet(metric, asked, where, labels, (), n_seeds, n, alike, margin, taken.looks)
+    fewest = min(len(rows) for rows in losses.values())
+    losses = {label: rows[:fewest] for label, rows in losses.items()}
     stacked = np.stack([losses[label] for label in labels])
     leaves = leaving_levels(stacked, estimate=estimate)
     inside, n_seeds = leaves > ALPHA, stacked.shape[1]
@@ -151,7 +222,7 @@ def _set_of(
         and all_equivalent(stacked[inside], limit, estimate=estimate)
     )
     return BestSet(
-        metric, asked, where, tuple(labels), tuple(leaves.tolist()), n_seeds, stacked.shape[2], alike, margin
+        metric, asked, where, labels, tuple(leaves.tolist()), n_seeds, stacked.shape[2], alike, margin
     )
 
 
@@ -165,6 +236,9 @@ def set_in_words(found: BestSet) -> str:
     by = "lowest perplexity" if found.metric == PERPLEXITY else f"most right answers to {found.metric}"
     unit = "blocks" if found.metric == PERPLEXITY else "questions"
     drawn = f"{found.n_seeds} seeds, " if found.n_seeds > 1 else ""
+    if len(found.looks) > 1:
+        seeds = [str(look.n_seeds) for look in found.looks]
+        drawn = f"over looks at {', '.join(seeds[:-1])} and {seeds[-1]} seeds, "
     basis = f"95% confidence, {drawn}{found.n:,} {unit}"
     if found.n_seeds == 1:
         return (

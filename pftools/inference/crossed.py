@@ -30,8 +30,8 @@ from numpy.typing import ArrayLike
 from scipy import special
 
 from pftools.errors import PftoolsError
+from pftools.inference.looks import LEVEL
 
-LEVEL = 0.05
 _SMALLEST_P = 1e-300
 
 

@@ -9,7 +9,6 @@ have in common. Orderings that a look has ruled out get no more seeds and stay o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -19,21 +18,7 @@ from numpy.typing import ArrayLike
 from pftools.inference.confidence_set import best_set
 from pftools.inference.crossed import LEVEL, Estimate, crossed_mean
 from pftools.inference.equivalence import all_equivalent
-
-
-def look_schedule(start: int, most: int) -> tuple[int, ...]:
-    """The numbers of seeds at which the data are looked at: each half as many again as the one
-    before. (3, 10) -> 3, 5, 8, 10."""
-    looks = [start]
-    while looks[-1] < most:
-        looks.append(min(most, math.ceil(1.5 * looks[-1])))
-    return tuple(looks)
-
-
-def level_of_looks(looks: tuple[int, ...], level: float = LEVEL) -> tuple[float, ...]:
-    """Each look's share of the level, which together are the whole."""
-    before = (0, *looks[:-1])
-    return tuple(level * (now - then) / looks[-1] for now, then in zip(looks, before))
+from pftools.inference.looks import level_of_looks, look_schedule
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,13 @@ class Judged:
         low, high = self.estimate.interval(LEVEL)
         return float(low), float(high)
 
-    def kind(self, p_corrected: float, margin: float | None = None) -> str:
-        """ "differs", "equivalent" (within the margin, over several seeds) or "cannot be told apart"."""
-        if margin is not None and self.n_seeds > 1 and equivalence_p(self.estimate, margin) <= LEVEL:
+    def kind(self, p_corrected: float, margin: float | None = None, *, level: float = LEVEL) -> str:
+        """ "differs", "equivalent" (within the margin, over several seeds) or "cannot be told apart".
+
+        Args:
+            level: of the test of equivalence. p_corrected is compared with 5% whatever this is.
+        """
+        if margin is not None and self.n_seeds > 1 and equivalence_p(self.estimate, margin) <= level:
             return EQUIVALENT
         return DIFFERS if p_corrected < LEVEL else ALIKE
 

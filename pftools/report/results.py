@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from pftools import compare, run_folder
 from pftools.errors import PftoolsError
-from pftools.orderings import parse_ordering
-from pftools.study import Plan, load_study, plan_study, results, run_state
+from pftools.inference.looks import Looks
+from pftools.results import answers, block_losses
+from pftools.results import final_states as ends_of
+from pftools.study import Plan, load_study, plan_study, results, run_state, trials
 
 
 def study_results(study: str | Path, *, runs: str | Path = "runs") -> pd.DataFrame:
@@ -34,6 +35,7 @@ def study_results(study: str | Path, *, runs: str | Path = "runs") -> pd.DataFra
         "planned": len(plan.rows),
         "runs": str(runs),
         "missing": _missing(plan),
+        "trials": trials(plan),
     }
     return table
 
@@ -60,17 +62,8 @@ _STATES = {"to do": "has not begun", "running": "is at work", "queued": "waits",
 
 
 def final_states(table: pd.DataFrame) -> pd.DataFrame:
-    """The results at the sparsities that orderings end at, of an ordering with several the most trained one.
-
-    The states between, which an ordering with several P's passes through, are points of its line in the
-    charts. As pairs they would only cost the others power.
-    """
-    ends = table[[parse_ordering(name).n_prunes <= 1 for name in table["ordering"]]]
-    asked = ends["asked"] if ends["asked"].max() > 0 else pd.Series(table.attrs["study"]["sparsities"])
-    at_ends = table[table["asked"].round(6).isin({*asked.round(6), 0.0})]
-    ordered = at_ends.sort_values("finetune_tokens", kind="stable")
-    same = ["ordering", "asked", "method", "pattern", "merge", "seed"]
-    return ordered.drop_duplicates(same, keep="last").sort_index()
+    """The results at the sparsities that orderings end at (`results.final_states`)."""
+    return ends_of(table, table.attrs["study"]["sparsities"])
 
 
 def entry_table(table: pd.DataFrame, **more: Any) -> pd.DataFrame:
@@ -100,13 +93,21 @@ def is_perplexity(table: pd.DataFrame, task: str) -> bool:
 def pair_table(table: pd.DataFrame) -> pd.DataFrame:
     """`compare.compare_orderings` on the losses that the evaluation runs keep, checked by their seals."""
     ends = final_states(table)
-    return compare.compare_orderings(ends, _losses(ends), margin=margin(table))
+    return compare.compare_orderings(ends, block_losses(ends), margin=margin(table), looks=looks(table))
 
 
 def best_sets(table: pd.DataFrame) -> list[compare.BestSet]:
     """The answer: by sparsity, and by perplexity and task, the entries that may be the best."""
     ends = final_states(table)
-    return compare.best_sets(ends, _losses(ends), _samples(ends), margin=margin(table))
+    return compare.best_sets(
+        ends, block_losses(ends), answers(ends), margin=margin(table), looks=looks(table)
+    )
+
+
+def looks(table: pd.DataFrame) -> Looks | None:
+    """When the results were looked at, where seeds were spent one look after the other."""
+    study = table.attrs["study"]
+    return Looks(len(study["seeds"]), study["most_seeds"]) if study.get("most_seeds") else None
 
 
 def margin(table: pd.DataFrame) -> float | None:
@@ -114,20 +115,7 @@ def margin(table: pd.DataFrame) -> float | None:
     return table.attrs["study"].get("equivalent_within")
 
 
-def _losses(ends: pd.DataFrame) -> dict[str, np.ndarray]:
-    losses = {}
-    for run in ends["run"].unique():
-        run_folder.verify(run)
-        losses[run] = pd.read_parquet(Path(run) / "block_nll.parquet")["nll"].to_numpy()
-    return losses
-
-
-def _samples(ends: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    kept = [run for run in ends["run"].unique() if (Path(run) / "samples.parquet").exists()]
-    return {run: pd.read_parquet(Path(run) / "samples.parquet") for run in kept}
-
-
 def task_pairs(table: pd.DataFrame) -> pd.DataFrame:
     """`compare.compare_tasks` on the answers that runs keep; empty where no task counts right answers."""
     ends = final_states(table)
-    return compare.compare_tasks(ends, _samples(ends), margin=margin(table))
+    return compare.compare_tasks(ends, answers(ends), margin=margin(table), looks=looks(table))
