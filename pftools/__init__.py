@@ -3,22 +3,26 @@
 The helper package behind the notebooks. A module is one idea, and imports only from the floors below its own
 (import-linter checks that; the list with every module is in pyproject.toml):
 
-    cli, doctor                        commands
-    report, widgets                    render a study, steer it by hand
-    study                              run a plan, read its results
-    local, slurm                       execute many steps, here or on a cluster
-    steps, progress                    execute one; say how far a plan is
-    costs, plan, study_file            disk and time of a plan; the graph of steps; the YAML
-    figures, compare, weights          charts; paired statistics; weight analysis
-    models, checkpoints                a model by any name; base plus deltas, replayed
-    prune, finetune, evaluate          the three steps
-    adapters, base_models, corpora     an adapter and its merge; models and texts by name
-    data_root, layers, masks           data sets as files; a decoder's anatomy; packed masks
-    notebook                           what a notebook does first
-    run_folder, orderings              run folders; words of P and F
-    redaction                          secrets stay out of what is kept
-    settings, contents, files, errors  validated parameters; digests; atomic writes
-    cells                              what the source of a notebook's cell sets
+    cli, doctor                             commands
+    report, widgets                         render a study, steer it by hand
+    study                                   run a plan, read its results
+    local, slurm                            execute many steps, here or on a cluster
+    steps, progress                         execute one; say how far a plan is
+    checks                                  what can be known of a plan before its first step
+    costs                                   disk and time of a plan
+    plan, study_file                        the graph of steps; the YAML
+    figures, compare, inference             charts; results beside each other; the statistics under them
+    other_results, weights                  other programs' results; weight analysis
+    models, timing, checkpoints             a model by any name; its speed here; base plus deltas, replayed
+    prune, finetune, evaluate               the three steps
+    adapters, base_models, model_files      an adapter and its merge; models by name, loaded or only read
+    corpora, pydocs, data_root              texts by name; data sets as files
+    layers, masks, dithering                a decoder's anatomy; packed masks; casts that keep small updates
+    notebook                                what a notebook does first
+    run_folder, orderings                   run folders; words of P and F
+    redaction, settings                     secrets stay out of what is kept; validated parameters
+    contents, files, shipped, cells         digests; atomic writes; what comes along; what a cell sets
+    yaml_file, records, splits, errors      files and their lines; documents; splits; errors
 
 Importing pftools imports nothing heavy: torch and its friends come with the module that needs them.
 """

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pftools import run_folder
 from pftools.errors import PftoolsError
 from pftools.progress import progress_bar
-from pftools.steps import Failure, read_failure, request, unusable
+from pftools.steps import Failure, read_failure, request, sweep_sockets, unusable
 
 if TYPE_CHECKING:
     from pftools.study import Plan, PlannedStep
@@ -73,6 +73,7 @@ def run_plan(
                 process.end()
     for step in plan.steps.values():
         run_folder.sweep(step.folder)
+    sweep_sockets()
     return failures
 
 

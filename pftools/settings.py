@@ -290,7 +290,9 @@ class Finetune(_Changing):
         allow_inf_nan=False,
         description="peak learning rate; billions of weights want less, HiRA more",
     )
-    warmup_steps: int = Field(4, ge=0, description="optimizer steps of linear warm-up, less than half of all")
+    warmup_steps: int = Field(
+        4, ge=0, description="optimizer steps of linear warm-up, capped below half of all"
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="of the learning rate, after warm-up"
     )

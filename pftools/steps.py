@@ -137,7 +137,8 @@ def kernel_options() -> Iterator[dict[str, Any]]:
     """
     from traitlets.config import Config
 
-    folder = _socket_folder()
+    sweep_sockets()
+    folder = _socket_folder(os.getpid())
     folder.mkdir(exist_ok=True)
     kernel = {
         "transport": "ipc",
@@ -156,8 +157,18 @@ def kernel_options() -> Iterator[dict[str, Any]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _socket_folder() -> Path:
-    return Path(tempfile.gettempdir()) / f"pftools-{os.getpid()}"
+def _socket_folder(process: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"pftools-{process}"
+
+
+def sweep_sockets() -> None:
+    """Remove the sockets of processes that were killed, and could not do it themselves."""
+    import psutil
+
+    for folder in _socket_folder(0).parent.glob("pftools-*"):
+        process = folder.name.partition("-")[2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -224,6 +235,9 @@ def unusable(plan: Plan) -> dict[str, str]:
 def _main() -> int:
     """A step's process: executes the request given as JSON, and ends when its standard input does."""
     threading.Thread(target=_end_with_driver, daemon=True).start()
+    # jsonschema checks IRIs with a grammar that takes two seconds to build, at import; it does without where
+    # the package is not there, and no notebook holds an IRI.
+    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
     try:
         execute_step(json.loads(sys.argv[1]))
     except StepFailed as failed:
@@ -240,7 +254,7 @@ def _end_with_driver() -> None:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    shutil.rmtree(_socket_folder(), ignore_errors=True)
+    shutil.rmtree(_socket_folder(os.getpid()), ignore_errors=True)
     os._exit(1)
 
 

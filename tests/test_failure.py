@@ -12,8 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -37,6 +39,15 @@ sys.exit(len(failures))
 """
 
 
+@pytest.fixture
+def temporary(monkeypatch):
+    """A temporary folder of its own, as short as the path of a socket has to be."""
+    with tempfile.TemporaryDirectory(prefix="k") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield Path(folder)
+
+
 def drive(root: Path, notebooks: Path, jobs: int = 1) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", _DRIVER, str(root), str(notebooks), str(jobs)]
     return subprocess.Popen(
@@ -51,12 +62,26 @@ def drive(root: Path, notebooks: Path, jobs: int = 1) -> subprocess.Popen[str]:
     )
 
 
-def kernels_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+def below(driver: subprocess.Popen[str], word: str) -> list[psutil.Process]:
+    """The driver's processes with a word in their command: `ipykernel_launcher`, or `pftools.steps`."""
     try:
-        below = psutil.Process(driver.pid).children(recursive=True)
-        return [process for process in below if "ipykernel_launcher" in " ".join(process.cmdline())]
+        return [
+            process
+            for process in psutil.Process(driver.pid).children(recursive=True)
+            if word in " ".join(process.cmdline())
+        ]
     except psutil.Error:
         return []
+
+
+def alive_in(temporary: Path) -> list[psutil.Process]:
+    """Processes that were started with this temporary folder: steps and kernels, orphans too."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get("TMPDIR") == str(temporary):
+                found.append(process)
+    return found
 
 
 def journal(root: Path) -> list[str]:
@@ -70,12 +95,12 @@ def leftovers(root: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_a_study_survives_being_killed_twenty_times(tmp_path):
+def test_a_study_survives_being_killed_twenty_times(tmp_path, temporary):
     notebooks = write_notebooks(tmp_path / "notebooks", prune="time.sleep(0.2)", finetune="time.sleep(0.2)")
     undisturbed = trivial_plan(tmp_path / "undisturbed", orderings=["P", "F"])
     assert study.run_study(undisturbed, notebooks=notebooks, progress=False, jobs=2) == []
     chance = random.Random(1)
-    kills = dict.fromkeys(("driver", "kernel", "both"), 0)
+    kills = dict.fromkeys(("driver", "step", "kernel", "all"), 0)
     number = 0
     while sum(kills.values()) < 20:
         number += 1
@@ -86,16 +111,21 @@ def test_a_study_survives_being_killed_twenty_times(tmp_path):
             driver = drive(root, notebooks, jobs=1 + sum(kills.values()) % 2)
             # Most of the moments when kernels are at work, the others any time after the start.
             if chance.random() < 0.8:
-                wait_for(lambda driver=driver: kernels_of(driver) or driver.poll() is not None)
+                wait_for(
+                    lambda driver=driver: below(driver, "ipykernel_launcher") or driver.poll() is not None
+                )
             time.sleep(chance.uniform(0, 1.5))
-            whom, kernels = chance.choice(list(kills)), kernels_of(driver)
+            whom, kernels = chance.choice(list(kills)), below(driver, "ipykernel_launcher")
             if driver.poll() is None and (kernels or whom == "driver"):
                 kills[whom] += 1
-                for victim in kernels if whom != "driver" else []:
+                # The steps first: what they are to clean up, they cannot.
+                for victim in below(driver, "pftools.steps") if whom in ("step", "all") else []:
                     kill_if_there(victim)
-                if whom != "kernel":
+                for victim in kernels if whom in ("kernel", "all") else []:
+                    kill_if_there(victim)
+                if whom in ("driver", "all"):
                     driver.kill()
-            # Where only a kernel died, it goes on with what does not depend on that step.
+            # Where only a kernel or a step's process died, it goes on with what does not depend on that.
             driver.communicate(timeout=600)
             again = {line.partition(" ")[2] for line in journal(root)[before:] if line.startswith("begins")}
             assert not again & finished, "a finished step was computed twice"
@@ -109,6 +139,8 @@ def test_a_study_survives_being_killed_twenty_times(tmp_path):
         }
         assert leftovers(root) == []
     assert all(kills.values()), kills
+    wait_for(lambda: not alive_in(temporary))
+    assert list(temporary.rglob("*")) == [], "sockets or other files were left"
 
 
 def wait_for(true, seconds=300):
@@ -180,17 +212,19 @@ def test_a_damaged_run_that_is_needed_is_made_again(finished, tmp_path, capsys):
     assert contents(plan) == before and not steps.unusable(plan)
 
 
-def test_ctrl_c_ends_every_process_and_the_next_run_goes_on(tmp_path):
+def test_ctrl_c_ends_every_process_and_the_next_run_goes_on(tmp_path, temporary):
     notebooks = write_notebooks(tmp_path / "notebooks", prune="time.sleep(60)")
     driver = drive(tmp_path / "runs", notebooks)
     wait_for(lambda: "prune" in "".join(journal(tmp_path / "runs")))
-    below = psutil.Process(driver.pid).children(recursive=True)
+    started = psutil.Process(driver.pid).children(recursive=True)
+    assert started and list(temporary.glob("pftools-*"))
     plan = trivial_plan(tmp_path / "runs")
     states = [study.run_state(step.folder) for step in plan.steps.values()]
     assert states.count("running") == 1 and states.count("finished") == 1
     driver.send_signal(signal.SIGINT)
     assert driver.wait(20) != 0
-    assert not psutil.wait_procs(below, timeout=5)[1]
+    assert not psutil.wait_procs(started, timeout=5)[1]
+    assert not alive_in(temporary) and list(temporary.rglob("*")) == []
     assert [study.run_state(step.folder) for step in plan.steps.values()].count("failed") == 0
     (stopped,) = [step.folder for step in plan.steps.values() if run_folder.was_interrupted(step.folder)]
     assert stopped.name.startswith("prune-") and "process" in run_folder.owner(stopped)
