@@ -6,6 +6,8 @@
 - a path to one file, which is split by its documents. What files may be is told in `records`.
 - `wikitext2` and `c4`: from the data root where it has them, else from the hub.
 
+Rows of conversations (see `chat`) are written by the model's chat template, one after the other.
+
 Splits are `calibration`, `train`, `validation` and `test`.
 """
 
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pftools import contents, pydocs, run_folder
+from pftools.chat import Conversation, tokens_of
 from pftools.data_root import data_root, read_split
 from pftools.errors import PftoolsError, nearest
 from pftools.records import TEXT_ENDINGS, column_of, is_readable, kind_of, texts_of
@@ -145,15 +148,19 @@ def _token_stream(
 ) -> Tensor:
     import torch
 
-    text = _JOINT.join(documents(corpus, split=split, data=data))
+    found = documents(corpus, split=split, data=data)
+    if isinstance(found[0], Conversation):
+        written = [
+            tokens_of(tokenizer, document)[0] for document in found if isinstance(document, Conversation)
+        ]
+        return torch.tensor([token for tokens in written for token in tokens], dtype=torch.long)
     # Without a warning about its length: it is cut into blocks, and never given to a model whole.
-    return torch.tensor(
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long
-    )
+    tokens = tokenizer(_JOINT.join(found), add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(tokens, dtype=torch.long)
 
 
 def documents(corpus: str, *, split: str, data: str | Path | None = None) -> list[str]:
-    """The documents (for WikiText: the lines) of one split of a corpus.
+    """The documents (for WikiText: the lines; of chat data: `Conversation`s) of one split of a corpus.
 
     A folder without a calibration split lends its train split for it. A single file is split by documents (a
     text by paragraphs), always in the same way, and a warning says so.

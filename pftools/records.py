@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pftools.chat import are_conversations, conversations_of
 from pftools.errors import PftoolsError
 
 TEXT_ENDINGS = (".txt", ".md")
@@ -95,7 +96,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def texts_of(path: Path, column: str = "text") -> list[str]:
-    """The documents of a file: its rows' ``column``; of a text without rows, the whole as one document.
+    """The documents of a file: its rows' ``column`` or conversations; of a text without rows, the whole.
 
     Raises:
         PftoolsError: as `read_text` and `read_rows`; or the column is missing or holds something else than
@@ -103,7 +104,10 @@ def texts_of(path: Path, column: str = "text") -> list[str]:
     """
     if kind_of(path) in TEXT_ENDINGS:
         return [read_text(path)]
-    return column_of(read_rows(path), column, str(path))
+    rows = read_rows(path)
+    if are_conversations(rows):
+        return list(conversations_of(rows, str(path)))
+    return column_of(rows, column, str(path))
 
 
 def column_of(rows: list[dict[str, Any]], column: str, place: str) -> list[str]:

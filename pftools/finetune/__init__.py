@@ -13,7 +13,7 @@ Merging an adapter needs none of these, and no PEFT: see `pftools.adapters`.
 
 from pftools.adapters import Adapter, merge_adapter, resolve_merge, updated_weight
 from pftools.finetune.recipe import Recipe, recipe_of
-from pftools.finetune.rows import Rows, padded_rows
+from pftools.finetune.rows import Rows, chat_rows, padded_rows, training_rows
 from pftools.finetune.train import FinetuneResult, finetune_model
 
 __all__ = [
@@ -21,10 +21,12 @@ __all__ = [
     "FinetuneResult",
     "Recipe",
     "Rows",
+    "chat_rows",
     "finetune_model",
     "merge_adapter",
     "padded_rows",
     "recipe_of",
     "resolve_merge",
+    "training_rows",
     "updated_weight",
 ]

@@ -112,7 +112,7 @@ class Training:
         """What has to be the same for a killed training to go on, as JSON; without what only costs memory."""
         free = ("micro_batch_size", "gradient_checkpointing")
         asked = {name: value for name, value in asdict(self.recipe).items() if name not in free}
-        digest = hashlib.sha256(rows.input_ids.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(rows.input_ids.numpy().tobytes() + rows.labels.numpy().tobytes()).hexdigest()
         return {**asked, "masked": self.masked, "zeros": self.zeros, "n_rows": self.n_rows, "rows": digest}
 
 

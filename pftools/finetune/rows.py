@@ -1,32 +1,51 @@
-"""Training rows. Packed: blocks of real tokens only. Padded: a line a row, the rest filled up (published)."""
+"""Training rows.
+
+Packed: blocks of real tokens only. Padded: a line a row, the rest filled up (published). Chat: whole
+conversations, as many as fit a row, with a loss on the answers only.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from pftools import corpora
+from pftools.chat import Conversation, tokens_of
 from pftools.errors import PftoolsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pftools.settings import Finetune
+
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows for transformers' Trainer: input_ids, attention_mask and labels, LongTensors (n_rows, length)."""
+    """Rows for transformers' Trainer: input_ids, attention_mask and labels, LongTensors (n_rows, length).
 
-    def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+    Without labels, every token that is not padding is learnt.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> None:
         if input_ids.dim() != 2 or not input_ids.numel():
             raise PftoolsError(
                 f"the training rows have shape {tuple(input_ids.shape)}: "
                 "(rows, length) is needed, with tokens."
             )
         self.input_ids, self.attention_mask = input_ids, attention_mask
-        self.labels = (
-            input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
-        )
+        if labels is None:
+            labels = (
+                input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
+            )
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -39,6 +58,28 @@ class Rows(torch.utils.data.Dataset):
     def real_tokens(self) -> int:
         """Tokens that are not padding."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    @property
+    def learnt_tokens(self) -> int:
+        """Tokens that have a loss."""
+        return int((self.labels != IGNORED).sum())
+
+    def __str__(self) -> str:
+        length = self.input_ids.shape[1]
+        share = self.learnt_tokens / self.real_tokens
+        answers = "" if share == 1 else f", {share:.0%} of the real ones in answers, which alone have a loss"
+        return f"{len(self)} rows of {length} tokens to learn from{answers}"
+
+
+def training_rows(parameters: Finetune, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """The rows of a step's train split: of conversations, of lines (``packing=False``), or packed blocks."""
+    documents = corpora.documents(parameters.corpus, split="train")
+    conversations = [document for document in documents if isinstance(document, Conversation)]
+    if conversations:
+        return chat_rows(tokenizer, conversations, parameters.block_length)
+    if not parameters.packing:
+        return padded_rows(tokenizer, documents, parameters.block_length)
+    return Rows(corpora.blocks_for(parameters, tokenizer, split="train"))
 
 
 def training_order(n_rows: int, length: int, seed: int) -> list[int]:
@@ -62,9 +103,44 @@ def padded_rows(tokenizer: PreTrainedTokenizerBase, lines: list[str], block_leng
     tokens = [ids[:block_length] for ids in tokenizer(lines, add_special_tokens=False)["input_ids"] if ids]
     if not tokens:
         raise PftoolsError("the corpus has no line with a token in it: choose another corpus or split.")
-    input_ids = torch.full((len(tokens), block_length), tokenizer.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(tokens):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        mask[row, : len(ids)] = 1
-    return Rows(input_ids, mask)
+    return Rows(
+        _filled(tokens, block_length, tokenizer.pad_token_id),
+        _filled([[1] * len(t) for t in tokens], block_length, 0),
+    )
+
+
+def chat_rows(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], block_length: int
+) -> Rows:
+    """Whole conversations, as many as fit a row, in their order; the loss is on the answers only.
+
+    Raises:
+        PftoolsError: no chat template, or a conversation longer than a row: cut short, it would teach to stop
+            in the middle.
+    """
+    packed: list[tuple[list[int], list[int]]] = [([], [])]
+    for number, conversation in enumerate(conversations, 1):
+        tokens, is_answer = tokens_of(tokenizer, conversation)
+        if len(tokens) > block_length:
+            raise PftoolsError(
+                f"conversation {number} of the train split has {len(tokens)} tokens, and a row has "
+                f"{block_length}: give a block_length of at least that, or leave it out."
+            )
+        if len(packed[-1][0]) + len(tokens) > block_length:
+            packed.append(([], []))
+        packed[-1][0].extend(tokens)
+        packed[-1][1].extend(token if known else IGNORED for token, known in zip(tokens, is_answer))
+    pad = tokenizer.pad_token_id
+    inputs = _filled(
+        [tokens for tokens, _ in packed], block_length, tokenizer.eos_token_id if pad is None else pad
+    )
+    mask = _filled([[1] * len(tokens) for tokens, _ in packed], block_length, 0)
+    return Rows(inputs, mask, _filled([labels for _, labels in packed], block_length, IGNORED))
+
+
+def _filled(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
+    """(n_rows, length): each row, and ``value`` behind it."""
+    filled = torch.full((len(rows), length), value, dtype=torch.long)
+    for row, numbers in enumerate(rows):
+        filled[row, : len(numbers)] = torch.tensor(numbers)
+    return filled
