@@ -6,6 +6,9 @@ nothing else. After submitting, the driver may go away: the truth is in the run 
 and nowhere else. A job's name says which run it makes, so a study that is submitted again adds only what is
 neither finished nor queued.
 
+Where a study is planned in stages (`stages`), one more job waits for all of them, plans the next stage and
+submits that. So nobody has to wait for that either.
+
 What a job executes is `steps.execute_step`, as everywhere. Shortly before its time limit a step that goes on
 from its own checkpoints (fine-tuning) is queued again, up to three times; any other says that its time was
 too short.
@@ -25,17 +28,20 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from pftools import run_folder
+from pftools import run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.progress import progress_bar
+from pftools.stages import grow, plan_study
 from pftools.steps import Failure, execute_step, read_failure, request, unusable
+from pftools.study_file import Study
 
 if TYPE_CHECKING:
     import submitit
 
-    from pftools.study import Plan, PlannedStep
+    from pftools.study import Plan
 
 DEFAULT_MINUTES = 240  # sbatch's own default is the partition's, which may be endless or a minute
+_PLANNING_MINUTES = 30
 _POLL_SECONDS = 2.0
 _PATIENCE = 300  # seconds for which a controller may be out of reach before that is an error
 
@@ -60,14 +66,24 @@ def run_plan(
     Returns:
         The failures; without ``wait``, none.
     """
-    submitted = submit(plan, notebooks=notebooks, options=options)
-    return _watch(plan, submitted, progress) if wait else []
+    while True:
+        submitted = submit(plan, notebooks=notebooks, options=options)
+        if not wait:
+            return []
+        failures = _watch(plan, submitted, progress)
+        # The job that plans has submitted the next stage by now; if it could not, this does.
+        if failures or not grow(plan):
+            return failures
 
 
 def submit(
     plan: Plan, *, notebooks: str | Path | None = None, options: dict[str, str] | None = None
 ) -> list[str]:
-    """Submit every step that is neither finished nor queued; returns the names of all runs with a job."""
+    """Submit every step that is neither finished nor queued, and the job that plans what comes after them.
+
+    Returns:
+        The names of all runs with a job, and that of the planning.
+    """
     folder = _folder(Path(plan.runs))
     damaged = unusable(plan)
     for why in damaged.values():
@@ -81,13 +97,52 @@ def submit(
                 jobs[name] = queued[name].id
             elif not run_folder.is_finished(step.folder) or name in damaged:
                 parents = [jobs[parent] for parent in step.parents if parent in jobs]
-                jobs[name] = _submit_step(folder, step, parents, notebooks, options or {})
+                asked = request(step, notebooks)
+                jobs[name] = _submit_job(folder, step.folder, StepJob(), asked, parents, options or {})
+        if plan.open and jobs:
+            name = _planning_name(plan)
+            jobs[name] = (
+                queued[name].id
+                if name in queued
+                else _submit_planning(folder, plan, jobs, notebooks, options)
+            )
     return list(jobs)
 
 
-def _submit_step(
-    folder: Path, step: PlannedStep, parents: list[str], notebooks: str | Path | None, options: dict[str, str]
+def _planning_name(plan: Plan) -> str:
+    """The same for everyone who has planned the same stage."""
+    stage = hashlib.sha256(" ".join(plan.steps).encode()).hexdigest()[:8]
+    return f"plan-{plan.study.name}-{stage}"
+
+
+def _submit_planning(
+    folder: Path,
+    plan: Plan,
+    jobs: dict[str, str],
+    notebooks: str | Path | None,
+    options: dict[str, str] | None,
 ) -> str:
+    asked = {
+        "study": plan.study.model_dump(mode="json"),
+        "runs": plan.runs,
+        "awaited": [str(plan.steps[name].folder) for name in jobs],
+        "notebooks": None if notebooks is None else str(notebooks),
+        "options": options or {},
+    }
+    of_planning = {**(options or {}), "time": str(_PLANNING_MINUTES)}
+    run = Path(plan.runs) / _planning_name(plan)
+    return _submit_job(folder, run, PlanJob(), asked, list(jobs.values()), of_planning)
+
+
+def _submit_job(
+    folder: Path,
+    run: Path,
+    job: StepJob | PlanJob,
+    asked: dict[str, Any],
+    parents: list[str],
+    options: dict[str, str],
+) -> str:
+    """Submit ``job(asked)`` under the name of ``run``, after the jobs ``parents``; returns its id."""
     try:
         import submitit
         from submitit.core.utils import FailedJobError
@@ -96,11 +151,11 @@ def _submit_step(
             "--executor slurm needs submitit, which is not installed: `pip install submitit`."
         ) from None
     executor = submitit.SlurmExecutor(folder, max_num_timeout=3)
-    log = str(run_folder.log_path(step.folder).resolve())
+    log = str(run_folder.log_path(run).resolve())
     known, other = _sort_options(options)
     executor.update_parameters(
         **{"time": DEFAULT_MINUTES, **known},
-        job_name=_job_name(step.folder),
+        job_name=_job_name(run),
         dependency=f"afterok:{':'.join(parents)}" if parents else None,
         stderr_to_stdout=True,
         srun_args=["--output", log],  # the same place as the local executor's
@@ -108,25 +163,18 @@ def _submit_step(
         additional_parameters={"output": log, "kill-on-invalid-dep": "yes", **other},
     )
     try:
-        return executor.submit(StepJob(), request(step, notebooks)).job_id
+        return str(executor.submit(job, asked).job_id)
     except (FailedJobError, OSError, subprocess.SubprocessError) as error:
         words = str(error).strip().splitlines()
         reason = (words[-1] if words else str(error)).removeprefix("sbatch: error: ").rstrip(".")
-        raise PftoolsError(f"sbatch refused the job of {step.name}: {reason}.") from None
+        raise PftoolsError(f"sbatch refused the job of {run.name}: {reason}.") from None
 
 
 class StepJob:
     """What submitit calls inside a job."""
 
     def __call__(self, step: dict[str, Any]) -> None:
-        # A shared file system may take a minute to show what another node has just written.
-        patience = time.monotonic() + 60
-        while (
-            not all(run_folder.is_finished(parent) for parent in step["parents"])
-            and time.monotonic() < patience
-        ):
-            os.listdir(Path(step["folder"]).parent)  # asks the server anew
-            time.sleep(1)
+        _wait_until_seen(step["parents"])
         execute_step(step)
 
     def checkpoint(self, step: dict[str, Any]) -> submitit.helpers.DelayedSubmission | None:
@@ -136,6 +184,26 @@ class StepJob:
         if step["resumes"]:
             return DelayedSubmission(self, step)
         return None
+
+
+class PlanJob:
+    """What submitit calls inside the job that plans the next stage of a study, and submits it."""
+
+    def __call__(self, asked: dict[str, Any]) -> None:
+        _wait_until_seen(asked["awaited"])
+        # What SLURM says of this job, such as its memory and the cores it is bound to, is not for the others.
+        for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+            del os.environ[name]
+        plan = plan_study(settings.check(Study, asked["study"]), runs=asked["runs"])
+        submit(plan, notebooks=asked["notebooks"], options=asked["options"])
+
+
+def _wait_until_seen(runs: list[str]) -> None:
+    """A shared file system may take a minute to show what another node has just written."""
+    patience = time.monotonic() + 60
+    while not all(run_folder.is_finished(run) for run in runs) and time.monotonic() < patience:
+        os.listdir(Path(runs[0]).parent)  # asks the server anew
+        time.sleep(1)
 
 
 def queue(root: Path) -> dict[str, Job]:
@@ -251,7 +319,7 @@ def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
         The failures, without the jobs that SLURM cancelled because of them.
     """
     left = set(submitted)
-    done = len(plan.steps) - len(left)
+    done = len(plan.steps) - len(left & set(plan.steps))
     reached = time.monotonic()
     with progress_bar(len(plan.steps), done, progress) as show:
         while left:
@@ -272,13 +340,17 @@ def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
             ]
             show(
                 running,
-                advance=len([name for name in ended if run_folder.is_finished(plan.steps[name].folder)]),
+                advance=len([name for name in ended & set(plan.steps) if _is_finished(plan, name)]),
             )
             if left:
                 time.sleep(_POLL_SECONDS)
     if submitted:
         _remove_files_of_ended_jobs(_folder(Path(plan.runs)), {job.id for job in queued.values()})
     time.sleep(0.5 if submitted else 0)  # a shared file system may show the last seal a moment later
-    unfinished = [name for name in submitted if not run_folder.is_finished(plan.steps[name].folder)]
+    unfinished = [name for name in submitted if name in plan.steps and not _is_finished(plan, name)]
     causes = [name for name in unfinished if not set(plan.steps[name].parents) & set(unfinished)]
     return [read_failure(plan.steps[name].folder, "its job ended before it could say why") for name in causes]
+
+
+def _is_finished(plan: Plan, name: str) -> bool:
+    return run_folder.is_finished(plan.steps[name].folder)

@@ -27,13 +27,13 @@ def result(parent):
     path = Path(parent) / "result.txt"
     return [path.read_text()] if path.exists() else []
 journal("begins")
+outputs = ["result.txt"]
 {work}
 found = [text for name in parameters.parents for text in result(getattr(parameters, name))]
 text = json.dumps([run.folder.name, found])
 run.path("result.txt").write_text(hashlib.sha256(text.encode()).hexdigest())
 run.path("half-done.tmp").write_text("goes away")
-outputs = ["result.txt"]
-if {step!r} == "evaluate":
+if {step!r} == "evaluate" and "block_nll.parquet" not in outputs:
     import pyarrow, pyarrow.parquet
     losses = [0.1 * len(found), 0.2, 0.3]
     pyarrow.parquet.write_table(pyarrow.table({{"nll": losses}}), run.path("block_nll.parquet"))

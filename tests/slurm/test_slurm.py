@@ -159,6 +159,45 @@ def test_the_quick_study_on_a_tiny_model_ends_as_it_does_locally(tmp_path, monke
     assert found[0].equals(found[1]) and len(found[0]) == 4
 
 
+_LOSSES = """
+import pandas as pd
+pd.DataFrame({"block": range(8), "nll": [3.0 + 0.01 * block for block in range(8)]}).to_parquet(
+    run.path("block_nll.parquet")
+)
+outputs.append("block_nll.parquet")
+"""
+
+
+def test_a_study_in_stages_ends_without_a_driver_that_waits(tmp_path):
+    """Trials, then two seeds, then the third: orderings that are all alike stay in until the end."""
+    notebooks = write_notebooks(tmp_path / "notebooks", evaluate=_LOSSES)
+    words = {
+        "orderings": ["F P", "P F"],
+        "seeds": {"start": 2, "most": 3},
+        "tune": {"learning_rate": [0.001, 0.002]},
+    }
+    plan = trivial_plan(tmp_path / "runs", **words)
+    assert run_all(plan, notebooks, wait=False) == [] and not plan.rows
+    submitted = slurm.queue(tmp_path / "runs")
+    assert any(name.startswith("plan-trivial-") for name in submitted)
+    assert len(slurm.submit(plan, notebooks=notebooks)) >= 1  # a second driver adds nothing
+    assert sum(name.startswith("plan-") for name in slurm.queue(tmp_path / "runs")) <= 1
+    wait_until(lambda: not slurm.queue(tmp_path / "runs"), seconds=300)
+    plan = trivial_plan(tmp_path / "runs", **words)
+    assert not plan.open and not plan.missing() and {row.seed for row in plan.rows} == {0, 1, 2}
+    journal = (tmp_path / "runs" / "journal.txt").read_text().splitlines()
+    assert len(journal) == len(set(journal)) == 2 * len(plan.steps)  # no step was executed twice
+
+
+def test_a_failed_stage_plans_no_other(tmp_path):
+    notebooks = write_notebooks(tmp_path / "notebooks", finetune="raise ValueError('no')")
+    words = {"orderings": ["F P"], "tune": {"learning_rate": [0.001, 0.002]}}
+    plan = trivial_plan(tmp_path / "runs", **words)
+    assert [failure.cell for failure in run_all(plan, notebooks)] == [2, 2]
+    wait_until(lambda: not slurm.queue(tmp_path / "runs"))
+    assert not plan.rows
+
+
 def test_what_sbatch_refuses_is_one_sentence(tmp_path):
     with pytest.raises(PftoolsError, match="sbatch refused the job of calibrate-.*Invalid partition name"):
         slurm.submit(trivial_plan(tmp_path / "runs"), options={"partition": "nowhere"})
