@@ -169,20 +169,16 @@ outputs.append("block_nll.parquet")
 
 
 def test_a_study_in_stages_ends_without_a_driver_that_waits(tmp_path):
-    """Trials, then two seeds, then the third: orderings that are all alike stay in until the end."""
+    """Two seeds, then the third: orderings that are alike stay in until the end."""
     notebooks = write_notebooks(tmp_path / "notebooks", evaluate=_LOSSES)
-    words = {
-        "orderings": ["F P", "P F"],
-        "seeds": {"start": 2, "most": 3},
-        "tune": {"learning_rate": [0.001, 0.002]},
-    }
+    words = {"orderings": ["F", "F F"], "seeds": {"start": 2, "most": 3}}
     plan = trivial_plan(tmp_path / "runs", **words)
-    assert run_all(plan, notebooks, wait=False) == [] and not plan.rows
+    assert run_all(plan, notebooks, wait=False) == []
     submitted = slurm.queue(tmp_path / "runs")
     assert any(name.startswith("plan-trivial-") for name in submitted)
     assert len(slurm.submit(plan, notebooks=notebooks)) >= 1  # a second driver adds nothing
     assert sum(name.startswith("plan-") for name in slurm.queue(tmp_path / "runs")) <= 1
-    wait_until(lambda: not slurm.queue(tmp_path / "runs"), seconds=300)
+    wait_until(lambda: not slurm.queue(tmp_path / "runs"), seconds=900)
     plan = trivial_plan(tmp_path / "runs", **words)
     assert not plan.open and not plan.missing() and {row.seed for row in plan.rows} == {0, 1, 2}
     journal = (tmp_path / "runs" / "journal.txt").read_text().splitlines()
