@@ -65,6 +65,7 @@ def plan(study: StudyFile, runs: Runs = _RUNS) -> None:
     out.print(table)
     for line in costs.summary(planned):
         out.print(line, highlight=False)
+    _print_sensitivity(planned)
 
 
 @app.command()
@@ -341,6 +342,23 @@ def _print_results(planned: studies.Plan) -> None:
             *scores,
         )
     out.print(table)
+
+
+def _print_sensitivity(planned: studies.Plan) -> None:
+    """Which differences the study will see, by numbers of seeds."""
+    from pftools import sensitivity
+
+    found = sensitivity.sensitivity(planned)
+    if found is None:
+        return
+    shown = found.in_words()
+    table = Table("seeds", *shown, title="The smallest difference that it will see", title_justify="left")
+    own = {len(planned.study.seeds), planned.study.most_seeds}
+    for seeds, row in zip(shown.index, shown.to_numpy()):
+        table.add_row(f"{seeds}{' (this study)' if seeds in own else ''}", *row)
+    out.print(table)
+    corrected = f", corrected for {found.pairs} pairs" if found.pairs > 1 else ""
+    out.print(f"In four of five such studies{corrected}, {found.source}.", highlight=False)
 
 
 def _print_answers(study: Path, runs: Path) -> None:

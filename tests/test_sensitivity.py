@@ -1,0 +1,77 @@
+"""What a study will be able to see, from how much earlier runs varied."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from pftools import cli, sensitivity, study
+from pftools.inference.crossed import crossed_mean
+from pftools.inference.power import visible_difference
+from tests.stub_engine import StubEngine
+
+GAP = {"prune": 0.3, "finetune_prune": 0.1, "prune_finetune": 0.0}
+
+
+def trained(variant, seed, rate):
+    return 3 + GAP[variant.ordering] + 0.02 * np.random.default_rng([seed, len(variant.ordering)]).normal()
+
+
+def planned(folder, name="planned", **words):
+    content = {"name": name, "orderings": list(GAP), "evaluate": {"tasks": ["facts"]}, **words}
+    (folder / f"{name}.yaml").write_text(json.dumps(content))
+    return study.plan_study(study.load_study(folder / f"{name}.yaml"), runs=folder / "runs")
+
+
+def test_earlier_runs_of_other_studies_tell_what_will_be_seen(tmp_path):
+    earlier = StubEngine(trained).run(planned(tmp_path, "earlier", seeds=[0, 1, 2, 3]))
+    plan = planned(tmp_path, seeds=[7, 8, 9], tokens=1024, evaluate={"tasks": ["facts"], "n_blocks": 100})
+    found = sensitivity.sensitivity(plan)
+    losses = {
+        name: np.stack(
+            [
+                pd.read_parquet(study.Path(row.evaluation) / "block_nll.parquet")["nll"]
+                for row in earlier.rows
+                if row.ordering == name
+            ]
+        )
+        for name in GAP
+    }
+    each = [
+        crossed_mean(losses[one] - losses[other]).variances
+        for one, other in [
+            ("prune", "finetune_prune"),
+            ("prune", "prune_finetune"),
+            ("finetune_prune", "prune_finetune"),
+        ]
+    ]
+    mean = type(each[0])(
+        *(float(np.mean([getattr(v, part) for v in each])) for part in ("seeds", "blocks", "rest"))
+    )
+    expected = np.expm1(visible_difference(mean, 3, 100, level=0.05 / 3))
+    assert found.table.loc[3, "perplexity"] == pytest.approx(expected)
+    assert found.pairs == 3 and found.n == {"perplexity": 100, "facts": 150} and "3 pairs" in found.source
+    assert math.isinf(found.table.loc[1, "perplexity"]) and list(found.table.index) == [1, 3, 5, 10]
+    assert (found.table.loc[3:].diff().dropna() < 0).all().all()  # more seeds see more
+
+
+def test_trials_and_other_models_tell_nothing(tmp_path):
+    StubEngine(trained).run(planned(tmp_path, "earlier", seeds=[0, 1], model="another/model"))
+    found = sensitivity._earlier(planned(tmp_path))
+    assert found == {}
+
+
+def test_a_study_of_one_ordering_has_nothing_to_see(tmp_path):
+    assert sensitivity.sensitivity(planned(tmp_path, orderings=["prune"])) is None
+
+
+def test_the_plan_shows_it(tmp_path):
+    StubEngine(trained).run(planned(tmp_path, "earlier", seeds=[0, 1, 2]))
+    planned(tmp_path, "next", seeds={"start": 3, "most": 8})
+    asked = ["plan", str(tmp_path / "next.yaml"), "--runs", str(tmp_path / "runs")]
+    shown = CliRunner().invoke(cli.app, asked).output
+    assert "smallest difference that it will see" in shown and "two models only" in shown
+    assert "3 (this study)" in shown and "8 (this study)" in shown and "points" in shown
