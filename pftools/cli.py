@@ -186,13 +186,19 @@ def compare(
     ] = None,
     equivalent_within: Annotated[
         float | None,
-        typer.Option(help="Points of accuracy that do not matter, such as 1", min=0.0001, max=100),
+        typer.Option(
+            help="Points of accuracy, or per cent of perplexity, that do not matter: 1", min=0.0001, max=100
+        ),
     ] = None,
 ) -> None:
-    """Compare two sets of right and wrong answers that other programs wrote: paired by question and seed."""
-    from pftools import other_results
+    """Compare two sets of answers, or block losses, of other programs: paired by question and seed."""
+    from pftools import other_losses, other_results
 
     margin = None if equivalent_within is None else equivalent_within / 100
+    if other_losses.holds_losses(first) and other_losses.holds_losses(second):
+        found = other_losses.compare_losses(first, second, margin=margin)
+        out.print(found.sentence, highlight=False, markup=False, soft_wrap=True)
+        return
     for comparison in other_results.compare_results(first, second, metric=metric, margin=margin):
         out.print(comparison.sentence, highlight=False, markup=False, soft_wrap=True)
 

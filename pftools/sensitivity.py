@@ -23,13 +23,14 @@ from pftools import run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.inference.crossed import LEVEL, Estimate, Variances, crossed_mean, crossed_proportion
 from pftools.inference.power import visible_difference
+from pftools.other_losses import holds_losses, read_losses
 from pftools.plan import Plan, variants
 from pftools.shipped import DATA
 from pftools.study_file import TRIAL_SEEDS, Study
 
 SEEDS = (1, 3, 5, 10)
 PERPLEXITY = "perplexity"
-_SHIPPED = DATA / "results" / "seeds" / "block_losses.csv"
+_SHIPPED = DATA / "results" / "seeds"
 
 
 @dataclass(frozen=True)
@@ -141,15 +142,10 @@ def _n_pairs(study: Study) -> int:
 
 
 def _shipped() -> dict[str, _Varied]:
-    """Of the committed study: its block losses, a row an ordering, seed and block."""
-    if not _SHIPPED.exists():
-        return {}
-    losses = pd.read_csv(_SHIPPED)
-    grids = {
-        ordering: rows.pivot(index="seed", columns="block", values="nll")
-        for ordering, rows in losses.groupby("ordering")
-    }
-    return {PERPLEXITY: found} if (found := _varied(grids.values(), crossed_mean)).variances else {}
+    """Of the committed study: a file of block losses an ordering."""
+    grids = [read_losses(path) for path in sorted(_SHIPPED.glob("*.csv")) if holds_losses(path)]
+    found = _varied(grids, crossed_mean)
+    return {PERPLEXITY: found} if found.variances else {}
 
 
 def _earlier(plan: Plan) -> dict[str, _Varied]:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from pftools import cli
 from pftools.errors import PftoolsError
+from pftools.other_losses import compare_losses
 from pftools.other_results import compare_results, read_results
 from tests import oracles
 
@@ -205,3 +206,56 @@ def test_the_command_prints_the_sentence(tmp_path):
     assert found.exit_code == 0 and "0.7.csv and 0.5.csv are not equally often right" in found.output
     wrong = CliRunner().invoke(cli.app, ["compare", str(one), str(tmp_path / "no.csv")])
     assert isinstance(wrong.exception, PftoolsError)
+
+
+def losses(seeds=3, blocks=30, gap=0.0, noise=0.02, by_seed=0.01, key=0):
+    generator = np.random.default_rng(key)
+    text = np.random.default_rng(99).normal(0, 0.4, blocks)
+    nll = (
+        3
+        + gap
+        + text
+        + generator.normal(0, by_seed, (seeds, 1))
+        + generator.normal(0, noise, (seeds, blocks))
+    )
+    grid = pd.DataFrame(nll).rename_axis(index="seed", columns="block")
+    return grid.stack().rename("nll").reset_index()
+
+
+def test_block_losses_are_compared_over_seeds_and_blocks(tmp_path):
+    one, other = losses(key=1), losses(gap=0.1, key=2)
+    paths = written(tmp_path, "a.csv", one), written(tmp_path, "b.csv", other)
+    found = compare_losses(*paths)
+    d = (one["nll"] - other["nll"]).to_numpy().reshape(3, 30)
+    assert found.judged.mean == pytest.approx(d.mean())
+    assert found.judged.interval[1] - d.mean() == pytest.approx(oracles.crossed_half_width(d, 0.05), rel=0.01)
+    shown = CliRunner().invoke(cli.app, ["compare", *map(str, paths)]).output
+    assert "a.csv and b.csv differ in perplexity" in shown and "3 of 3 seeds" in shown
+    assert f"ratio {np.exp(d.mean()):.3f}" in shown
+    same = written(tmp_path, "c.csv", losses(key=3, noise=0.001, by_seed=0.0005))
+    like = written(tmp_path, "d.csv", losses(key=4, noise=0.001, by_seed=0.0005))
+    assert "equivalent within 1%" in compare_losses(same, like, margin=0.01).sentence
+    assert "cannot be told apart" in compare_losses(same, like).sentence
+
+
+def test_losses_of_one_training_each_say_nothing_of_the_ways_of_training(tmp_path):
+    one, other = (losses(seeds=1, gap=gap, key=key).drop(columns="seed") for gap, key in ((0, 5), (0.3, 6)))
+    found = compare_losses(written(tmp_path, "a.csv", one), written(tmp_path, "b.csv", other))
+    d = (one["nll"] - other["nll"]).to_numpy()
+    assert found.judged.p == pytest.approx(stats.ttest_1samp(d, 0).pvalue, rel=1e-3)
+    assert "one training each cannot say" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda table: table[table["seed"] != 2], "the seeds 0, 1: give the same seeds"),
+        (lambda table: table.iloc[:-1], "no loss for block 29 of the seed 2"),
+        (lambda table: pd.concat([table, table.iloc[:1]]), "block 0 of the seed 0 twice"),
+        (lambda table: table[table["block"] < 4], "has 4 blocks"),
+    ],
+)
+def test_losses_that_cannot_be_paired_are_refused(tmp_path, change, says):
+    one, other = written(tmp_path, "a.csv", losses()), written(tmp_path, "b.csv", change(losses()))
+    with pytest.raises(PftoolsError, match=says):
+        compare_losses(one, other)

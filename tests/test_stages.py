@@ -192,3 +192,14 @@ def test_the_report_tells_the_looks_and_spends_the_level_once(tmp_path):
     pairs = report.pair_table(table).set_index(["first", "second"])
     assert pairs.loc[("finetune_prune", "prune_finetune"), "seeds"] == 8
     assert pairs.loc[("prune", "prune_finetune"), "seeds"] == 3
+
+
+def test_the_main_chart_rings_what_may_be_the_best(tmp_path):
+    StubEngine(trained).run(planned(tmp_path, seeds={"start": 3, "most": 8}))
+    table = report.study_results(tmp_path / "staged.yaml", runs=tmp_path / "runs")
+    drawn = report.perplexity_chart(table).to_dict()
+    assert "Ringed: may be the best" in json.dumps(drawn["title"])
+    rows = [row for rows in drawn["datasets"].values() for row in rows if "may_be_best" in row]
+    assert {row["label"] for row in rows if row["may_be_best"]} == {"prune_finetune"}
+    rings = [layer for layer in drawn["layer"] if "may_be_best" in json.dumps(layer.get("transform", ""))]
+    assert len(rings) == 1 and rings[0]["mark"]["filled"] is False

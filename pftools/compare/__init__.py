@@ -25,13 +25,14 @@ from pftools.compare.paired import (
     smallest_visible_ratio,
 )
 from pftools.compare.pairs import compare_orderings, compare_tasks
-from pftools.compare.sets import BestSet, Spent, best_sets, decisions, set_in_words
+from pftools.compare.sets import PERPLEXITY, BestSet, Spent, best_sets, decisions, set_in_words
 from pftools.compare.verdicts import p_in_words, perplexity_in_words
 
 __all__ = [
     "ALPHA",
     "BestSet",
     "Comparison",
+    "PERPLEXITY",
     "SPARSITY_TOLERANCE",
     "Spent",
     "best_entry",

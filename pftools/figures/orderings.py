@@ -38,8 +38,9 @@ def metric_chart(
 
     Args:
         results: columns ordering, measured and ``metric``. Optional: ``metric``_low and ``metric``_high (an
-            interval), label (how a row is called, else its ordering) and
-            collapsed (true for a model worse than guessing: drawn as a cross at the end of the scale).
+            interval), label (how a row is called, else its ordering),
+            collapsed (true for a model worse than guessing: drawn as a cross at the end of the scale) and
+            may_be_best (true: a ring is drawn around the dot).
         by: "sparsity" draws a line an ordering against *measured* sparsity; "ordering" a row an ordering,
             for studies of a single sparsity.
         chance: the level of guessing, drawn as a dashed line.
@@ -69,6 +70,8 @@ def metric_chart(
     tooltip = [name for name in ("label", "asked", "measured", metric) if name in shown]
     dots = base.transform_filter("!datum.collapsed").mark_point(filled=True, size=90, opacity=1)
     layers.append(dots.encode(**at, shape=shape, tooltip=tooltip))
+    if shown["may_be_best"].any():
+        layers.append(_rings(base, at))
     if by == "ordering":
         layers.append(_numbers(base, at, metric, percent=percent))
     if shown["collapsed"].any():
@@ -84,6 +87,8 @@ def _shown(results: pd.DataFrame, metric: str) -> pd.DataFrame:
         shown = shown.assign(label=shown["ordering"])
     if "collapsed" not in shown:
         shown = shown.assign(collapsed=~np.isfinite(shown[metric].astype(float)))
+    if "may_be_best" not in shown:
+        shown = shown.assign(may_be_best=False)
     return shown
 
 
@@ -112,6 +117,13 @@ def _measured(shown: pd.DataFrame, channel: Any) -> Any:
     axis = alt.Axis(format="%", grid=False, values=tenths(top))
     scale = alt.Scale(domain=[-0.02, top + 0.02], nice=False)
     return channel("measured:Q", title="measured sparsity", axis=axis, scale=scale)
+
+
+def _rings(base: alt.Chart, at: dict[str, Any]) -> alt.Chart:
+    marks = base.transform_filter("datum.may_be_best && !datum.collapsed")
+    return marks.mark_point(shape="circle", filled=False, size=260, strokeWidth=1.6, opacity=1).encode(
+        **at, color=alt.value(INK)
+    )
 
 
 def _numbers(base: alt.Chart, at: dict[str, Any], metric: str, *, percent: bool) -> alt.Chart:

@@ -6,8 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pftools import run_folder
-from pftools.report.results import entry_table, final_states, is_perplexity, task_names, task_record
+from pftools import compare, run_folder
+from pftools.report.results import (
+    best_sets,
+    entry_table,
+    final_states,
+    is_perplexity,
+    task_names,
+    task_record,
+)
 
 if TYPE_CHECKING:
     import altair as alt
@@ -15,9 +22,15 @@ if TYPE_CHECKING:
 
 def perplexity_chart(table: pd.DataFrame) -> alt.LayerChart:
     """Perplexity against measured sparsity; where all orderings end at one sparsity, a row an ordering."""
-    subtitle = perplexity_subtitle(table)
+    subtitle, entries = perplexity_subtitle(table), entry_table(table)
+    sets = [found for found in best_sets(table) if found.metric == compare.PERPLEXITY]
+    if sets:
+        inside = {(found.asked, label) for found in sets for label in found.members}
+        places = zip(entries["asked"], entries["label"])
+        entries = entries.assign(may_be_best=[place in inside for place in places])
+        subtitle += " Ringed: may be the best."
     return _metric_chart(
-        entry_table(table), "perplexity", title="Perplexity", subtitle=subtitle, label="perplexity", log=True
+        entries, "perplexity", title="Perplexity", subtitle=subtitle, label="perplexity", log=True
     )
 
 
