@@ -21,8 +21,10 @@ The helper package behind the notebooks. A module is one idea, and imports only 
     notebook                                what a notebook does first
     run_folder, orderings                   run folders; words of P and F
     redaction, settings                     secrets stay out of what is kept; validated parameters
+    criteria                                how much a weight matters
     contents, files, shipped, cells         digests; atomic writes; what comes along; what a cell sets
-    yaml_file, records, splits, errors      files and their lines; documents; splits; errors
+    yaml_file, records, chat, splits        files with their lines; documents; conversations; splits
+    errors                                  errors in one sentence
 
 Importing pftools imports nothing heavy: torch and its friends come with the module that needs them.
 """

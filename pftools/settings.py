@@ -12,6 +12,7 @@ import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from pftools.criteria import METHODS
 from pftools.errors import PftoolsError, nearest
 
 # What this name stands for is made by `base_models`; a folder of the same name is not it.
@@ -29,22 +31,17 @@ A_PATH = "a path"  # marks parameters that are always paths; others, such as a m
 FolderPath = Annotated[str, A_PATH]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Merge = Literal["auto", "masked", "dense"]
-# The names of `prune.METHODS`, here too, so that a plan is checked without torch; a test keeps the two in
-# step.
-PruningMethod = Literal[
-    "magnitude",
-    "wanda",
-    "wanda_variant",
-    "ria",
-    "sparsegpt",
-    "ablate_mag_seq",
-    "ablate_wanda_seq",
-    "ablate_mag_iter",
-    "ablate_wanda_iter",
-]
-PRUNING_METHODS = get_args(PruningMethod)
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        raise ValueError(nearest(name, METHODS))
+    return name
+
+
+PruningMethod = Annotated[str, AfterValidator(_known_method)]
 # Those that also change the weights they keep, which then have to be stored whole.
-UPDATING_METHODS = tuple(name for name in PRUNING_METHODS if name.startswith(("sparsegpt", "ablate_")))
+UPDATING_METHODS = tuple(name for name, method in METHODS.items() if method.update)
 
 
 # What `targets` of a fine-tuning may be called, and the modules that it then means.
@@ -201,7 +198,7 @@ class Prune(_Changing):
 
     calibration: str = Field("", description="a calibrate run whose blocks are used; empty: choose them here")
     n_blocks: int = Field(64, ge=1, description="how many calibration blocks, where calibration is empty")
-    method: PruningMethod = Field("wanda", description="the pruning criterion")
+    method: PruningMethod = Field("wanda", description=f"the pruning criterion: {', '.join(METHODS)}")
     sparsity: float = Field(
         0.5, ge=0, lt=1, allow_inf_nan=False, description="share of zeros over the linear weights"
     )

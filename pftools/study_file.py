@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from pftools import contents, settings
+from pftools.criteria import METHODS
 from pftools.errors import PftoolsError, nearest
 from pftools.inference.looks import Looks
 from pftools.orderings import Schedule, parse_ordering
@@ -177,8 +178,8 @@ class Study(settings.Parameters):
     @model_validator(mode="after")
     def _words_and_parameters_are_valid(self) -> Study:
         for number, method in enumerate(self.methods):
-            if method not in settings.PRUNING_METHODS:
-                says = nearest(method, settings.PRUNING_METHODS)
+            if method not in METHODS:
+                says = nearest(method, METHODS)
                 raise PftoolsError(f"unknown pruning method {method!r}: {says}.", where=("methods", number))
         for number, pattern in enumerate(self.patterns):
             with _at("patterns", number):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pftools import prune, settings
+from pftools import criteria, prune, settings
 from pftools.errors import PftoolsError
 from pftools.layers import linear_modules, linear_weights, measured_sparsity
-from pftools.prune import allocation, criteria, inputs, patterns, sparsegpt
+from pftools.prune import allocation, inputs, patterns, sparsegpt
 from tests import oracles
 from tests.tiny import tiny_blocks, tiny_llama
 
@@ -24,7 +24,8 @@ def weight_and_inputs(rows=48, columns=64, tokens=400, seed=0):
 
 
 def test_the_names_in_the_settings_are_those_of_the_registry():
-    assert list(settings.PRUNING_METHODS) == list(prune.METHODS)
+    assert all(settings.check(settings.Prune, {"method": name}).method == name for name in prune.METHODS)
+    assert list(criteria.methods_table().index) == list(prune.METHODS)
     with pytest.raises(
         PftoolsError, match="parameter method of the prune step is 'sparsgpt': did you mean 'sparsegpt'"
     ):

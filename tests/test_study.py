@@ -158,12 +158,6 @@ def test_the_chart_of_a_plan_draws_every_model_once_and_no_line_through_another(
     assert figures.plan_chart(table.reset_index()).to_dict()["layer"]
 
 
-def test_the_names_of_pruning_methods_are_those_of_the_registry():
-    from pftools.prune import METHODS
-
-    assert set(METHODS) <= set(settings.PRUNING_METHODS)
-
-
 def test_the_kth_finetune_has_seed_k_and_seeds_never_meet():
     plan = plan_study(study(orderings=["F*3"], seeds=[0, 1]))
     seeds = [step.parameters.seed for step in plan.steps.values() if step.parameters.step == "finetune"]

@@ -1,6 +1,5 @@
 """Post-training pruning: which weights go, decided layer by layer from a few calibration blocks.
 
-criteria      how much a weight matters: magnitude, Wanda, RIA, SparseGPT, ...; one small function each
 patterns      from scores to masks: unstructured, N:M, Wanda's variant
 sparsegpt     the weight update: kept weights make up for those that go
 allocation    how sparse each layer becomes: uniform, OWL
@@ -17,10 +16,13 @@ checkpoint    the same walk over a model on disk, a layer at a time: `prune_chec
 on_disk       the files of that model, read and written
 memory        what to lower when memory runs out
 result        masks and the table of what was done
+
+How much a weight matters is told by `pftools.criteria`: magnitude, Wanda, RIA, SparseGPT, one small function
+each.
 """
 
+from pftools.criteria import METHODS
 from pftools.prune.checkpoint import prune_checkpoint
-from pftools.prune.criteria import METHODS
 from pftools.prune.request import request_of
 from pftools.prune.result import PruneResult, score_histogram
 from pftools.prune.statistics import ActivationStatistics

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pftools.criteria import wanda
 from pftools.errors import PftoolsError
-from pftools.prune.criteria import wanda
 from pftools.prune.patterns import count_true
 
 

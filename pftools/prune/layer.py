@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pftools.criteria import magnitude
 from pftools.errors import PftoolsError
 from pftools.layers import Matrix, matrices
 from pftools.prune import sparsegpt
 from pftools.prune.calls import Batch
-from pftools.prune.criteria import magnitude
 from pftools.prune.inputs import Measured
 from pftools.prune.patterns import choose
 from pftools.prune.reconstruct import reconstruct

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pftools.prune.criteria import find_method
+from pftools.criteria import find_method
 from pftools.prune.patterns import choose, count_true, parse_pattern
 
 

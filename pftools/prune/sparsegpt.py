@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import torch
 
+from pftools.criteria import Method
 from pftools.errors import PftoolsError
-from pftools.prune.criteria import Method
 from pftools.prune.patterns import Pattern, choose, count_true, lowest_per_row
 from pftools.prune.result import Choice
 

@@ -2,25 +2,26 @@
 
 A criterion takes a weight W (rows are outputs, columns inputs; float32) and one number for every input
 column, and gives scores of W's shape: the lowest go. The number is the Euclidean norm of the column over all
-calibration tokens, ||X_j||, or what SparseGPT knows instead. A new criterion is one function here, its name
-in `settings.PruningMethod`, and one test against a naive restatement in `tests/oracles.py`.
+calibration tokens, ||X_j||, or what SparseGPT knows instead. A new criterion is one function here, a line in
+`METHODS`, and one test against a naive restatement in `tests/oracles.py`. Nothing here loads torch, so that a
+plan knows the names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from pftools.errors import PftoolsError, nearest
 
-Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
 
 
 def magnitude(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """|W|: the size of the weight alone (Han et al., 2015, arXiv 1506.02626). Inputs are ignored."""
+    """|W_ij| (the size of the weight alone: Han et al., 2015, arXiv 1506.02626). Inputs are ignored."""
     return weight.abs()
 
 
@@ -30,8 +31,9 @@ def wanda(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def ria(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||_2^0.5: relative importance and activations.
+    """Share of its row plus share of its column, times ||X_j||_2^0.5 (relative importance and activations).
 
+    (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||_2^0.5:
     A weight counts by its share of its row and of its column (Zhang et al., 2024, "Plug-and-Play", equation
     5, with the paper's a = 0.5).
     """
@@ -44,8 +46,7 @@ def ria(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def sparsegpt(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """w_j^2 / [U_jj]^2: the growth of the output's squared error when w_j goes and later columns make up for
-    it.
+    """w_j^2 / [U_jj]^2 (the growth of the output's squared error when later columns make up for w_j).
 
     Frantar and Alistarh, 2023, arXiv 2301.00774, equation 3 and algorithm 1. Here ``columns`` is 1 / U_jj,
     with U the upper Cholesky factor of the inverse Hessian. Were the input columns uncorrelated, it would be
@@ -70,7 +71,7 @@ class Method:
             1 / U_jj.
     """
 
-    score: Score
+    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     compare: Literal["row", "matrix", "share"] = "row"
     needs_inputs: bool = True
     update: bool = False
@@ -92,6 +93,28 @@ METHODS: dict[str, Method] = {
     "ablate_mag_iter": Method(magnitude, compare="matrix", update=True, renew=True),
     "ablate_wanda_iter": Method(wanda, compare="matrix", update=True, renew=True),
 }
+
+
+def methods_table() -> pd.DataFrame:
+    """A row a method: its score (from the criterion's docstring), and what is done with it."""
+    import pandas as pd
+
+    compared = {"row": "its row", "matrix": "its matrix", "share": "its row, which may differ in sparsity"}
+    kept = {
+        (False, False): "stays as it is",
+        (True, False): "is mended",
+        (True, True): "is mended as it goes",
+    }
+    rows = [
+        {
+            "method": name,
+            "a weight's score": (method.score.__doc__ or "").split("\n")[0].split(" (")[0].strip(),
+            "is compared with": compared[method.compare],
+            "what is kept": kept[method.update, method.renew],
+        }
+        for name, method in METHODS.items()
+    ]
+    return pd.DataFrame(rows).set_index("method")
 
 
 def find_method(name: str) -> Method:
