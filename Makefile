@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STUDY ?= data/studies/quick.yaml
 WORKERS ?= 2
 
-.PHONY: help study test families notebooks bench figures lint clean
+.PHONY: help study test families notebooks bench figures docs lint clean
 
 help:
 	@echo "make study      run $(STUDY) and print where its report is   (STUDY=... for another)"
@@ -14,13 +14,14 @@ help:
 	@echo "make families   check every class of causal language models; the table is data/families.csv"
 	@echo "make bench      measure every claim about speed and memory; results in benchmarks/results"
 	@echo "make figures    make the figures of the README anew from a finished quick study"
+	@echo "make docs       build the documentation; it is build/site/index.html"
 	@echo "make lint       check style, format, types and imports"
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "pftools needs Python 3.11 or newer, and $(PYTHON) is older: call make PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,slurm]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs,slurm]'
 	touch $@
 
 study: $(VENV)/ready
@@ -47,6 +48,9 @@ bench: $(VENV)/ready
 
 figures: $(VENV)/ready
 	$(BIN)/pftools report $(STUDY) --figures figures
+
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -167,8 +167,7 @@ def documents(corpus: str, *, split: str, data: str | Path | None = None) -> lis
 
     Raises:
         PftoolsError: unknown corpus or split, a file that cannot be read or is too small to be split, or a
-        split
-            without text.
+            split without text.
     """
     if split not in SPLITS:
         raise PftoolsError(f"unknown split {split!r}: {nearest(split, SPLITS)}.")

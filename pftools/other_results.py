@@ -94,8 +94,9 @@ def compare_results(
     seeds and questions are both taken as samples. p-values are corrected over the tasks (Holm).
 
     Args:
-        first, second: a CSV, a JSONL, or a folder of lm-eval's samples; in a folder with several
-            subfolders each of them is one training (seed), and both sides call them alike.
+        first: a CSV, a JSONL, or a folder of lm-eval's samples; in a folder with several subfolders each of
+            them is one training (seed), and both sides call them alike.
+        second: another, with the same questions.
         metric: lm-eval's metric that says what is right; default acc, else exact_match.
         margin: differences shown to be within this share of questions are called equivalent.
 

@@ -99,6 +99,37 @@ def run(command: list[str], folder: Path) -> None:
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
+def test_the_documentation_is_built_without_a_warning_and_asks_nobody(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.startswith(("WARNING", "ERROR"))]
+    for page in (tmp_path / "site").rglob("*.html"):
+        asked = re.findall(
+            r"<(?:script|link|img)[^>]+(?:src|href)=[\"']?(https?:[^\"' >]+)", page.read_text()
+        )
+        assert not [link for link in asked if "canonical" not in link], (page.name, asked)
+    assert "prune_checkpoint" in (tmp_path / "site" / "api.html").read_text()
+
+
+def test_words_are_spelt_and_links_lead_somewhere():
+    texts = [str(page.relative_to(ROOT)) for page in [*PAGES, ROOT / "CONTRIBUTING.md"]]
+    done = subprocess.run(
+        [sys.executable, "-m", "codespell_lib", *texts, "pftools", "notebooks"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            place, _, anchor = link.partition("#")
+            if not re.match(r"https?:|mailto:", link) and place:
+                assert (page.parent / place).exists(), f"{page.name}: {link}"
+
+
 def make_my_files(folder: Path) -> None:
     """What the reader has: a text, conversations."""
     (folder / "my").mkdir()
@@ -140,8 +171,8 @@ from pftools.study_file import Study
 from tests.tiny import tiny_blocks
 assert criteria.methods_table().loc["root", "a weight's score"] == "|W_ij|^0.5 ||X_j||_2"
 assert "root" in settings.Prune.model_fields["method"].description
-study = settings.check(Study, dict(name="s", model={str(model)!r}, orderings=["P"], methods=["wanda", "root"]))
-plan = plan_study(study)
+words = dict(name="s", model={str(model)!r}, orderings=["P"], methods=["wanda", "root"])
+plan = plan_study(settings.check(Study, words))
 assert {{row.method for row in plan.rows}} >= {{"wanda", "root"}}, plan.rows
 model, _ = models.load_model({str(model)!r}, dtype="float32")
 prune_model(model, tiny_blocks(), method="root", progress=False)

@@ -46,7 +46,7 @@ def perplexity(
 
     Raises:
         PftoolsError: no blocks, blocks longer than the model's context, or a loss that is not a number (the
-        block is named).
+            block is named).
     """
     if blocks.dim() != 2 or not len(blocks) or blocks.shape[1] < 2:
         raise PftoolsError(

@@ -58,7 +58,8 @@ def prune_checkpoint(
             no more.
         dtype: `auto` is the dtype on disk.
         device: where layers are computed.
-        method, sparsity, pattern, ...: as in `prune_model`.
+
+    The other arguments are those of `prune_model`.
 
     Returns:
         the table and the seconds; masks are in the folder only.

@@ -123,7 +123,9 @@ def measure_activations(
 
     Args:
         blocks: LongTensor (n_blocks, block_length).
-        batch_size, device, progress: as in `prune_model`.
+        batch_size: blocks a forward; None: chosen by size.
+        device: where layers are computed, one at a time; None: where each of them is.
+        progress: show a progress bar.
 
     Raises:
         PftoolsError: the blocks are longer than the model's context, or hold what is not finite.
