@@ -1,7 +1,6 @@
 """What holds the project together: pins, conda file, published numbers."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +11,6 @@ import pandas as pd
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
-
-from pftools.study import load_study, plan_study
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,15 +77,3 @@ def test_the_published_numbers_are_whole():
     table = pd.read_csv(ROOT / "data/published/prune_finetune_llm_llama7b.csv")
     assert len(table) == 36 and (table["sparsity_measured"] <= table["sparsity_requested"]).all()
     assert len(pd.read_csv(ROOT / "data/published/wanda_llama2_wikitext2_ppl.csv")) == 10
-
-
-def test_the_readme_is_true(tmp_path):
-    """Its links lead somewhere, and its study is one."""
-    text = (ROOT / "README.md").read_text()
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
-    assert len(links) > 10
-    for link in links:
-        assert (ROOT / link).exists(), link
-    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "mine.yaml").write_text(example)
-    plan_study(load_study(tmp_path / "mine.yaml"), runs=tmp_path)
