@@ -192,15 +192,11 @@ def compare(
     ] = None,
 ) -> None:
     """Compare two sets of answers, or block losses, of other programs: paired by question and seed."""
-    from pftools import other_losses, other_results
+    from pftools import other_losses
 
     margin = None if equivalent_within is None else equivalent_within / 100
-    if other_losses.holds_losses(first) and other_losses.holds_losses(second):
-        found = other_losses.compare_losses(first, second, margin=margin)
-        out.print(found.sentence, highlight=False, markup=False, soft_wrap=True)
-        return
-    for comparison in other_results.compare_results(first, second, metric=metric, margin=margin):
-        out.print(comparison.sentence, highlight=False, markup=False, soft_wrap=True)
+    for sentence in other_losses.sentences(first, second, metric=metric, margin=margin):
+        out.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

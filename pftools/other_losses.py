@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from pftools import other_results
 from pftools.compare import p_in_words, perplexity_in_words
 from pftools.errors import PftoolsError
 from pftools.inference.verdict import (
@@ -80,6 +81,19 @@ def holds_losses(path: str | Path) -> bool:
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
         return {name.strip() for name in file.readline().split(",")} >= _COLUMNS
+
+
+def sentences(
+    first: str | Path, second: str | Path, *, metric: str | None = None, margin: float | None = None
+) -> list[str]:
+    """What `pftools compare` says: of two tables of block losses, or of answers, a sentence a task.
+
+    The arguments are those of `other_results.compare_results`.
+    """
+    if holds_losses(first) and holds_losses(second):
+        return [compare_losses(first, second, margin=margin).sentence]
+    found = other_results.compare_results(first, second, metric=metric, margin=margin)
+    return [comparison.sentence for comparison in found]
 
 
 def compare_losses(first: str | Path, second: str | Path, *, margin: float | None = None) -> LossComparison:

@@ -359,6 +359,16 @@ class Compare(PlanStudy):
     save_figures: FolderPath = Field(
         "", description="a folder for the figures as files; empty: they are only shown"
     )
+    others: list[str] = Field(
+        [], max_length=2, description="two sets of other results to compare, as `pftools compare` takes them"
+    )
+
+    @field_validator("others")
+    @classmethod
+    def _none_or_two(cls, others: list[str]) -> list[str]:
+        if len(others) == 1:
+            raise ValueError("give two sets of results, or none")
+        return others
 
 
 STEPS: dict[str, type[Step]] = {kind.step: kind for kind in (Calibrate, Prune, Finetune, Evaluate, Analyse)}

@@ -188,7 +188,8 @@ def test_the_report_tells_the_looks_and_spends_the_level_once(tmp_path):
     assert [look.n_seeds for look in found["perplexity"].looks] == [3, 5, 8]
     assert sum(look.level for look in found["perplexity"].looks) == pytest.approx(0.05)
     assert set(found["perplexity"].members) == {"finetune_prune", "prune_finetune"}
-    assert "over looks at 3, 5 and 8 seeds" in report.headline(table)
+    words = report.headline(table)
+    assert "over looks at 3, 5 and 8 seeds" in words and "out: prune after 3 seeds" in words
     pairs = report.pair_table(table).set_index(["first", "second"])
     assert pairs.loc[("finetune_prune", "prune_finetune"), "seeds"] == 8
     assert pairs.loc[("prune", "prune_finetune"), "seeds"] == 3
@@ -203,3 +204,20 @@ def test_the_main_chart_rings_what_may_be_the_best(tmp_path):
     assert {row["label"] for row in rows if row["may_be_best"]} == {"prune_finetune"}
     rings = [layer for layer in drawn["layer"] if "may_be_best" in json.dumps(layer.get("transform", ""))]
     assert len(rings) == 1 and rings[0]["mark"]["filled"] is False
+
+
+def test_the_report_shows_each_ordering_s_curve_and_an_edge(tmp_path):
+    StubEngine(trained).run(planned(tmp_path, tune={"learning_rate": GRID}))
+    table = report.study_results(tmp_path / "staged.yaml", runs=tmp_path / "runs")
+    words = report.tuning_words(table)
+    assert "finetune_prune at 50% (wanda): 0.001, which is the edge of the grid" in words
+    assert "prune_finetune at 50% (wanda): 0.002." in words and "same 3 rates" in words
+    drawn = report.tuning_chart(table).to_dict()
+    rows = [row for rows in drawn["datasets"].values() for row in rows]
+    assert len(rows) == 6 and sum(row["chosen"] for row in rows) == 2
+
+
+def test_a_study_without_trials_has_no_word_of_them(tmp_path):
+    StubEngine(trained).run(planned(tmp_path))
+    table = report.study_results(tmp_path / "staged.yaml", runs=tmp_path / "runs")
+    assert report.tuning_words(table) == "" and report.tuning_chart(table) is None

@@ -236,9 +236,11 @@ def set_in_words(found: BestSet) -> str:
     by = "lowest perplexity" if found.metric == PERPLEXITY else f"most right answers to {found.metric}"
     unit = "blocks" if found.metric == PERPLEXITY else "questions"
     drawn = f"{found.n_seeds} seeds, " if found.n_seeds > 1 else ""
-    if len(found.looks) > 1:
+    if found.looks:
         seeds = [str(look.n_seeds) for look in found.looks]
-        drawn = f"over looks at {', '.join(seeds[:-1])} and {seeds[-1]} seeds, "
+        drawn = f"at the first look, {seeds[0]} seeds, "
+        if len(seeds) > 1:
+            drawn = f"over looks at {', '.join(seeds[:-1])} and {seeds[-1]} seeds, "
     basis = f"95% confidence, {drawn}{found.n:,} {unit}"
     if found.n_seeds == 1:
         return (
@@ -246,10 +248,23 @@ def set_in_words(found: BestSet) -> str:
             f"{_one_of(members)} ({basis}); which ordering is best, one training each cannot say."
         )
     rest = f"; the other {others} are behind" if others > 1 else "; the other is behind" if others else ""
+    if len(found.looks) > 1:
+        rest = _left_in_words(found)
     sentence = f"At {found.where}, the {by} has {_one_of(members)} ({basis}){rest}."
     if found.equivalent and found.margin is not None:
         sentence += f" Those {len(members)} are equivalent within {_margin_in_words(found)}."
     return sentence
+
+
+def _left_in_words(found: BestSet) -> str:
+    """Who was out after which look, as far as anyone was."""
+    left, inside = [], set(found.labels)
+    for look in found.looks:
+        out = [label for label in found.labels if label in inside - set(look.members)]
+        inside &= set(look.members)
+        if out:
+            left.append(f"{' and '.join(out)} after {look.n_seeds} seeds")
+    return f"; out: {', '.join(left)}" if left else ""
 
 
 def _margin_in_words(found: BestSet) -> str:

@@ -23,7 +23,7 @@ from pftools.figures.layers import (
 from pftools.figures.orderings import asked_and_measured, metric_chart, pair_ratios
 from pftools.figures.plans import ordering_chart, plan_chart
 from pftools.figures.theme import ORDERING_COLOURS, as_svg, colours_of, save
-from pftools.figures.training import learning_rate_curve, loss_curve
+from pftools.figures.training import learning_rate_curve, loss_curve, tuning_curves
 
 __all__ = [
     "ORDERING_COLOURS",
@@ -45,4 +45,5 @@ __all__ = [
     "score_histogram",
     "sparsity_by_layer",
     "task_scores",
+    "tuning_curves",
 ]

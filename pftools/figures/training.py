@@ -1,11 +1,13 @@
-"""A training: its loss and its learning rate."""
+"""A training: its loss and its learning rate; many of them, to choose a rate by."""
 
 from __future__ import annotations
+
+import math
 
 import altair as alt
 import pandas as pd
 
-from pftools.figures.theme import BLUE, GREY, ORANGE, title_of
+from pftools.figures.theme import BLUE, GREY, INK, ORANGE, colours_of, title_of
 
 
 def loss_curve(losses: pd.DataFrame, *, title: str = "Training loss", subtitle: str = "") -> alt.LayerChart:
@@ -30,3 +32,36 @@ def learning_rate_curve(losses: pd.DataFrame) -> alt.Chart:
             y=alt.Y("learning_rate:Q", title=None, axis=alt.Axis(format=".1e", tickCount=3)),
         )
     )
+
+
+def tuning_curves(trials: pd.DataFrame, *, title: str) -> alt.LayerChart:
+    """Validation loss against learning rate, a line an ordering; what was chosen is ringed.
+
+    Args:
+        trials: columns ordering, label, learning_rate, loss, low, high, chosen; a row a rate. Infinite losses
+            are left out.
+    """
+    shown = trials[trials["loss"].map(math.isfinite)]
+    names = list(dict.fromkeys(shown["ordering"]))
+    rates = sorted(shown["learning_rate"].unique().tolist())
+    x = alt.X(
+        "learning_rate:Q",
+        title="learning rate",
+        scale=alt.Scale(type="log", nice=False, padding=20),
+        axis=alt.Axis(values=rates, format="~g", grid=False),
+    )
+    y = alt.Y("loss:Q", title="validation loss (nats a token)", scale=alt.Scale(zero=False))
+    subtitle = "Ringed: chosen. A choice at the end of a line may not be the best there is."
+    base = alt.Chart(shown, title=title_of(title, subtitle)).encode(
+        x=x, color=alt.Color("ordering:N", title=None, sort=names, scale=colours_of(names)), detail="label:N"
+    )
+    rings = base.transform_filter("datum.chosen").mark_point(filled=False, size=260, strokeWidth=1.6)
+    layers = [
+        base.mark_line(strokeWidth=2.2).encode(y=y),
+        base.mark_rule(strokeWidth=2, opacity=0.6).encode(y=alt.Y("low:Q"), y2="high:Q"),
+        base.mark_point(filled=True, size=70, opacity=1).encode(y=y),
+        rings.encode(y=y, color=alt.value(INK)),
+    ]
+    chart = alt.layer(*layers)
+    assert isinstance(chart, alt.LayerChart)  # a FacetChart only where a layer has facets
+    return chart

@@ -4,6 +4,7 @@ results    the finished results of a study, its entries, its pairs
 answers    the headline and the verdicts, in Markdown
 tables     orderings, guessing, pairs by task
 charts     perplexity, tasks, pairs, sparsity
+tuning     how learning rates were chosen
 settings   what decided the numbers
 page       the notebook as one HTML file
 """
@@ -28,6 +29,7 @@ from pftools.report.results import (
 )
 from pftools.report.settings import circumstances, settings_table
 from pftools.report.tables import guessing_table, result_table, visible_differences
+from pftools.report.tuning import tuning_chart, tuning_words
 
 __all__ = [
     "best_sets",
@@ -49,6 +51,8 @@ __all__ = [
     "task_names",
     "task_pairs",
     "told_apart",
+    "tuning_chart",
+    "tuning_words",
     "verdict_list",
     "visible_differences",
 ]
