@@ -1,4 +1,4 @@
-"""How learning rates were chosen: each ordering's curve, and a word where a choice is at the edge of the grid."""
+"""How learning rates were chosen: each ordering's curve, and a word where a choice is at the grid's edge."""
 
 from __future__ import annotations
 
