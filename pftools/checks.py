@@ -61,7 +61,8 @@ def check_plan(plan: Plan) -> None:
 
 def _check_tasks(study: Study) -> None:
     try:
-        check_tasks(study.parameters(settings.Evaluate).tasks)
+        parameters = study.parameters(settings.Evaluate)
+        check_tasks(parameters.tasks, include=parameters.include)
     except PftoolsError as error:
         raise PftoolsError(f"{study.place('evaluate', 'tasks')}: {error}") from None
 

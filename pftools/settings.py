@@ -325,6 +325,10 @@ class Evaluate(_Blocks):
         ["facts", "reading"], description="lm-eval tasks by name, embedded ones included"
     )
     limit: int | None = Field(200, ge=1, description="questions a task; None: all")
+    include: FolderPath = Field("", description="a folder with more task files of lm-eval's kind")
+    num_fewshot: int | None = Field(None, ge=0, description="examples a question; None: as the task says")
+    apply_chat_template: bool = Field(False, description="ask through the model's chat template")
+    system_instruction: str = Field("", description="what stands before each question")
     data: FolderPath = local(
         "", "the data root, a folder that `pftools fetch-data` fills; empty: PFTOOLS_DATA"
     )

@@ -28,23 +28,27 @@ TASKS = PACKAGE_DATA / "tasks"
 ACCURACIES = ("acc_norm", "acc", "exact_match")
 METRICS = (*ACCURACIES, "mcc", "f1", "word_perplexity", "perplexity")
 BLOCK_PERPLEXITY = "block_perplexity"  # an output type of ours, which lm-eval does not know
+Index = dict[str, dict[str, Any]]
 _INDEX_VERSION = 1  # of the cached index; raise it when its contents change
 
 
-def check_tasks(names: Sequence[str]) -> None:
+def check_tasks(names: Sequence[str], *, include: str | Path = "") -> None:
     """Check that every task exists and reports a metric that pftools judges by.
+
+    Args:
+        include: a folder with more task files; they win over others of the same name.
 
     Raises:
         PftoolsError: a name that neither ``data/tasks`` nor lm-eval has (the nearest is offered), a metric or
         aggregation
             that lm-eval does not have, or a task with no metric that pftools knows.
     """
-    own = own_tasks()
+    own, included = own_tasks(), included_tasks(include)
     for name in names:
-        if name in own:
+        if name in own and name not in included:
             _check_own(name, own[name])
         else:
-            _check_judged(name, lm_eval_index())
+            _check_judged(name, index_with(name, included))
 
 
 def own_tasks() -> dict[str, Path]:
@@ -116,7 +120,7 @@ def _check_own(name: str, path: Path) -> None:
         raise _not_judged(name)
 
 
-def _check_judged(name: str, index: dict[str, dict[str, Any]]) -> None:
+def _check_judged(name: str, index: Index) -> None:
     """Check that a task of lm-eval exists, and that each of its parts reports a metric that is known here."""
     if name not in index:
         raise unknown_task(name, index)
@@ -132,7 +136,7 @@ def _not_judged(name: str) -> PftoolsError:
     )
 
 
-def unknown_task(name: str, index: dict[str, dict[str, Any]]) -> PftoolsError:
+def unknown_task(name: str, index: Index) -> PftoolsError:
     """The error for an unknown name.
 
     lm-eval has thousands of tasks: it offers the nearest and lists only our own.
@@ -149,7 +153,30 @@ def unknown_task(name: str, index: dict[str, dict[str, Any]]) -> PftoolsError:
 # The index of lm-eval's tasks
 
 
-def lm_eval_index() -> dict[str, dict[str, Any]]:
+def included_tasks(include: str | Path) -> Index:
+    """The tasks, groups and tags of a folder's files, as `lm_eval_index` tells them; empty for no folder.
+
+    Raises:
+        PftoolsError: the folder is not there, or has no task files.
+    """
+    if not str(include):
+        return {}
+    folder = Path(include).expanduser()
+    found = _read_index(folder) if folder.is_dir() else {}
+    if not found:
+        raise PftoolsError(
+            f"include is {str(include)!r}, and no task files are there: give a folder with task files of "
+            "lm-eval's kind (YAML)."
+        )
+    return found
+
+
+def index_with(name: str, included: Index) -> Index:
+    """Where a task is looked up: the included ones, and lm-eval's where that is needed."""
+    return included if name in included else {**lm_eval_index(), **included}
+
+
+def lm_eval_index() -> Index:
     """Every task, group and tag that lm-eval ships: {name: {"path", "metrics", "parts"}}.
 
     path: the YAML file; None for a tag. metrics: names; None where only code knows them. parts: the tasks,
@@ -165,26 +192,28 @@ def lm_eval_index() -> dict[str, dict[str, Any]]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there yet, or damaged
         pass
+    log = logging.getLogger(__name__)
+    log.warning("reading the index of lm-eval's tasks: half a minute, once for each version of lm-eval")
     index = _read_index(folder)
     try:
         write_json(path, index)
     except OSError as error:
-        logging.getLogger(__name__).warning("the index of lm-eval's tasks could not be kept: %s", error)
+        log.warning("the index of lm-eval's tasks could not be kept: %s", error)
     return index
 
 
-def parts_of(name: str, index: dict[str, dict[str, Any]]) -> list[str]:
+def parts_of(name: str, index: Index) -> list[str]:
     """The tasks behind a name: itself, or those of the group or tag, each once."""
     return [found for found in _below(name, index, set()) if not index[found]["parts"]]
 
 
-def folders_of(name: str, index: dict[str, dict[str, Any]]) -> list[Path]:
+def folders_of(name: str, index: Index) -> list[Path]:
     """The folders of the YAML files that a task, group or tag is made of."""
     paths = (index[found]["path"] for found in _below(name, index, set()))
     return sorted({Path(path).parent for path in paths if path})
 
 
-def _below(name: str, index: dict[str, dict[str, Any]], seen: set[str]) -> Iterator[str]:
+def _below(name: str, index: Index, seen: set[str]) -> Iterator[str]:
     """A name, and all names below it, each once."""
     if name in index and name not in seen:
         seen.add(name)
@@ -200,11 +229,9 @@ def _lm_eval_folder() -> Path:
     return Path(found.origin).parent / "tasks"
 
 
-def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
+def _read_index(folder: Path) -> Index:
     from lm_eval.tasks._index import Kind, TaskIndex
 
-    log = logging.getLogger(__name__)
-    log.warning("reading the index of lm-eval's tasks: half a minute, once for each version of lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     index = {}
     for name, entry in TaskIndex.build([folder]).items():

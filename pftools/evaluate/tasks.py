@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,28 @@ def evaluate_tasks(
     *,
     limit: int | None = None,
     seed: int = 0,
+    include: str | Path = "",
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str = "",
     batch_size: int | None = None,
     data: str | Path | None = None,
     progress: bool = True,
 ) -> TaskResults:
     """Ask a model the questions of lm-eval tasks.
 
+    What can be chosen has the names and the meaning that it has in lm-eval.
+
     Args:
         tasks: names; an unknown one is an error that offers the nearest.
         limit: questions a task, the first ones (of a group, for each of its tasks; of a block perplexity,
             blocks); None: all.
         seed: draws few-shot examples, where a task draws them.
+        include: a folder with more task files, as lm-eval's `--include_path`.
+        num_fewshot: examples before each question; None: as many as the task says. A task that says 0 keeps
+            it.
+        apply_chat_template: ask through the model's chat template, examples as earlier turns.
+        system_instruction: what stands before each question, or is the chat's system message.
         batch_size: questions a forward; None: chosen by size.
         data: the data root; None: `PFTOOLS_DATA`.
 
@@ -76,7 +87,12 @@ def evaluate_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = list(dict.fromkeys(tasks))
     blocks = {name: settings for name in tasks if (settings := _block_perplexity(name))}
-    loaded = load_tasks([name for name in tasks if name not in blocks], data=data)
+    loaded = load_tasks([name for name in tasks if name not in blocks], data=data, include=include)
+    if apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise PftoolsError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: give a model "
+            "with one (an instruct model), or apply_chat_template=False."
+        )
     scores: list[dict[str, Any]] = []
     samples: list[pd.DataFrame] = []
     results: dict[str, Any] = {}
@@ -86,7 +102,8 @@ def evaluate_tasks(
         lm = PrefixCachedLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto", progress=progress
         )
-        results = _ask(lm, loaded, limit, seed)
+        way = _Way(limit, seed, num_fewshot, apply_chat_template, system_instruction)
+        results = _ask(lm, loaded, way)
         for task, leaves in leaves_of(loaded, results).items():
             samples.append(question_rows(task, leaves, results))
             scores.append(task_score(task, leaves, results, samples[-1]))
@@ -116,21 +133,40 @@ def scores_as_json(scores: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return strict_json({row["task"]: {name: row[name] for name in kept} for row in rows})
 
 
-def _ask(lm: PrefixCachedLM, loaded: dict[str, Any], limit: int | None, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Way:
+    """How tasks are asked; see `evaluate_tasks`."""
+
+    limit: int | None
+    fewshot_seed: int
+    num_fewshot: int | None
+    apply_chat_template: bool
+    system_instruction: str
+
+
+def _ask(lm: PrefixCachedLM, loaded: dict[str, Any], way: _Way) -> dict[str, Any]:
     """lm-eval's result, with a record of every question under `samples`."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     found = TaskManager(include_defaults=False).load([part for parts in loaded.values() for part in parts])
-    for task in found["tasks"].values():
-        task.set_fewshot_seed(seed=seed)
-    results = lm_eval.evaluate(lm, found, limit=limit, bootstrap_iters=0, log_samples=True)
-    settings = {
-        "model": "PrefixCachedLM",
-        "limit": limit,
-        "fewshot_seed": seed,
-        "model_dtype": str(lm.model.dtype),
-    }
+    for name, task in found["tasks"].items():
+        task.set_fewshot_seed(seed=way.fewshot_seed)
+        if way.num_fewshot is not None and task.get_config("num_fewshot") == 0:
+            logging.getLogger(__name__).warning("%s is asked without examples, as its file says", name)
+        elif way.num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=way.num_fewshot)
+    results = lm_eval.evaluate(
+        lm,
+        found,
+        limit=way.limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        system_instruction=way.system_instruction or None,
+        apply_chat_template=way.apply_chat_template,
+        fewshot_as_multiturn=way.apply_chat_template,
+    )
+    settings = {"model": "PrefixCachedLM", **asdict(way), "model_dtype": str(lm.model.dtype)}
     return {**results, "config": settings, "lm_eval_version": lm_eval.__version__}
 
 
@@ -138,17 +174,25 @@ def _ask(lm: PrefixCachedLM, loaded: dict[str, Any], limit: int | None, seed: in
 # Loading tasks
 
 
-def load_tasks(names: Sequence[str], *, data: str | Path | None = None) -> dict[str, list[Any]]:
+def load_tasks(
+    names: Sequence[str], *, data: str | Path | None = None, include: str | Path = ""
+) -> dict[str, list[Any]]:
     """{name: its lm-eval Task or Group, or several Tasks where lm-eval's name is a tag}.
 
-    Our own files win over lm-eval's tasks of the same name: the same questions, from the data root.
+    Our own files win over lm-eval's tasks of the same name: the same questions, from the data root. Files of
+    ``include`` win over both.
 
     Raises:
         PftoolsError: what `check_tasks` refuses, or data that is not there.
     """
-    task_names.check_tasks(names)
-    own = task_names.own_tasks()
-    return {name: _load_own(name, data) if name in own else _load_foreign(name) for name in names}
+    task_names.check_tasks(names, include=include)
+    own, included = task_names.own_tasks(), task_names.included_tasks(include)
+    return {
+        name: _load_own(name, data)
+        if name in own and name not in included
+        else _load_foreign(name, task_names.index_with(name, included))
+        for name in names
+    }
 
 
 def _load_own(name: str, data: str | Path | None) -> list[Any]:
@@ -163,22 +207,21 @@ def _load_own(name: str, data: str | Path | None) -> list[Any]:
     return [_load_group(manager, name, by)] if by else list(manager.load(name)["tasks"].values())
 
 
-def _load_foreign(name: str) -> list[Any]:
-    """A task, group or tag of lm-eval.
+def _load_foreign(name: str, index: task_names.Index) -> list[Any]:
+    """A task, group or tag of lm-eval, or of an included folder.
 
     Only the folders of its files are indexed; all of them take half a minute.
     """
     from lm_eval.tasks import TaskManager
 
-    folders = task_names.folders_of(name, task_names.lm_eval_index())
+    folders = task_names.folders_of(name, index)
     try:
         found = TaskManager(include_path=list(folders), include_defaults=False).load(name)
     except Exception as error:  # the hub fails in many ways; the remedy is the same
         cause = (str(error).strip().splitlines() or [""])[0]
         raise PftoolsError(
-            f"lm-eval's task {name!r} could not be loaded ({type(error).__name__}: {cause}): its data "
-            "comes from the hub, which needs network or the hub's cache; the tasks of this kit read the data "
-            "root "
+            f"the task {name!r} ({folders[0]}) could not be loaded ({type(error).__name__}: {cause}): data "
+            "of the hub need network or the hub's cache; the tasks of this kit read the data root "
             f"({', '.join(task_names.own_tasks())})."
         ) from error
     group = found["groups"].get(name)
