@@ -131,6 +131,8 @@ def status(study: StudyFile, runs: Runs = _RUNS) -> None:
         table.add_row(step.parameters.step, step.label, name, _coloured(state), escape(remark))
     out.print(table)
     out.print(", ".join(f"{number} {state}" for state, number in counts.items()), highlight=False)
+    for what in planned.open:
+        out.print(f"Not planned yet: {what}.", highlight=False)
 
 
 def _state(step: studies.PlannedStep, job: Any, broken: set[str]) -> tuple[str, str]:

@@ -221,3 +221,14 @@ def test_a_study_without_trials_has_no_word_of_them(tmp_path):
     StubEngine(trained).run(planned(tmp_path))
     table = report.study_results(tmp_path / "staged.yaml", runs=tmp_path / "runs")
     assert report.tuning_words(table) == "" and report.tuning_chart(table) is None
+
+
+def test_a_report_before_the_last_look_says_that_the_study_goes_on(tmp_path):
+    plan = planned(tmp_path, seeds={"start": 3, "most": 8}, tune={"learning_rate": GRID})
+    engine = StubEngine(trained)
+    engine.stage(plan)
+    table = report.study_results(tmp_path / "staged.yaml", runs=tmp_path / "runs")
+    assert "The study goes on: which orderings get more than 3 seeds" in report.headline(table)
+    engine.run(study.plan_study(plan.study, runs=plan.runs))
+    table = report.study_results(tmp_path / "staged.yaml", runs=tmp_path / "runs")
+    assert "goes on" not in report.headline(table)

@@ -22,6 +22,8 @@ def headline(table: pd.DataFrame) -> str:
             "<details><summary>What is missing (pftools status tells the cause of a failure)</summary>\n\n"
             f"{bullets(table.attrs['missing'])}\n\n</details>"
         )
+    if table.attrs["open"]:
+        lines.append(f"*The study goes on: {plain('; '.join(table.attrs['open']))}.*")
     lines += [f"> {sentence}" for sentence in answers(table)]
     return "\n\n".join(lines)
 

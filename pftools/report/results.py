@@ -35,6 +35,7 @@ def study_results(study: str | Path, *, runs: str | Path = "runs") -> pd.DataFra
         "planned": len(plan.rows),
         "runs": str(runs),
         "missing": _missing(plan),
+        "open": plan.open,
         "trials": trials(plan).to_dict("records"),
     }
     return table
