@@ -128,7 +128,7 @@ def _rings(base: alt.Chart, at: dict[str, Any]) -> alt.Chart:
 
 def _numbers(base: alt.Chart, at: dict[str, Any], metric: str, *, percent: bool) -> alt.Chart:
     text = alt.Text(f"{metric}:Q", format=".1%" if percent else ".2f")
-    words = base.transform_filter("!datum.collapsed").mark_text(dy=-13, fontSize=11)
+    words = base.transform_filter("!datum.collapsed").mark_text(dy=-16, fontSize=11)
     return words.encode(
         **at, text=text, color=alt.value(INK)
     )  # an ordering's own colour may be too pale to read
