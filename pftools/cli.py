@@ -168,13 +168,19 @@ def _state(step: studies.PlannedStep, job: Any, broken: set[str]) -> tuple[str, 
 def report(
     study: StudyFile,
     runs: Runs = _RUNS,
-    output: Annotated[Path | None, typer.Option(help="The HTML file; default: reports/STUDY.html")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A folder, or one file that ends with .html; default: reports/STUDY"),
+    ] = None,
     figures: Annotated[
         Path | None, typer.Option(help="Also write the figures as files into this folder")
     ] = None,
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="One file, without the notebooks of the steps")
+    ] = False,
 ) -> None:
-    """Render the comparison of a study's finished orderings to one HTML file that needs no network."""
-    _write_report(study, runs, output, figures)
+    """Render the comparison of a study's finished orderings as pages that need no network."""
+    _write_report(study, runs, output, figures, single_file)
 
 
 @app.command()
@@ -377,10 +383,12 @@ def _task_names(planned: studies.Plan) -> list[str]:
     return planned.study.parameters(settings.Evaluate).tasks
 
 
-def _write_report(study: Path, runs: Path, output: Path | None, figures: Path | None) -> None:
+def _write_report(
+    study: Path, runs: Path, output: Path | None, figures: Path | None, single_file: bool = False
+) -> None:
     from pftools import report as reports
 
-    path = reports.render(study, runs=runs, output=output, figures=figures)
+    path = reports.render(study, runs=runs, output=output, figures=figures, single_file=single_file)
     out.print(f"Report: {path.resolve()}", highlight=False, soft_wrap=True)
 
 

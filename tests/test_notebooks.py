@@ -167,7 +167,7 @@ def test_a_whole_study_runs_resumes_reports_and_exports(tmp_path, monkeypatch):
     assert study.run_study(plan, progress=False) == []
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}  # nothing was done twice
 
-    html = (tmp_path / "reports" / "tiny.html").read_text()
+    html = (tmp_path / "reports" / "tiny" / "index.html").read_text()
     assert "<svg" in html and "prune_finetune" in html
     assert not [
         link

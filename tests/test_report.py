@@ -213,7 +213,9 @@ def test_a_report_is_rendered_again_only_where_something_changed(tmp_path, monke
         return nbformat.v4.new_notebook()
 
     monkeypatch.setattr(report.page, "_executed", executed)
-    monkeypatch.setattr(report.page, "_html", lambda notebook, name, state: f'<meta content="{state}">')
+    monkeypatch.setattr(
+        report.page, "_html", lambda notebook, name, state, orderings: f'<meta content="{state}">'
+    )
     path = tmp_path / "report.html"
     for _ in range(2):
         assert report.render(file, runs=tmp_path / "runs", output=path) == path
@@ -236,13 +238,13 @@ def test_the_page_answers_first_and_holds_all_it_needs():
         shown({"image/svg+xml": svg}),
         shown({"text/markdown": "It **won**."}, "answer"),
     ]
-    html = report.page._html(nbformat.v4.new_notebook(cells=cells), "<b>name</b>", "state")
-    places = [html.index(words) for words in ("<h1>Which order", "<strong>won", "<figure", "How to read it")]
+    html = report.page._html(nbformat.v4.new_notebook(cells=cells), "<b>name</b>", "state", ["base"])
+    places = [html.index(words) for words in (">Which order", "<strong>won", "<figure", "How to read it")]
     assert places == sorted(places) and "<title>&lt;b&gt;name" in html
     assert html.count('aria-label="Perplexity"') == 2 and html.count('<div class="wide"') == 1
     ids = re.findall(r'<g [^>]*id="([^"]*)"', html)
     assert len(ids) == len(set(ids)) == 2 and all(f"url(#{name})" in html for name in ids)
-    assert "<script" not in html and "http" not in html
+    assert "<script src" not in html and "http" not in html
 
 
 def shown(data, *tags):

@@ -45,7 +45,8 @@ def test_a_wheel_carries_notebooks_studies_tasks_and_the_page(site):
         wanted = [path.relative_to(ROOT / name) for path in (ROOT / name).rglob("*") if path.is_file()]
         hidden = [path for path in wanted if any(part.startswith((".", "__")) for part in path.parts)]
         assert not [path for path in wanted if path not in hidden and not (inside / path).exists()]
-    pages = [path.relative_to(ROOT) for path in (ROOT / "pftools").rglob("*.html")]
+    kinds = ("*.html", "*.css", "*.js")
+    pages = [path.relative_to(ROOT) for kind in kinds for path in (ROOT / "pftools").rglob(kind)]
     assert pages and all((site / page).exists() for page in pages)
 
 

@@ -1,7 +1,7 @@
 """Every chart of the notebooks, the report and the README: tidy DataFrame in, altair chart out.
 
-Charts are shown as SVG, so that they look the same in JupyterLab, in a rendered report and on a code-hosting
-page, with no network. One theme; an ordering has the same colour in every chart.
+A chart is shown live where there is a script for it (JupyterLab, a report) and as SVG everywhere else,
+with no network. One theme; an ordering has the same colour and shape in every chart.
 
 theme       colours, scales, charts as files
 layers      what is drawn layer by layer
@@ -20,12 +20,20 @@ from pftools.figures.layers import (
     score_histogram,
     sparsity_by_layer,
 )
-from pftools.figures.orderings import asked_and_measured, metric_chart, pair_ratios
+from pftools.figures.orderings import (
+    asked_and_measured,
+    metric_chart,
+    pair_ratios,
+    published_metric,
+    quality_and_cost,
+)
 from pftools.figures.plans import ordering_chart, plan_chart
-from pftools.figures.theme import ORDERING_COLOURS, as_svg, colours_of, save
+from pftools.figures.theme import DARK, LIVE, ORDERING_COLOURS, as_svg, colours_of, looks_of, save
 from pftools.figures.training import learning_rate_curve, loss_curve, tuning_curves
 
 __all__ = [
+    "DARK",
+    "LIVE",
     "ORDERING_COLOURS",
     "adapter_matrices",
     "as_svg",
@@ -35,12 +43,15 @@ __all__ = [
     "heat_map",
     "learning_rate_curve",
     "lines_by_layer",
+    "looks_of",
     "loss_curve",
     "metric_chart",
     "ordering_chart",
     "output_error",
     "pair_ratios",
     "plan_chart",
+    "published_metric",
+    "quality_and_cost",
     "save",
     "score_histogram",
     "sparsity_by_layer",

@@ -6,6 +6,8 @@ import pandas as pd
 
 from pftools import compare
 from pftools.compare import perplexity_in_words, sparsity_words
+from pftools.files import as_bytes
+from pftools.report.lineage import in_words, study_cost
 from pftools.report.markdown import bullets, code, plain
 from pftools.report.results import best_sets, entry_table, final_states, pair_table
 
@@ -24,21 +26,50 @@ def headline(table: pd.DataFrame) -> str:
         )
     if table.attrs["open"]:
         lines.append(f"*The study goes on: {plain('; '.join(table.attrs['open']))}.*")
-    lines += [f"> {sentence}" for sentence in answers(table)]
-    return "\n\n".join(lines)
+    return "\n\n".join([*lines, *_by_sparsity(answers(table)), _cost(table)])
 
 
-def answers(table: pd.DataFrame) -> list[str]:
-    """What can be said of every sparsity that orderings end at, the highest first: the set that holds the
-    best by perplexity, and by each task; then the numbers."""
+def _by_sparsity(told: list[tuple[str, list[str]]]) -> list[str]:
+    """The highest sparsity in full; what tasks say, and lower sparsities beyond the second, are folded."""
+    lines, folded = list[str](), list[str]()
+    for place, (sentence, tasks) in enumerate(told):
+        (lines if place < 2 else folded).append(f"> {sentence}")
+        if tasks:
+            (lines if place < 2 else folded).append(_folded("By task", tasks))
+    if folded:
+        lower = f"{len(told) - 2} lower sparsities" if len(told) > 3 else "The lower sparsity"
+        lines.append(_folded(lower, folded))
+    return lines
+
+
+def _folded(summary: str, parts: list[str]) -> str:
+    return "\n\n".join([f"<details><summary>{summary}</summary>", *parts, "</details>"])
+
+
+def _cost(table: pd.DataFrame) -> str:
+    """What the finished results took, in a line."""
+    spent = study_cost(table)
+    return (
+        f"*{spent['steps']} steps took {in_words(spent['seconds'])} of computing, "
+        f"{as_bytes(spent['memory'])} of memory at most and {as_bytes(spent['disk'])} on disk.*"
+    )
+
+
+def answers(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
+    """What can be said of every sparsity that orderings end at, the highest first: (the set that holds the
+    best by perplexity and its numbers, the sets by each task)."""
     ends = entry_table(final_states(table))
     pairs = pair_table(table)
     levels = sorted(ends["asked"].unique(), reverse=True)
-    sets: dict[float, list[str]] = {}
+    sets: dict[tuple[float, bool], list[str]] = {}
     for found in best_sets(table):
-        sets.setdefault(found.asked, []).append(plain(compare.set_in_words(found)))
+        place = (found.asked, found.metric == "perplexity")
+        sets.setdefault(place, []).append(plain(compare.set_in_words(found)))
     return [
-        " ".join([*sets.get(asked, []), _answer(ends, pairs, asked)])
+        (
+            " ".join([*sets.get((asked, True), []), _answer(ends, pairs, asked)]),
+            sets.get((asked, False), []),
+        )
         for asked in levels
         if asked > 0 or len(levels) == 1
     ]

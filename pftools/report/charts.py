@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pftools import compare, run_folder
+from pftools.report import published
+from pftools.report.lineage import in_words
 from pftools.report.results import (
     best_sets,
     entry_table,
     final_states,
     is_perplexity,
+    ordering_names,
     task_names,
     task_record,
 )
@@ -22,16 +25,78 @@ if TYPE_CHECKING:
 
 def perplexity_chart(table: pd.DataFrame) -> alt.LayerChart:
     """Perplexity against measured sparsity; where all orderings end at one sparsity, a row an ordering."""
-    subtitle, entries = perplexity_subtitle(table), entry_table(table)
-    sets = [found for found in best_sets(table) if found.metric == compare.PERPLEXITY]
-    if sets:
-        inside = {(found.asked, label) for found in sets for label in found.members}
-        places = zip(entries["asked"], entries["label"])
-        entries = entries.assign(may_be_best=[place in inside for place in places])
+    subtitle, entries = perplexity_subtitle(table), _ringed(table)
+    if "may_be_best" in entries:
         subtitle += " Ringed: may be the best."
     return _metric_chart(
-        entries, "perplexity", title="Perplexity", subtitle=subtitle, label="perplexity", log=True
-    )
+        table,
+        entries,
+        "perplexity",
+        title="Perplexity",
+        subtitle=subtitle,
+        label="perplexity",
+        log=True,
+    ).properties(description=described(table, "perplexity"))
+
+
+def _ringed(table: pd.DataFrame) -> pd.DataFrame:
+    """The entries, those marked that may be the best of their sparsity."""
+    entries = entry_table(table)
+    sets = [found for found in best_sets(table) if found.metric == compare.PERPLEXITY]
+    if not sets:
+        return entries
+    inside = {(found.asked, label) for found in sets for label in found.members}
+    places = zip(entries["asked"], entries["label"])
+    return entries.assign(may_be_best=[place in inside for place in places])
+
+
+def quality_chart(table: pd.DataFrame) -> alt.LayerChart:
+    """Perplexity against measured sparsity, with every training singly and the published numbers beside."""
+    from pftools import figures
+
+    entries = _lines(_ringed(table))
+    beside = published.beside("perplexity", _corpus(table))
+    words = [perplexity_subtitle(table)]
+    seeds = trainings(table) if table["seed"].nunique() > 1 else None
+    if seeds is not None:
+        words.append("Small marks: single trainings.")
+    if beside is not None:
+        words.append(f"Hollow: published numbers ({published.STUDY}; {published.WANDA}), {beside[1]}.")
+    return figures.metric_chart(
+        entries,
+        "perplexity",
+        by="sparsity",
+        title="Perplexity against measured sparsity",
+        subtitle=" ".join(words),
+        log=True,
+        orderings=ordering_names(table),
+        seeds=seeds,
+        published=None if beside is None else beside[0],
+    ).properties(description=described(table, "perplexity"))
+
+
+def trainings(table: pd.DataFrame) -> pd.DataFrame:
+    """The results singly, a row a training, with the labels of their entries."""
+    labels = {run: row["label"] for _, row in entry_table(table).iterrows() for run in row["runs"]}
+    return table.assign(label=table["run"].map(labels)).dropna(subset=["label"])
+
+
+def described(table: pd.DataFrame, metric: str) -> str:
+    """A chart in words, for readers who do not see it: what the best set of each sparsity says of it."""
+    sets = [compare.set_in_words(found) for found in best_sets(table) if found.metric == metric]
+    if sets:
+        return " ".join(sets)
+    entries = entry_table(final_states(table))
+    words = compare.sparsity_words(entries["asked"])
+    told = [
+        f"{row['label']} at {words[round(row['asked'], 10)]}: {row[metric]:.4g}"
+        for _, row in entries.dropna(subset=[metric]).iterrows()
+    ]
+    return f"{metric}: {'; '.join(told)}."
+
+
+def _corpus(table: pd.DataFrame) -> str:
+    return str(run_folder.read_record(table["run"].iloc[0])["results"]["corpus"])
 
 
 def perplexity_subtitle(table: pd.DataFrame) -> str:
@@ -44,9 +109,12 @@ def perplexity_subtitle(table: pd.DataFrame) -> str:
     return f"{text}, {blocks}; logarithmic.{baseline}"
 
 
-def _metric_chart(entries: pd.DataFrame, metric: str, *, title: str, **options: Any) -> alt.LayerChart:
+def _metric_chart(
+    table: pd.DataFrame, entries: pd.DataFrame, metric: str, *, title: str, **options: Any
+) -> alt.LayerChart:
     from pftools import figures
 
+    options["orderings"] = ordering_names(table)
     if entries.loc[entries["asked"] > 0, "asked"].nunique() == 1:
         return figures.metric_chart(entries, metric, by="ordering", title=title, **options)
     title = f"{title} against measured sparsity"
@@ -56,6 +124,12 @@ def _metric_chart(entries: pd.DataFrame, metric: str, *, title: str, **options: 
 def _lines(entries: pd.DataFrame) -> pd.DataFrame:
     """The entries as points of lines: one that two lines share (their beginnings are alike) is on both."""
     lines = set(entries["ordering"])
+    entries = entries.assign(
+        choices=[
+            label.removeprefix(name).strip(" ()")
+            for label, name in zip(entries["label"], entries["ordering"])
+        ]
+    )
     shared = [
         row.assign(
             ordering=name, label=name + str(row["label"].iloc[0]).removeprefix(row["ordering"].iloc[0])
@@ -79,7 +153,8 @@ def task_charts(table: pd.DataFrame) -> list[alt.LayerChart]:
 def _task_perplexity_chart(table: pd.DataFrame, task: str) -> alt.LayerChart:
     metric = task_record(table["run"].iloc[0], task)["metric"].replace("_", " ")
     entries = entry_table(final_states(table)).drop(columns="collapsed")
-    return _metric_chart(entries, task, title=f"{task}, {metric}", label=metric, log=True)
+    chart = _metric_chart(table, entries, task, title=f"{task}, {metric}", label=metric, log=True)
+    return chart.properties(description=described(table, task))
 
 
 def _accuracy_chart(table: pd.DataFrame, task: str) -> alt.LayerChart:
@@ -94,22 +169,69 @@ def _accuracy_chart(table: pd.DataFrame, task: str) -> alt.LayerChart:
     chance = scores[0].get("chance") or None
     seeds = " of one seed" if entries["seeds"].max() > 1 else ""
     guessing = "; dashed: the level of guessing" if chance else ""
+    beside = published.beside(task)
+    hollow = f"; hollow: {published.STUDY}, {beside[1]}" if beside else ""
     return _metric_chart(
+        table,
         entries,
         task,
         title=f"{task}, accuracy",
-        subtitle=f"{scores[0]['n']:,} questions, 95% intervals{seeds}{guessing}",
+        subtitle=f"{scores[0]['n']:,} questions, 95% intervals{seeds}{guessing}{hollow}",
         label="accuracy",
         chance=chance,
         percent=True,
-    )
+        published=beside[0] if beside else None,
+    ).properties(description=described(table, task))
 
 
 def sparsity_chart(table: pd.DataFrame) -> alt.LayerChart:
-    """What each entry was asked and what it has."""
+    """What each entry was asked and what it has, and the same of the published study, hollow."""
     from pftools import figures
 
-    return figures.asked_and_measured(entry_table(table))
+    numbers = published.published_numbers()
+    theirs = numbers[numbers["source"] == published.STUDY]
+    return figures.asked_and_measured(
+        entry_table(table),
+        orderings=ordering_names(table),
+        published=theirs,
+        subtitle=f"On the diagonal no zero was lost. Hollow: {published.STUDY}.",
+    ).properties(description=published.lost_zeros())
+
+
+def published_chart(table: pd.DataFrame) -> alt.LayerChart | None:
+    """The published perplexities by themselves; None where they stand in the study's own chart."""
+    from pftools import figures
+
+    corpus = _corpus(table)
+    if published.beside("perplexity", corpus) is not None:
+        return None
+    numbers = published.published_numbers()
+    return figures.published_metric(
+        numbers,
+        "perplexity",
+        title="Published perplexities",
+        subtitle=f"WikiText-2 test, blocks of 2,048 tokens: {published.STUDY} and {published.WANDA}. "
+        f"This study reads {corpus}: another scale, so another chart.",
+        orderings=ordering_names(table),
+    )
+
+
+def cost_chart(costs: pd.DataFrame, table: pd.DataFrame) -> alt.LayerChart | None:
+    """Perplexity against the time that a model took to make; None where nothing was made."""
+    from pftools import figures
+
+    made = costs[(costs["seconds"] > 0) & ~costs["collapsed"]]
+    if len(made) < 2:
+        return None
+    cheapest = made.sort_values("seconds", kind="stable").iloc[0]
+    best = made.sort_values("perplexity", kind="stable").iloc[0]
+    words = (
+        f"The cheapest model is {cheapest['label']} ({in_words(cheapest['seconds'])}, perplexity "
+        f"{cheapest['perplexity']:.2f}); the lowest perplexity has {best['label']} "
+        f"({in_words(best['seconds'])}, {best['perplexity']:.2f})."
+    )
+    chart = figures.quality_and_cost(made, orderings=ordering_names(table))
+    return chart.properties(description=words)
 
 
 def ratio_chart(pairs: pd.DataFrame, *, most: int = 15) -> alt.LayerChart | None:
@@ -133,4 +255,7 @@ def ratio_chart(pairs: pd.DataFrame, *, most: int = 15) -> alt.LayerChart | None
         high=tested["high"].where(worse, 1 / tested["low"]),
     )
     ordered = drawn.sort_values(["asked", "ratio"], ascending=[False, True])
-    return figures.pair_ratios(ordered, title="Which differences are real")
+    chart = figures.pair_ratios(ordered, title="Which differences are real")
+    apart = int((ordered["verdict_kind"] == "differs").sum())
+    told = f"{apart} of the {len(ordered)} pairs that are drawn differ. {ordered['verdict'].iloc[-1]}"
+    return chart.properties(description=told)

@@ -12,7 +12,8 @@ from pftools.errors import PftoolsError
 from pftools.inference.looks import Looks
 from pftools.results import answers, block_losses
 from pftools.results import final_states as ends_of
-from pftools.study import Plan, load_study, plan_study, results, run_state, trials
+from pftools.steps import read_failure
+from pftools.study import Plan, PlannedStep, load_study, plan_study, results, run_state, trials
 
 
 def study_results(study: str | Path, *, runs: str | Path = "runs") -> pd.DataFrame:
@@ -34,32 +35,63 @@ def study_results(study: str | Path, *, runs: str | Path = "runs") -> pd.DataFra
         "study": plan.study.model_dump(mode="json"),
         "planned": len(plan.rows),
         "runs": str(runs),
-        "missing": _missing(plan),
         "open": plan.open,
         "trials": trials(plan).to_dict("records"),
+        "file": str(study),
+        "orderings": list(dict.fromkeys(row.ordering for row in plan.rows)),
+        "missing": [_missing(row) for row in missing_results(plan)],
     }
     return table
 
 
-def _missing(plan: Plan) -> list[str]:
-    """The results that are not there, with the unfinished step that makes or evaluates its model."""
+def _missing(row: dict[str, str]) -> str:
+    choices = f"{row['method']}, {row['merge']}, seed {row['seed']}"
+    return f"{row['ordering']} at {row['asked']} ({choices}): {row['why']}"
+
+
+def plan_of(table: pd.DataFrame) -> Plan:
+    """The plan that these results are of."""
+    return plan_study(load_study(table.attrs["file"]), runs=table.attrs["runs"])
+
+
+def missing_results(plan: Plan) -> list[dict[str, str]]:
+    """The results that are not there: ordering, asked, method, pattern, merge, seed and why."""
     words = compare.sparsity_words(row.asked for row in plan.rows)
-    told = []
+    found = []
     for row in plan.rows:
-        if run_folder.is_finished(row.evaluation):
-            continue
-        model = Path(row.model)
-        made = model.name in plan.steps and not run_folder.is_finished(model)
-        step = plan.steps[model.name if made else Path(row.evaluation).name]
-        asked = words[round(row.asked, 10)]
-        told.append(
-            f"{row.ordering} at {asked} ({row.method}, {row.merge}, seed {row.seed}): "
-            f"{step.name} {_STATES[run_state(step.folder)]}"
-        )
-    return list(dict.fromkeys(told))
+        if not run_folder.is_finished(row.evaluation):
+            told = {
+                name: str(getattr(row, name)) for name in ("ordering", "method", "pattern", "merge", "seed")
+            }
+            step = _cause(plan, plan.steps[Path(row.evaluation).name])
+            found.append({**told, "asked": words[round(row.asked, 10)], "why": _why(step)})
+    return found
 
 
-_STATES = {"to do": "has not begun", "running": "is at work", "queued": "waits", "failed": "has failed"}
+def _cause(plan: Plan, step: PlannedStep) -> PlannedStep:
+    """The step that an unfinished one waits for: the first of those behind it that failed, or is to do."""
+    for name in step.parents:
+        parent = plan.steps[name]
+        if not run_folder.is_finished(parent.folder):
+            return _cause(plan, parent)
+    return step
+
+
+def _why(step: PlannedStep) -> str:
+    state = run_state(step.folder)
+    if state != "failed":
+        return f"{step.name} {_STATES[state]}"
+    failure = read_failure(step.folder)
+    place = f" in cell {failure.cell}" if failure.cell else ""
+    return f"{step.name} has failed{place}: {failure.cause}"
+
+
+_STATES = {"to do": "has not begun", "running": "is at work", "queued": "waits"}
+
+
+def ordering_names(table: pd.DataFrame) -> list[str]:
+    """All orderings of the study, finished or not: they decide which colour and shape each has."""
+    return list(table.attrs["orderings"])
 
 
 def final_states(table: pd.DataFrame) -> pd.DataFrame:
@@ -100,9 +132,17 @@ def pair_table(table: pd.DataFrame) -> pd.DataFrame:
 def best_sets(table: pd.DataFrame) -> list[compare.BestSet]:
     """The answer: by sparsity, and by perplexity and task, the entries that may be the best."""
     ends = final_states(table)
-    return compare.best_sets(
-        ends, block_losses(ends), answers(ends), margin=margin(table), looks=looks(table)
-    )
+    asked = (tuple(ends["run"]), tuple(ends["ordering"]), margin(table), looks(table))
+    if asked not in _KNOWN:
+        _KNOWN.clear()
+        _KNOWN[asked] = compare.best_sets(
+            ends, block_losses(ends), answers(ends), margin=margin(table), looks=looks(table)
+        )
+    return _KNOWN[asked]
+
+
+# The sets of the last study: its tables, charts and sentences all ask for them, and they take seconds.
+_KNOWN: dict[Any, list[compare.BestSet]] = {}
 
 
 def looks(table: pd.DataFrame) -> Looks | None:

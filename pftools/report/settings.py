@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from pandas.io.formats.style import Styler
 
 from pftools import run_folder
+from pftools.report.lineage import records_behind
 from pftools.report.markdown import code, plain
 from pftools.report.results import entry_table, final_states
 from pftools.report.tables import styled
@@ -42,7 +42,7 @@ def settings_table(table: pd.DataFrame) -> Styler:
 def _settings(model: str, evaluation: str) -> dict[tuple[str, str], str]:
     """{(step, setting): value} of an evaluation and of all steps behind its model."""
     values: dict[tuple[str, str], list[str]] = {}
-    for record in _records(evaluation, model):
+    for record in records_behind(evaluation, model):
         step = record["step"]
         names = [name for name in STEPS[step].key_fields() if name not in _ELSEWHERE]
         told = {name: record["parameters"].get(name) for name in names} | _told(record)
@@ -56,18 +56,6 @@ def _told(record: dict[str, Any]) -> dict[str, Any]:
     found = {name: record["results"][name] for name in ("dtype", "merge") if record["results"].get(name)}
     inputs = record.get("inputs") or {}
     return found | {f"{name}, sha256": str(digest)[:12] for name, digest in inputs.items()}
-
-
-def _records(evaluation: str, model: str) -> list[dict[str, Any]]:
-    """The run records of an evaluation and of all steps behind it, the last first."""
-    found, waiting = [run_folder.read_record(evaluation)], [model]
-    while waiting:
-        folder = Path(waiting.pop())
-        if folder.name and (folder / "run.json").exists():
-            record = run_folder.read_record(folder)
-            found.append(record)
-            waiting += [record["parameters"][name] for name in STEPS[record["step"]].parents]
-    return found
 
 
 def _in_words(value: Any) -> str:

@@ -7,16 +7,22 @@ from typing import Any
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from pftools import compare
+from pftools import compare, run_folder
 from pftools.compare import perplexity_in_words, sparsity_words
+from pftools.files import as_bytes, size_of
 from pftools.report.results import (
     best_sets,
     entry_table,
     final_states,
     is_perplexity,
+    missing_results,
+    ordering_names,
+    plan_of,
     task_names,
     task_record,
 )
+from pftools.steps import read_failure
+from pftools.study import run_state
 
 
 def result_table(table: pd.DataFrame) -> Styler:
@@ -49,7 +55,80 @@ def result_table(table: pd.DataFrame) -> Styler:
     formats |= {task: "{:.2f}" if is_perplexity(table, task) else "{:.1%}" for task in tasks}
     rivals = entries.groupby("asked")["asked"].transform("size") > 1
     bold = ["font-weight: 600" if best else "" for best in entries["best"] & rivals]
-    return styled(shown, formats).apply(lambda _: bold, subset=["ordering", "perplexity"])
+    names = ordering_names(table)
+    looks = [f"o-{names.index(name)}" for name in entries["ordering"]]
+    classes = pd.DataFrame({"ordering": looks}, index=shown.index)
+    style = styled(shown, formats).set_td_classes(classes).set_table_attributes('class="orderings"')
+    return style.apply(lambda _: bold, subset=["ordering", "perplexity"])
+
+
+def missing_table(table: pd.DataFrame) -> Styler | None:
+    """The results that are not there, each with the step that failed or is to do; None where all are."""
+    rows = missing_results(plan_of(table))
+    if not rows:
+        return None
+    shown = pd.DataFrame(rows)
+    told = [name for name in ("method", "pattern", "merge", "seed") if table[name].nunique() > 1]
+    return styled(shown[["ordering", "asked", *told, "why"]], {})
+
+
+def training_table(table: pd.DataFrame) -> Styler | None:
+    """Every training singly, a row a seed; None where each entry has one."""
+    if table["seed"].nunique() < 2:
+        return None
+    rows = final_states(table).reset_index(drop=True)
+    tasks = task_names(table)
+    told = [name for name in ("method", "pattern", "merge") if rows[name].nunique() > 1]
+    shown = rows[["ordering", *told, "asked", "seed", "measured", "perplexity", *tasks]]
+    shown = shown.assign(asked=rows["asked"].map(sparsity_words(rows["asked"])))
+    formats: dict[str, Any] = {"measured": "{:.2%}", "perplexity": perplexity_in_words}
+    formats |= {task: "{:.2f}" if is_perplexity(table, task) else "{:.1%}" for task in tasks}
+    names = ordering_names(table)
+    classes = pd.DataFrame({"ordering": [f"o-{names.index(name)}" for name in rows["ordering"]]})
+    return styled(shown, formats).set_td_classes(classes).set_table_attributes('class="orderings"')
+
+
+def cost_table(costs: pd.DataFrame, table: pd.DataFrame) -> Styler:
+    """What each entry took: time, memory, disk and training tokens."""
+    words = sparsity_words(costs["asked"])
+    shown = pd.DataFrame(
+        {
+            "ordering": costs["label"],
+            "asked": costs["asked"].map(words),
+            "minutes to make": costs["seconds"] / 60,
+            "minutes to evaluate": costs["evaluation"] / 60,
+            "most memory": [as_bytes(value) for value in costs["memory"]],
+            "disk": [as_bytes(value) for value in costs["disk"]],
+            "training tokens": costs["tokens"],
+            "perplexity": [perplexity_in_words(value) for value in costs["perplexity"]],
+        }
+    )
+    names = ordering_names(table)
+    classes = pd.DataFrame({"ordering": [f"o-{names.index(name)}" for name in costs["ordering"]]})
+    formats = {"minutes to make": "{:.1f}", "minutes to evaluate": "{:.1f}", "training tokens": "{:,}"}
+    return styled(shown, formats).set_td_classes(classes).set_table_attributes('class="orderings"')
+
+
+def step_table(table: pd.DataFrame) -> Styler:
+    """Every step of the study: what it does, its state, what it took, and why it failed where it did."""
+    plan = plan_of(table)
+    rows = []
+    for name, step in plan.steps.items():
+        record = run_folder.read_record(step.folder) if run_folder.is_finished(step.folder) else {}
+        failed = not record and run_state(step.folder) == "failed"
+        rows.append(
+            {
+                "run": name,
+                "does": step.label,
+                "state": read_failure(step.folder).cause if failed else run_state(step.folder),
+                "seed": step.parameters.seed,
+                "seconds": record.get("seconds"),
+                "peak memory": as_bytes(record["peak_memory_bytes"]) if record else "",
+                "disk": as_bytes(size_of(step.folder)) if record else "",
+                "shared by": len(step.orderings),
+            }
+        )
+    return styled(pd.DataFrame(rows), {"seconds": "{:.1f}"})
 
 
 def _name(entry: pd.Series) -> str:
