@@ -81,6 +81,8 @@
   if (window.vegaEmbed) {
     drawAll();
     dark.addEventListener("change", drawAll);
+  } else {
+    root.dataset.ready = "yes";
   }
 
   // The key: an ordering is shown or hidden in all charts, tables and matrices.
