@@ -71,6 +71,7 @@ def prepared(spec: dict[str, Any]) -> dict[str, Any]:
     spec.pop("$schema", None)
     spec.pop("title", None)
     spec.get("config", {}).pop("background", None)
+    spec["background"] = None
     if not any(name in spec for name in ("hconcat", "vconcat", "concat", "facet", "repeat")):
         spec["width"] = "container"
     if _can_be_switched_off(spec):
