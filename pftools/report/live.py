@@ -48,13 +48,19 @@ def _title_in(svg: str) -> str:
 
 def titles_of(spec: dict[str, Any]) -> tuple[str, str]:
     """(title, subtitle) of a chart."""
-    title = spec.get("title") or {}
+    title = _titled(spec).get("title") or {}
     if isinstance(title, str):
         return title, ""
     subtitle = title.get("subtitle") or ""
     lines = subtitle if isinstance(subtitle, list) else [subtitle]
     text = title.get("text") or "Chart"
     return text if isinstance(text, str) else " ".join(text), " ".join(lines)
+
+
+def _titled(spec: dict[str, Any]) -> dict[str, Any]:
+    """The part of a chart that has its title: the whole, or one of its layers."""
+    parts = [spec, *spec.get("layer", [])]
+    return next((part for part in parts if part.get("title")), spec)
 
 
 def _json(spec: dict[str, Any]) -> str:
@@ -69,7 +75,7 @@ def prepared(spec: dict[str, Any]) -> dict[str, Any]:
     """
     spec = copy.deepcopy(spec)
     spec.pop("$schema", None)
-    spec.pop("title", None)
+    _titled(spec).pop("title", None)
     spec.get("config", {}).pop("background", None)
     spec["background"] = None
     if not any(name in spec for name in ("hconcat", "vconcat", "concat", "facet", "repeat")):
