@@ -161,6 +161,12 @@ def mark_masked(folder: Path, digest: str) -> None:
     write_json(path, json.loads(path.read_text()) | {"peft_type": MASKED_TYPE, "pftools_mask": digest})
 
 
+def unmark(folder: Path) -> None:
+    """Turn such a folder back into a LoRA that PEFT reads; the digest of its mask stays."""
+    path = folder / "adapter_config.json"
+    write_json(path, json.loads(path.read_text()) | {"peft_type": "LORA"})
+
+
 def updated_weight(
     weight: torch.Tensor,
     a: torch.Tensor,

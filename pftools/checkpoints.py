@@ -16,16 +16,18 @@ Where the parent is a folder that is no run, `checkpoint.json` also has "content
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pftools import base_models, contents, run_folder
-from pftools.adapters import merge_adapter
+from pftools.adapters import merge_adapter, unmark
 from pftools.errors import PftoolsError
-from pftools.files import replacing, write_json
+from pftools.files import replacing, write_json, write_text
 from pftools.layers import measured_sparsity
 from pftools.masks import MASKS, load_masks, save_masks
+from pftools.model_card import model_card
 
 if TYPE_CHECKING:
     import torch
@@ -204,6 +206,31 @@ def _fitting(
     return weight
 
 
+def export_adapter(run: str | Path, folder: str | Path) -> Path:
+    """Write the adapter of a finetune run as a folder that PEFT reads, with its mask and what that means.
+
+    Raises:
+        PftoolsError: no finetune run, or the target is not empty.
+    """
+    folder, manifest = Path(folder), read_manifest(run)
+    if manifest["kind"] != "adapter":
+        raise PftoolsError(f"{run} has no adapter: give the folder of a finetune run.")
+    if folder.exists() and any(folder.iterdir()):
+        raise PftoolsError(f"the folder {folder} is not empty: choose another, or remove it first.")
+    with replacing(folder) as partial:
+        shutil.copytree(Path(run) / ADAPTER, partial)
+        if manifest["merge"] == "masked":
+            unmark(partial)
+            write_text(
+                partial / "README.md",
+                "A low-rank adapter of a pruned model, in PEFT's format. It was trained for a *masked* "
+                "merge: W + (alpha / rank) * (W != 0) * (B @ A). PEFT adds the whole product, which fills "
+                "the zeros and is another model: merge with `pftools.adapters.merge_adapter`, or take the "
+                "model that `pftools export` writes.\n",
+            )
+    return folder
+
+
 def export(
     run: str | Path,
     folder: str | Path,
@@ -212,7 +239,7 @@ def export(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write the model of a run as a plain Hugging Face folder that needs no pftools, and check it.
+    """Write the model of a run as a plain Hugging Face folder with a model card, and check it.
 
     The written folder is loaded again with plain transformers and must give the same logits on a short text.
 
@@ -230,6 +257,7 @@ def export(
         tokenizer.save_pretrained(partial)
         facts = {"exported_from": Path(run).name, "sparsity": measured_sparsity(model)}
         write_json(partial / "pftools.json", facts)
+        write_text(partial / "README.md", model_card(*lineage(run), measured_sparsity(model)))
         again, _ = base_models.load_pretrained(
             str(partial), dtype=model.dtype, device=str(model.device), trust_remote_code=trust_remote_code
         )
@@ -238,3 +266,24 @@ def export(
             if not torch.equal(model(tokens).logits, again(tokens).logits):
                 raise PftoolsError(f"the export of {run} failed its check: its logits differ from the run's.")
     return folder
+
+
+def push(folder: str | Path, repository: str) -> str:
+    """Push an exported folder to a repository of the hub, made private if it is new; returns its address.
+
+    Raises:
+        PftoolsError: not logged in, no network, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        address = HfApi().create_repo(repository, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PftoolsError(
+            f"{folder} could not be pushed to {repository!r} ({cause}): log in with `hf auth login` where "
+            "there is network; the folder stays as it is."
+        ) from None
+    return str(address)

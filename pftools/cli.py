@@ -212,15 +212,22 @@ def export(
     run: Annotated[Path, typer.Argument(help="The run folder of a prune or finetune step", metavar="RUN")],
     folder: Annotated[Path, typer.Argument(help="The folder to write", metavar="FOLDER")],
     dtype: Annotated[str, typer.Option(help="auto (the run's own), float32, bfloat16 or float16")] = "auto",
+    adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapter, in PEFT's format")] = False,
+    push: Annotated[str, typer.Option(help="Also push to this repository of the hub", metavar="REPO")] = "",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let a hub model run its own code")
     ] = False,
 ) -> None:
-    """Write a run's model as a plain Hugging Face folder, and check that it gives the same logits."""
+    """Write a run's model as a plain Hugging Face folder with a model card, and check its logits."""
     from pftools import checkpoints
 
-    path = checkpoints.export(run, folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    out.print(f"Exported to {path}; its logits equal the run's.", highlight=False)
+    if adapter:
+        out.print(f"The adapter is in {checkpoints.export_adapter(run, folder)}.", highlight=False)
+    else:
+        path = checkpoints.export(run, folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        out.print(f"Exported to {path}; its logits equal the run's.", highlight=False)
+    if push:
+        out.print(f"Pushed to {checkpoints.push(folder, push)}.", highlight=False)
 
 
 @app.command()

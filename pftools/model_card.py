@@ -1,0 +1,146 @@
+"""The model card of an exported model: what was done to the base, with what, and what it is worth now."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pftools import run_folder
+from pftools.data_root import DATA_SETS
+from pftools.settings import EMBEDDED_MODEL, STEPS
+
+_EMBEDDED = ("HuggingFaceTB/SmolLM2-135M", "apache-2.0")  # its name on the hub, its licence
+_SHOWN = {
+    "prune": "method pattern sparsity inputs allocation reconstruct_steps seed",
+    "finetune": "corpus tokens steps epochs learning_rate adapter rank alpha targets base seed",
+}
+_LETTERS = {"prune": "P", "finetune": "F"}
+_NOTEBOOKS = {"prune": "02_prune", "finetune": "03_finetune"}
+
+
+def model_card(base: str, chain: list[Path], sparsity: float) -> str:
+    """The text of a model card, with the hub's metadata above it.
+
+    Args:
+        base: the base model, as the oldest run names it.
+        chain: the runs that lead from it to the model, oldest first.
+        sparsity: measured in the model, between 0 and 1.
+    """
+    from huggingface_hub import ModelCardData
+
+    records = [run_folder.read_record(folder) for folder in chain]
+    name, licence = _origin(base)
+    corpora = {record["parameters"].get("corpus") for record in records} - {None}
+    hub = [DATA_SETS[corpus].hub for corpus in sorted(corpora) if corpus in DATA_SETS]
+    data = ModelCardData(
+        base_model=name,
+        license=licence,
+        datasets=[source["path"] for source in hub if source] or None,
+        metrics=["perplexity"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "sparse", "pftools"],
+    )
+    word = " ".join(_LETTERS[record["step"]] for record in records)
+    source = f"[{name}](https://huggingface.co/{name})" if name else f"`{Path(base).name}`"
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name or Path(base).name}, {word}",
+        f"Made from {source} by the ordering **{word}** (P prunes, F fine-tunes with a low-rank adapter), "
+        f"with pftools {records[-1]['versions']['pftools']}. {_asked(records)}{sparsity:.2%} of the linear "
+        "weights of the decoder layers are zero. A zero takes as much room as any number: this model is "
+        "not smaller or faster by itself.",
+        "## What was done",
+        _steps(records),
+        "## What it is worth",
+        _worth(base, chain),
+        "## Licence",
+        f"That of the base model{f': {licence}' if licence else ', see there'}.",
+        "## Again",
+        "Each step starts from the model that the one before has left:",
+        "```sh\n" + "\n".join(map(_command, records)) + "\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _asked(records: list[dict[str, Any]]) -> str:
+    asked = [record["parameters"]["sparsity"] for record in records if record["step"] == "prune"]
+    return f"{asked[-1]:.2%} was asked, and " if asked else ""
+
+
+def _origin(base: str) -> tuple[str | None, str | None]:
+    """(the base model's id on the hub, its licence), each None where it is not known."""
+    if base == EMBEDDED_MODEL:
+        return _EMBEDDED
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        return base, None
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard.load(folder / "README.md").data
+    except (OSError, ValueError):
+        return None, None
+    return None, card.get("license")
+
+
+def _steps(records: list[dict[str, Any]]) -> str:
+    rows = ["| step | with | measured sparsity |", "|---|---|---|"]
+    for record in records:
+        given = record["parameters"]
+        names = [name for name in _SHOWN[record["step"]].split() if given.get(name) not in (None, "")]
+        shown = [f"{name} {given[name]}" for name in names if (name, given[name]) != ("reconstruct_steps", 0)]
+        rows.append(f"| {record['step']} | {', '.join(shown)} | {record['results']['measured']:.2%} |")
+    return "\n".join(rows)
+
+
+def _worth(base: str, chain: list[Path]) -> str:
+    """Perplexities of the model beside its base's, from evaluations in the same runs folder."""
+    own = _evaluations(chain[-1])
+    if not own:
+        return "It was not evaluated where it was made."
+    dense = {_place(record): record for record in _evaluations(base, chain[-1].parent)}
+    rows = ["| text | blocks | perplexity | of the base |", "|---|---|---|---|"]
+    for record in own:
+        found, before = record["results"], dense.get(_place(record))
+        reference = f"{before['results']['perplexity']:.2f}" if before else ""
+        blocks = f"{found['n_blocks']} of {found['block_length']} tokens"
+        rows.append(
+            f"| {found['corpus']}, {found['split']} | {blocks} | {found['perplexity']:.2f} | {reference} |"
+        )
+        rows += [
+            f"| {task} | {score['n']} questions | {score['metric']} {score['value']:.1%} | |"
+            for task, score in found["tasks"].items()
+            if score.get("low") is not None
+        ]
+    return "\n".join(rows)
+
+
+def _place(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record["results"].get(key) for key in ("corpus", "split", "n_blocks", "block_length"))
+
+
+def _evaluations(model: str | Path, runs: Path | None = None) -> list[dict[str, Any]]:
+    """The records of finished evaluations of a model: of a run beside it, of another where it is said."""
+    folder = runs or Path(model).parent
+    found = []
+    for run in sorted(folder.glob("evaluate-*")):
+        if run_folder.is_finished(run):
+            record = run_folder.read_record(run)
+            asked = record["parameters"]["model"]
+            if asked == str(model) or (runs is None and Path(asked).name == Path(model).name):
+                found.append(record)
+    return found
+
+
+def _command(record: dict[str, Any]) -> str:
+    """The papermill call of a step, with the parameters that differ from their defaults."""
+    kind, given = STEPS[record["step"]], record["parameters"]
+    changed = {
+        name: given[name]
+        for name in kind.key_fields()
+        if name in given and name not in kind.parents and given[name] != kind.model_fields[name].default
+    }
+    shown = " ".join(f"-p {name} {json.dumps(value)}" for name, value in changed.items())
+    return f"papermill notebooks/{_NOTEBOOKS[record['step']]}.ipynb out.ipynb -p model MODEL {shown}".rstrip()
