@@ -46,6 +46,8 @@ def check_plan(plan: Plan) -> None:
     for section in ("calibrate", "finetune", "evaluate"):
         if section in steps:
             _check_corpus(study, section)
+    if study.tune is not None:
+        _check_corpus(study, "evaluate", split="validation")
     config = read_config(study.model)
     if config:
         _check_class(study, config)
@@ -67,10 +69,10 @@ def _check_tasks(study: Study) -> None:
         raise PftoolsError(f"{study.place('evaluate', 'tasks')}: {error}") from None
 
 
-def _check_corpus(study: Study, section: str) -> None:
+def _check_corpus(study: Study, section: str, *, split: str | None = None) -> None:
     """Read the split that a step will read, where it is on this machine and of moderate size."""
     parameters: Any = study.parameters(settings.STEPS[section])
-    corpus, split = parameters.corpus, getattr(parameters, "split", "train")
+    corpus, split = parameters.corpus, split or getattr(parameters, "split", "train")
     data = getattr(parameters, "data", "") or None
     root = data_root(data)
     if corpus in _HUB_CORPORA and not (root and (root / corpus).is_dir()):

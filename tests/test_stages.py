@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pftools import costs, report, settings, study
+from pftools.checks import check_plan
 from pftools.errors import PftoolsError
 from pftools.study_file import TRIAL_SEEDS
 from tests.stub_engine import StubEngine
@@ -168,6 +169,18 @@ def test_a_rate_that_ruins_the_model_is_never_chosen(tmp_path):
 def test_mistakes_in_seeds_and_tune_are_named(tmp_path, words, says):
     with pytest.raises(PftoolsError, match=says):
         planned(tmp_path, **words)
+
+
+def test_a_corpus_without_the_text_of_trials_is_refused_before_the_first(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for split in ("train", "test"):
+        (corpus / f"{split}.txt").write_text("Some words, and more of them.\n\n" * 50)
+    words = {"finetune": {"corpus": str(corpus)}, "calibrate": {"corpus": str(corpus), "split": "train"}}
+    words["evaluate"] = {"corpus": str(corpus), "tasks": []}
+    check_plan(planned(tmp_path, **words))
+    with pytest.raises(PftoolsError, match="validation"):
+        check_plan(planned(tmp_path, tune={"learning_rate": GRID}, **words))
 
 
 def test_a_study_in_stages_is_the_same_study_after_a_trip_through_json(tmp_path):
