@@ -72,14 +72,14 @@ def _check_tasks(study: Study) -> None:
 def _check_corpus(study: Study, section: str, *, split: str | None = None) -> None:
     """Read the split that a step will read, where it is on this machine and of moderate size."""
     parameters: Any = study.parameters(settings.STEPS[section])
-    corpus, split = parameters.corpus, split or getattr(parameters, "split", "train")
+    corpus, read = parameters.corpus, split or str(getattr(parameters, "split", "train"))
     data = getattr(parameters, "data", "") or None
     root = data_root(data)
     if corpus in _HUB_CORPORA and not (root and (root / corpus).is_dir()):
         return
     try:
         if _size(Path(corpus)) <= _MOST_READ:
-            corpora.documents(corpus, split=split, data=data)
+            corpora.documents(corpus, split=read, data=data)
     except PftoolsError as error:
         raise PftoolsError(f"{study.place(section, 'corpus')}: {error}") from None
 

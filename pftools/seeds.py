@@ -6,6 +6,8 @@ a plan are put to it, sparsity by sparsity, by perplexity.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pftools import run_folder
 from pftools.plan import Plan, Variant
 from pftools.study_file import Study
@@ -45,8 +47,6 @@ def wanted_seeds(plan: Plan) -> dict[Variant, int]:
 
 def _whole(plan: Plan) -> Plan:
     """The plan with those rows only whose results can be read: a damaged one is made again."""
-    from dataclasses import replace
-
     return replace(plan, rows=[row for row in plan.rows if run_folder.is_whole(row.evaluation)])
 
 

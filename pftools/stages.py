@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pftools import seeds, trials
 from pftools.errors import PftoolsError
+from pftools.orderings import parse_ordering
 from pftools.plan import Plan, Variant, add_training, variants
 from pftools.study_file import Study
 
@@ -45,8 +46,8 @@ def grow(plan: Plan) -> bool:
         Whether it has a step that is not finished.
     """
     again = plan_study(plan.study, runs=plan.runs)
-    for field in fields(plan):
-        setattr(plan, field.name, getattr(again, field.name))
+    for part in fields(plan):
+        setattr(plan, part.name, getattr(again, part.name))
     return bool(plan.missing())
 
 
@@ -59,8 +60,6 @@ def _folder(runs: str | Path) -> Path:
 
 
 def _is_tuned(study: Study, variant: Variant) -> bool:
-    from pftools.orderings import parse_ordering
-
     return study.tune is not None and parse_ordering(variant.ordering).n_finetunes > 0
 
 
