@@ -1,11 +1,17 @@
-"""What the source of a notebook's cell sets, told without executing it."""
+"""What the source of a notebook's cell sets, and which cells a notebook has, told without executing them."""
 
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 import symtable
 from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
+
+from pftools.errors import PftoolsError
 
 # Calls that set names, or may, where the source does not show them.
 _HIDDEN_CALLS = ("exec", "eval", "globals", "locals", "vars", "get_ipython")
@@ -99,3 +105,92 @@ def made_from(roots: Iterable[str], sources: Iterable[str]) -> set[str]:
 def _names(statement: ast.stmt, context: type[ast.expr_context]) -> set[str]:
     nodes = ast.walk(statement)
     return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The cells of a notebook
+
+# Calls that only look at what they are given.
+_LOOKING = ("display", "len", "list", "max", "min", "print", "repr", "round", "sorted", "str", "sum", "type")
+
+
+def of_notebook(path: Path) -> tuple[str, ...]:
+    """The code that a notebook executes, a text a cell.
+
+    Of its parameters cell that is what is no plain `name = value`, as papermill sets the values anew.
+
+    Raises:
+        PftoolsError: it is missing, or no notebook.
+    """
+    try:
+        now = path.stat()
+        return _of_notebook(path, now.st_size, now.st_mtime_ns)
+    except OSError as error:
+        raise PftoolsError(f"the notebook {path} cannot be read ({error.strerror}): put it back.") from None
+
+
+@lru_cache(maxsize=64)
+def _of_notebook(path: Path, size: int, modified: int) -> tuple[str, ...]:
+    found: list[str] = []
+    try:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                source = "".join(cell["source"]).strip()
+                is_parameters = "parameters" in cell["metadata"].get("tags", ())
+                found.append(_beside_values(source) if is_parameters else source)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise PftoolsError(
+            f"{path} is damaged, or no notebook: put back the one that came with pftools."
+        ) from None
+    return tuple(source for source in found if source)
+
+
+def _beside_values(source: str) -> str:
+    """The statements of a cell that do more than to set a name to a value that is written out."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:
+        return source
+    plain = literals(source)
+    kept = [
+        ast.get_source_segment(source, statement) or ""
+        for statement in statements
+        if not (
+            isinstance(statement, ast.Assign)
+            and isinstance(statement.targets[0], ast.Name)
+            and statement.targets[0].id in plain
+        )
+    ]
+    return "\n".join(kept)
+
+
+def digest(sources: Iterable[str]) -> str:
+    """The sha256 of cells, in hexadecimal digits."""
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
+
+
+def others(executed: Iterable[str], own: Iterable[str]) -> str:
+    """The digest of the cells among ``executed`` that are not ``own`` and do more than look; empty: none."""
+    known = {source.strip() for source in own}
+    found = [source.strip() for source in executed]
+    found = [source for source in found if source and source not in known and not only_looks(source)]
+    return digest(found) if found else ""
+
+
+def only_looks(source: str) -> bool:
+    """Whether a cell changes nothing: it sets no name, and calls only what shows or counts."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return False
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id=name)) if name in _LOOKING:
+                pass
+            case ast.Call() | ast.Delete() | ast.Import() | ast.ImportFrom() | ast.Global() | ast.NamedExpr():
+                return False
+            case ast.Name(ctx=ast.Store()) | ast.Attribute(ctx=ast.Store()) | ast.Subscript(ctx=ast.Store()):
+                return False
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() | ast.Await():
+                return False
+    return True

@@ -10,39 +10,52 @@ sha256 in its run's record.
     runs/finetune-a1.../checkpoint.json   {"parent": "../prune-4f...", "kind": "adapter", "merge": "masked"}
                         adapter/          a PEFT adapter folder
 
-Where the parent is a folder that is no run, `checkpoint.json` also has "contents", its digest.
+Where the parent is a folder that is no run, `checkpoint.json` also has "contents", its digest, and "near",
+its path from the run.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pftools import base_models, contents, run_folder
-from pftools.adapters import merge_adapter, unmark
+from pftools import base_models, contents, reload_check, run_folder
+from pftools.adapters import Adapter, merge_adapter, unmark
 from pftools.errors import PftoolsError
 from pftools.files import replacing, write_json, write_text
 from pftools.layers import measured_sparsity
 from pftools.masks import MASKS, load_masks, save_masks
 from pftools.model_card import model_card
+from pftools.reload_check import ADAPTER, WEIGHTS
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WEIGHTS, ADAPTER, MANIFEST = "weights.safetensors", "adapter", "checkpoint.json"
+MANIFEST = "checkpoint.json"
 
 
 def save_prune(
-    run: run_folder.Run, masks: dict[str, torch.Tensor], weights: dict[str, torch.Tensor] | None = None
+    run: run_folder.Run,
+    masks: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor] | None = None,
+    *,
+    model: PreTrainedModel | None = None,
 ) -> list[str]:
     """Write the delta of a prune step; returns the names of the outputs to seal.
 
     Args:
+        run: of the step.
+        masks: {weight name: bool tensor, True = kept}.
         weights: {weight name: tensor} where the method changed kept weights; they are stored whole.
+        model: what was measured; what was written is read again and compared with it.
+
+    Raises:
+        PftoolsError: what was written would not give ``model``.
     """
     from safetensors.torch import save_file
 
@@ -53,17 +66,32 @@ def save_prune(
             {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, run.path(WEIGHTS)
         )
         outputs.append(WEIGHTS)
+    if model is not None:
+        reload_check.check_prune(run, model)
     _write_manifest(run, {"kind": "masks"})
     return outputs
 
 
-def save_finetune(run: run_folder.Run, merge: Literal["masked", "dense"]) -> list[str]:
+def save_finetune(
+    run: run_folder.Run,
+    merge: Literal["masked", "dense"],
+    *,
+    adapter: Adapter | None = None,
+    model: PreTrainedModel | None = None,
+) -> list[str]:
     """Write the delta of a finetune step; returns the names of the outputs to seal.
 
     Args:
         run: its adapter lies in `run.path("adapter")` already.
         merge: how the adapter was merged.
+        adapter: what was merged; the one that was written is read again and compared with it.
+        model: what was measured; its zeros are compared with those that the adapter was trained on.
+
+    Raises:
+        PftoolsError: what was written would not give ``model``.
     """
+    if adapter is not None and model is not None:
+        reload_check.check_finetune(run, merge, adapter, model)
     _write_manifest(run, {"kind": "adapter", "merge": merge})
     return [ADAPTER, MANIFEST]
 
@@ -77,7 +105,8 @@ def _write_manifest(run: run_folder.Run, delta: dict[str, str]) -> None:
     elif Path(parent).expanduser().is_dir():
         # A base model's folder, wherever the run is loaded from.
         parent = str(Path(parent).expanduser().resolve())
-        held = {"contents": contents.digest(parent)}
+        near = os.path.relpath(parent, run.folder.resolve())  # where a project was moved whole
+        held = {"contents": contents.digest(parent), "near": near}
     write_json(run.path(MANIFEST), {"parent": parent, **held, **delta})
 
 
@@ -111,12 +140,15 @@ def lineage(folder: str | Path) -> tuple[str, list[Path]]:
     """The base model's name and the run folders to replay on it, oldest first.
 
     Raises:
-        PftoolsError: a run of the chain is missing, unfinished or damaged, or the base folder was changed.
+        PftoolsError: a run of the chain is missing, unfinished or damaged, or what one was made from has
+            other contents by now.
     """
     chain: list[Path] = []
     manifest, parent, here = {}, str(folder), Path()
     while (here / parent / "run.json").exists():
         here = here / parent
+        if chain:
+            _check_parent(chain[0], run_folder.outputs_digest(here), str(here))
         chain.insert(0, here)
         manifest = read_manifest(here)
         parent = manifest["parent"]
@@ -126,13 +158,30 @@ def lineage(folder: str | Path) -> tuple[str, list[Path]]:
         raise PftoolsError(
             f"{chain[0]} starts from the run {here / parent}, which is not there: run its step again."
         )
-    held = manifest.get("contents")  # of the oldest run
-    if held and contents.digest(parent) != held:
-        raise PftoolsError(
-            f"{chain[0]} was made from the model in {parent}, which is gone or was changed since: "
-            "put it back, or run the step again."
-        )
+    if "contents" in manifest:
+        return _base_folder(chain[0], parent, manifest), chain
+    if chain:
+        _check_parent(chain[0], contents.hub_revision("models", parent), parent)
     return parent, chain
+
+
+def _base_folder(run: Path, parent: str, manifest: dict[str, str]) -> str:
+    """The folder of the base model that a run was made from, where it was or where it is by now."""
+    for folder in (parent, os.path.normpath(run.resolve() / manifest["near"])):
+        if contents.digest(folder) == manifest["contents"]:
+            return folder
+    raise PftoolsError(
+        f"{run} was made from the model in {parent}, which is gone or was changed since: "
+        "put it back, or run the step again."
+    )
+
+
+def _check_parent(run: Path, digest: str | None, parent: str) -> None:
+    recorded = run_folder.read_record(run)["inputs"].get("model")
+    if recorded and digest and recorded != digest:
+        raise PftoolsError(
+            f"{run} was made from other contents of {parent} than are there now: run its step again."
+        )
 
 
 def load(

@@ -30,7 +30,7 @@ out, err = Console(), Console(stderr=True)
 StudyFile = Annotated[
     Path, typer.Argument(help="The study file, such as data/studies/quick.yaml", metavar="STUDY.yaml")
 ]
-Runs = Annotated[Path, typer.Option(help="The folder of run folders")]
+Runs = Annotated[Path, typer.Option(help="The folder of run folders", callback=Path.expanduser)]
 _RUNS = Path("runs")
 
 
@@ -48,11 +48,12 @@ def plan(study: StudyFile, runs: Runs = _RUNS) -> None:
     """Show the steps of a study, what is shared, what earlier runs hold, and what it will cost."""
     planned = _plan(study, runs)
     checks.check_plan(planned)
+    outdated = planned.outdated()
     stages = ["stage"] if any(step.stage for step in planned.steps.values()) else []
     columns = ("", *stages, "step", "does", "run", "shared by", "state")
     table = Table(*columns, title=planned.study.name, title_justify="left")
     for number, step in enumerate(planned.steps.values(), 1):
-        state = studies.run_state(step.folder)
+        state = "to do" if step.name in outdated else studies.run_state(step.folder)
         table.add_row(
             str(number),
             *([step.stage] if stages else []),
@@ -63,8 +64,8 @@ def plan(study: StudyFile, runs: Runs = _RUNS) -> None:
             _coloured(state),
         )
     out.print(table)
-    for line in costs.summary(planned):
-        out.print(line, highlight=False)
+    for line in [*costs.summary(planned), *outdated.values()]:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
     _print_sensitivity(planned)
 
 
@@ -92,9 +93,7 @@ def run(
         out.print(costs.first_times(planned), highlight=False)
     again = _command("run", study, runs, executor=executor, jobs=jobs, slurm=slurm or [])
     try:
-        failures = studies.run_study(
-            planned, executor=executor, jobs=jobs, wait=not detach, slurm=options, progress=out.is_terminal
-        )
+        failures = studies.run_study(planned, executor=executor, jobs=jobs, wait=not detach, slurm=options)
     except KeyboardInterrupt:
         kept = "the jobs go on without it" if executor == "slurm" else "what is finished is kept"
         err.print(f"Stopped; {kept}: `{again}` goes on from there.", highlight=False, soft_wrap=True)
@@ -121,12 +120,14 @@ def run(
 def status(study: StudyFile, runs: Runs = _RUNS) -> None:
     """Say which steps are finished, running, failed (with cell and cause) or still to do."""
     planned = _plan(study, runs)
-    queue = _queue(planned)
+    queue, outdated = _queue(planned), planned.outdated()
     table = Table("step", "does", "run", "state", "", title=planned.study.name, title_justify="left")
     counts: dict[str, int] = {}
     broken: set[str] = set()  # steps that failed, and all that depend on them
     for name, step in planned.steps.items():
         state, remark = _state(step, queue.get(name), broken)
+        if state == "finished" and name in outdated:
+            state, remark = "to do", outdated[name]
         counts[state] = counts.get(state, 0) + 1
         table.add_row(step.parameters.step, step.label, name, _coloured(state), escape(remark))
     out.print(table)
@@ -239,7 +240,6 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
 ) -> None:
     """Remove the runs that none of the given studies needs; shows what would go, and asks."""
-    runs = runs.expanduser()
     kept = {name for study in keep for name in _plan(study, runs).steps}
     unneeded = run_folder.unneeded(runs, kept)
     if not unneeded:
@@ -395,6 +395,8 @@ def _write_report(
 ) -> None:
     from pftools import report as reports
 
+    for why in _plan(study, runs).outdated().values():
+        err.print(f"[yellow]Old:[/] {escape(why)}", highlight=False, soft_wrap=True)
     path = reports.render(study, runs=runs, output=output, figures=figures, single_file=single_file)
     out.print(f"Report: {path.resolve()}", highlight=False, soft_wrap=True)
 

@@ -1,5 +1,7 @@
 """Digests of what a model's folder or a text file holds, to see whether an input is still the same.
 
+What is on the hub is known by its revision.
+
 Files of up to 64 MiB are read whole. Of a larger file the size and 256 pieces of 64 KiB, spread evenly, are
 read: a model that was trained again differs in them, and a checkpoint of 100 GB is known in a second. A
 single weight that was changed by hand may not be seen.
@@ -9,12 +11,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from pathlib import Path
 
+from pftools.errors import PftoolsError
 from pftools.records import ENDINGS, is_readable
 
 # Weights, settings, vocabularies, texts, code.
-_KINDS = (".safetensors", ".bin", ".model", ".jinja", ".py", *ENDINGS)
+_KINDS = (".safetensors", ".bin", ".model", ".tiktoken", ".jinja", ".py", *ENDINGS)
 _WHOLE = 64 * 2**20
 _PIECE, _PIECES = 64 * 2**10, 256
 
@@ -49,17 +53,63 @@ def digest(reference: str) -> str | None:
 
     Neither the path nor the files' times count. Of a folder, the files in it count and folders below do not,
     as neither models nor corpora are read from these.
+
+    Raises:
+        PftoolsError: a file cannot be read.
     """
-    path = Path(reference).expanduser()
-    if path.is_file():
-        return _of_file(path)
-    if not path.is_dir():
+    try:
+        path = Path(reference).expanduser()
+        if path.is_file():
+            return _of_file(path)
+        if not path.is_dir():
+            return None
+        found = [path / name for name in sorted(os.listdir(path)) if name.endswith(_KINDS)]
+        files = [file for file in found if file.is_file() and not file.name.startswith(".")]
+        listing = "\n".join(f"{file.name} {_of_file(file)}" for file in files)
+    except RuntimeError:  # an unknown user after ~
+        return None
+    except OSError as error:
+        raise PftoolsError(
+            f"{error.filename or reference} cannot be read ({error.strerror}): see that it is there, and is "
+            "yours to read."
+        ) from None
+    return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
+
+
+def digest_of_tree(reference: str) -> str | None:
+    """The sha256 of all files in a folder and in folders below; None where no folder is there.
+
+    Raises:
+        PftoolsError: a file cannot be read.
+    """
+    folder = Path(reference).expanduser()
+    if not folder.is_dir():
         return None
     files = sorted(
-        file for file in path.iterdir() if file.name.endswith(_KINDS) and not file.name.startswith(".")
+        file for file in folder.rglob("*") if file.is_file() and not {"__pycache__", ".git"} & set(file.parts)
     )
-    listing = "\n".join(f"{file.name} {_of_file(file)}" for file in files)
-    return hashlib.sha256(listing.encode()).hexdigest()
+    listing = "\n".join(f"{file.relative_to(folder)} {digest(str(file))}" for file in files)
+    return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
+
+
+def hub_revision(kind: str, name: str) -> str | None:
+    """The commit hash of a model or data set in the hub's cache; None where it is not there.
+
+    Args:
+        kind: `models` or `datasets`.
+        name: its id on the hub.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
+    try:
+        if kind == "models":  # what a name without a revision stands for
+            return f"revision {(folder / 'refs' / 'main').read_text().strip()}"
+        # `datasets` asks for a commit, so no ref tells it: the newest is the one that was loaded last.
+        snapshots = sorted((folder / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return f"revision {snapshots[-1].name}" if snapshots else None
+    except OSError:
+        return None
 
 
 def _of_file(path: Path) -> str:

@@ -184,7 +184,7 @@ def _documents_of(corpus: str, split: str, data: str | Path | None) -> list[str]
     if path is None:
         raise PftoolsError(_unknown(corpus, data_root(data)))
     if path.is_dir():
-        return _of_folder(path, split)
+        return texts_of(_file_for(path, split))
     whole = texts_of(path)
     if not any(document.strip() for document in whole):
         raise PftoolsError(f"{path} is empty: give a file with text in it.")
@@ -200,6 +200,15 @@ def _documents_of(corpus: str, split: str, data: str | Path | None) -> list[str]
     return parts[split]
 
 
+def file_of(corpus: str, split: str, data: str | Path | None = None) -> Path | None:
+    """The file that a split is read from; None where it is no file on this machine, or none that is read."""
+    path = _local_path(corpus, data_root(data))
+    try:
+        return _file_for(path, split) if path and path.is_dir() else path
+    except PftoolsError:
+        return None
+
+
 def _unknown(corpus: str, root: Path | None) -> str:
     if contents.is_path(corpus):
         return f"there is no corpus {corpus!r}: give the path of a file or of a folder that is there."
@@ -213,8 +222,12 @@ def _unknown(corpus: str, root: Path | None) -> str:
     )
 
 
-def _of_folder(folder: Path, split: str) -> list[str]:
-    """The documents of the file for a split, such as `train.jsonl`."""
+def _file_for(folder: Path, split: str) -> Path:
+    """The file for a split, such as `train.jsonl`.
+
+    Raises:
+        PftoolsError: there is none, or more than one.
+    """
     files = sorted(
         file for file in folder.iterdir() if is_readable(file.name) and not file.name.startswith(".")
     )
@@ -229,7 +242,7 @@ def _of_folder(folder: Path, split: str) -> list[str]:
     if len(held[name]) > 1:
         both = " and ".join(file.name for file in held[name])
         raise PftoolsError(f"the corpus folder {folder} has {both}: keep one file for each split.")
-    return texts_of(held[name][0])
+    return held[name][0]
 
 
 def _local_path(corpus: str, root: Path | None) -> Path | None:

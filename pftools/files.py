@@ -26,6 +26,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         if partial.is_file():
             _to_disk(partial)
+        elif partial.is_dir():
+            share(partial)
         os.replace(partial, path)
     finally:
         _remove(partial)
@@ -34,6 +36,17 @@ def replacing(path: Path) -> Iterator[Path]:
 def partial_path(path: Path) -> Path:
     """Where `replacing` writes what will be ``path``."""
     return path.with_name(f".{path.name}.partial")
+
+
+def share(folder: Path) -> None:
+    """Let all files in a folder be read by whom the umask allows: safetensors writes for its user only."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -46,11 +46,12 @@ _BASE = "base"  # the key of the base model in a layout
 def _models(plan: Plan) -> dict[str, dict[str, str]]:
     """{key: parent, kind, label and state} of the base model and of every model that the plan makes."""
     models = {_BASE: {"parent": "", "kind": _BASE, "label": _BASE, "state": _base_state(plan)}}
+    outdated = plan.outdated()
     for name, step in plan.steps.items():
         if step.parameters.step not in ("prune", "finetune"):
             continue
         parent = Path(step.parameters.model).name
-        state = run_state(step.folder)
+        state = "to do" if name in outdated else run_state(step.folder)
         models[name] = {
             "parent": parent if parent in plan.steps else _BASE,
             "kind": step.parameters.step[0].upper(),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pftools import run_folder
 from pftools.errors import PftoolsError
-from pftools.progress import progress_bar
+from pftools.progress import progress_of
 from pftools.steps import Failure, read_failure, request, sweep_sockets, unusable
 
 if TYPE_CHECKING:
@@ -41,33 +41,34 @@ def run_plan(
     """
     if jobs < 1:
         raise PftoolsError(f"jobs is {jobs}: at least 1 step has to run at a time.")
-    damaged = unusable(plan)
-    for why in damaged.values():
+    again = unusable(plan) | plan.outdated()
+    for why in again.values():
         print(f"Again: {why}", file=sys.stderr)
     steps = plan.steps.items()
-    waiting = {name: s for name, s in steps if name in damaged or not run_folder.is_finished(s.folder)}
-    unfinished, told = set(waiting), set[str]()
+    waiting = {name: s for name, s in steps if name in again or not run_folder.is_finished(s.folder)}
+    unfinished, waited_for = set(waiting), set[str]()
     failures: list[Failure] = []
     processes: list[_StepProcess] = []
-    with progress_bar(len(plan.steps), len(plan.steps) - len(waiting), progress) as show:
+    with progress_of(plan, len(waiting), visible=progress, jobs=jobs) as told:
         try:
             while waiting or processes:
                 for step in _ready(waiting, unfinished, jobs - len(processes)):
                     processes.append(_begin(waiting.pop(step.name), notebooks, processes, jobs))
-                show([process.step.label for process in processes])
+                told.at_work([process.step.label for process in processes])
                 if not processes:
                     open_steps = [step for step in waiting.values() if not unfinished & set(step.parents)]
                     if not open_steps:
                         break  # what is left depends on a failure
-                    _tell_who_works(open_steps, told)
+                    _tell_who_works(open_steps, waited_for)
                 time.sleep(_POLL_SECONDS if processes else 1.0)
                 for process in [process for process in processes if process.has_ended()]:
                     processes.remove(process)
                     if (failure := process.failure()) is not None:
                         failures.append(failure)
+                        told.failed(str(failure))
                     else:
                         unfinished.discard(process.step.name)
-                        show([], advance=1)
+                        told.finished(process.step)
         finally:  # also Ctrl-C, or an error here: leave no step behind
             for process in processes:
                 process.end()
@@ -110,7 +111,7 @@ class _StepProcess:
     def failure(self) -> Failure | None:
         """How the step ended: None where it is finished, also if it was killed right after that."""
         self.end()
-        if run_folder.is_whole(self.step.folder):
+        if run_folder.is_whole(self.step.folder) and self.step.outdated() is None:
             return None
         code = self.process.returncode
         how = "was killed" if code < 0 else f"ended with exit code {code} before it could say why"

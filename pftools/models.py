@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pftools import checkpoints
+from pftools import checkpoints, reload_check
 from pftools.base_models import load_pretrained
 from pftools.errors import PftoolsError
 from pftools.layers import fingerprint, measured_sparsity
@@ -55,6 +55,7 @@ def load_for(parameters: Any, *, model: str | None = None) -> tuple[PreTrainedMo
         trust_remote_code=parameters.trust_remote_code,
     )
     vars(network)[_FINGERPRINT] = fingerprint(network)
+    reload_check.remember_zeros(network)
     return network, tokenizer
 
 

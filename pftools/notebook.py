@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from pftools import cells, contents, run_folder, settings
+from pftools import cells, contents, inputs, run_folder, settings
 from pftools.errors import PftoolsError
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
@@ -27,11 +27,20 @@ _MARK = "# Parameters"  # how a parameters cell begins; the first line of paperm
 def start(kind: type[_Step], namespace: dict[str, Any]) -> tuple[_Step, run_folder.Run]:
     """`read` the parameters of a step, open its run, and print where it is.
 
+    By hand, the run gets a name of its own when code is executed that is not the notebook's.
+
     Raises:
         PftoolsError: as `read` and `run_folder.start`.
     """
     parameters = read(kind, namespace)
-    run = run_folder.start(parameters)
+    own, begun = cells.of_notebook(run_folder.notebook_of(parameters)), len(namespace["In"]) - 1
+    run = run_folder.start(parameters, inputs=inputs.visible)
+
+    def own_cells() -> str:
+        executed = (source for source in namespace["In"][begun:] if not _is_parameters_cell(kind, source))
+        return cells.others(executed, own)
+
+    run.own_cells = own_cells
     print(run)
     return parameters, run
 

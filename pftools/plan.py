@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pftools import run_folder, settings
+from pftools import inputs, run_folder, settings
 from pftools.orderings import MOST_STEPS, OrderingStep, parse_ordering
 from pftools.study_file import OrderingEntry, Study
 
@@ -48,6 +48,14 @@ class PlannedStep:
     @cached_property
     def folder(self) -> Path:
         return run_folder.folder_of(self.parameters)
+
+    def outdated(self) -> str | None:
+        """Why the finished run is not to be used, as a sentence; None: it is, or is not finished."""
+        return run_folder.changed_input(self.folder, inputs.visible(self.parameters))
+
+    def is_finished(self) -> bool:
+        """Whether the run is finished, from what the step would read now."""
+        return run_folder.is_finished(self.folder) and self.outdated() is None
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,7 @@ class Plan:
         """A row a step: stage, step, does, run, starts from, state, and how many orderings share it."""
         import pandas as pd
 
+        outdated = self.outdated()
         return pd.DataFrame(
             {
                 "stage": step.stage,
@@ -154,15 +163,36 @@ class Plan:
                 "does": step.label,
                 "run": name,
                 "starts from": ", ".join(step.parents),
-                "state": run_state(step.folder),
+                "state": "to do" if name in outdated else run_state(step.folder),
                 "shared by": len(step.orderings),
             }
             for name, step in self.steps.items()
         )
 
     def missing(self) -> list[PlannedStep]:
-        """The steps that are not finished."""
-        return [step for step in self.steps.values() if not run_folder.is_finished(step.folder)]
+        """The steps that are not finished, or finished from other inputs than are there now."""
+        outdated = self.outdated()
+        return [
+            step
+            for name, step in self.steps.items()
+            if name in outdated or not run_folder.is_finished(step.folder)
+        ]
+
+    def outdated(self) -> dict[str, str]:
+        """Finished runs that are made again: {run: why, as a sentence}.
+
+        Their inputs were changed, or those of a run that they start from.
+        """
+        found: dict[str, str] = {}
+        for name, step in self.steps.items():
+            parents = [parent for parent in step.parents if parent in found]
+            if not run_folder.is_finished(step.folder):
+                continue
+            if (why := step.outdated()) is not None:
+                found[name] = why
+            elif parents:
+                found[name] = f"{step.folder} starts from {parents[0]}, which is made again."
+        return found
 
 
 def run_state(folder: Path) -> StepState:
@@ -291,13 +321,23 @@ class _Chain:
             **tuned,
             model=self.model,
             tokens=share,
-            # A model without zeros has none to keep, so all merges share this step.
-            merge="auto" if step.sparsity == 0 else self.merge,
+            merge=self._merge(step),
             # The k-th F of a chain has seed k, and chains of different seeds never meet.
             seed=MOST_STEPS * self.seed + step.number,
         )
         self.tokens += share
         self.finetunes += 1
+
+    def _merge(self, step: OrderingStep) -> str:
+        """The merge as the step is told it: ways that give the same model share one run.
+
+        A model without zeros has none to keep, one with zeros keeps them unless the merge is dense, and HiRA
+        keeps them whatever the merge is.
+        """
+        is_hira = self.study.finetune.get("adapter") == "hira"
+        # With a preset, auto may stand for another way.
+        is_auto = self.merge == "masked" and not self.study.finetune.get("preset")
+        return "auto" if step.sparsity == 0 or is_hira or is_auto else self.merge
 
     def _add(self, kind: type[settings.Step], label: str, **planned: Any) -> str:
         """Add a step, unless the plan has it; returns its run folder."""

@@ -1,30 +1,126 @@
-"""How far a plan is: a bar in a terminal."""
+"""How far a plan is: a bar in a terminal; elsewhere, such as in a log file, a line for each finished step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pftools import costs, run_folder
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+    from pftools.plan import Plan, PlannedStep
+
+
+class Progress:
+    """Told what happens to the steps of a plan; this one says nothing."""
+
+    def at_work(self, labels: list[str]) -> None:
+        """These steps are under way."""
+
+    def finished(self, step: PlannedStep) -> None:
+        """A step has finished."""
+
+    def failed(self, words: str) -> None:
+        """A step has failed, in words."""
+
+
+class _Bar(Progress):
+    """A bar of steps, and what is under way."""
+
+    def __init__(self, bars: RichProgress, total: int, done: int) -> None:
+        self._bars, self._task = bars, bars.add_task("", total=total, completed=done)
+
+    def at_work(self, labels: list[str]) -> None:
+        self._bars.update(self._task, description=" · ".join(labels))
+
+    def finished(self, step: PlannedStep) -> None:
+        self._bars.update(self._task, advance=1)
+
+
+class _Lines(Progress):
+    """A line for each step that ends: when, what it found, and how many are left for how long."""
+
+    def __init__(self, plan: Plan, jobs: int) -> None:
+        self._plan, self._jobs = plan, jobs
+        self._began, self._here = time.monotonic(), 0
+
+    def finished(self, step: PlannedStep) -> None:
+        self._here += 1
+        record = run_folder.read_record(step.folder)
+        left = len(self._plan.missing())
+        count = f"[{len(self._plan.steps) - left}/{len(self._plan.steps)}]"
+        done = f"{step.parameters.step} {step.label}" if step.label[:1].isalnum() else step.label
+        found = ", ".join([f"{record['seconds']:.0f} s", *result_words(record["results"])])
+        self._print(f"{count} {done}: {found}; {self._expectation(left)}")
+
+    def failed(self, words: str) -> None:
+        self._print(f"failed: {words}")
+
+    def _expectation(self, left: int) -> str:
+        if not left:
+            return "none left, until the next stage is planned" if self._plan.open else "none left"
+        seconds, unknown = costs.estimate_seconds(self._plan)
+        if unknown:  # then what this call has done so far tells it
+            seconds = (time.monotonic() - self._began) / self._here * left * self._jobs
+        seconds /= self._jobs
+        end = time.strftime("%a %H:%M", time.localtime(time.time() + seconds))
+        return f"{left} left, about {in_minutes(seconds)}, until {end}"
+
+    def _print(self, line: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def in_minutes(seconds: float) -> str:
+    """A length of time in words of the right size."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def result_words(results: dict[str, Any]) -> list[str]:
+    """What a step found, in a few words each: perplexity, sparsity, tasks."""
+    words = []
+    if results.get("measured") is not None:
+        words.append(f"sparsity {results['measured']:.1%}")
+    for name, told in (("perplexity", "perplexity"), ("perplexity_after", "held-out perplexity")):
+        if results.get(name) is not None:
+            words.append(f"{told} {results[name]:.2f}")
+    for task, score in (results.get("tasks") or {}).items():
+        words.append(
+            f"{task} {score['value']:.1%}" if score["value"] <= 1 else f"{task} {score['value']:.2f}"
+        )
+    return words
 
 
 @contextmanager
-def progress_bar(total: int, done: int, visible: bool) -> Iterator[Callable[..., None]]:
-    """A bar of steps; yields `show(labels at work, advance=0)`."""
+def progress_of(plan: Plan, to_do: int, *, visible: bool, jobs: int = 1) -> Iterator[Progress]:
+    """Shows how far a plan is, for as long as the block lasts.
+
+    Args:
+        plan: what is executed.
+        to_do: how many of its steps are to be done.
+        visible: whether anything is shown.
+        jobs: how many steps at a time, for the expected end.
+    """
     if not visible:
-        yield lambda labels, advance=0: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        yield Progress()
+    elif not sys.stdout.isatty():
+        yield _Lines(plan, jobs)
+    else:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
 
-    columns = (
-        TextColumn("steps"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns) as bars:
-        task = bars.add_task("", total=total, completed=done)
-
-        def show(labels: list[str], advance: int = 0) -> None:
-            bars.update(task, advance=advance, description=" · ".join(labels))
-
-        yield show
+        columns = (
+            TextColumn("steps"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Bars(*columns) as bars:
+            yield _Bar(bars, len(plan.steps), len(plan.steps) - to_do)

@@ -8,6 +8,7 @@ how fast a step runs, never what it computes: they are not part of a run's key.
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -67,8 +68,10 @@ class Parameters(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_it_was_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """Understand what can mean one thing only, such as papermill's `-p limit null`; refuse the rest."""
+        """Understand what can mean one thing only, such as `~/runs` and papermill's `-p limit null`."""
         kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, str) and value.startswith("~/"):
+            value = os.path.expanduser(value)
         if isinstance(value, str) and str not in kinds and value in ("null", "None"):
             value = None
         elif list in kinds and isinstance(value, (str, int, float)):

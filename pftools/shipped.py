@@ -14,6 +14,13 @@ _HOME = _CLONE if (_CLONE / "notebooks" / "00_plan_study.ipynb").exists() else _
 
 NOTEBOOKS = _HOME / "notebooks"
 DATA = _HOME / "data"
+NOTEBOOK_OF = {
+    "calibrate": "01_calibrate.ipynb",
+    "prune": "02_prune.ipynb",
+    "finetune": "03_finetune.ipynb",
+    "evaluate": "04_evaluate.ipynb",
+    "analyse": "05_analyse_weights.ipynb",
+}
 
 
 def shipped_studies() -> dict[str, Path]:

@@ -30,7 +30,7 @@ from filelock import FileLock
 
 from pftools import run_folder, settings
 from pftools.errors import PftoolsError
-from pftools.progress import progress_bar
+from pftools.progress import progress_of
 from pftools.stages import grow, plan_study
 from pftools.steps import Failure, execute_step, read_failure, request, unusable
 from pftools.study_file import Study
@@ -85,8 +85,8 @@ def submit(
         The names of all runs with a job, and that of the planning.
     """
     folder = _folder(Path(plan.runs))
-    damaged = unusable(plan)
-    for why in damaged.values():
+    again = unusable(plan) | plan.outdated()
+    for why in again.values():
         print(f"Again: {why}")
     jobs: dict[str, str] = {}
     with FileLock(folder / "submit.lock"):  # two drivers that submit at once would both find the queue empty
@@ -95,7 +95,7 @@ def submit(
         for name, step in plan.steps.items():
             if name in queued:
                 jobs[name] = queued[name].id
-            elif not run_folder.is_finished(step.folder) or name in damaged:
+            elif not run_folder.is_finished(step.folder) or name in again:
                 parents = [jobs[parent] for parent in step.parents if parent in jobs]
                 asked = request(step, notebooks)
                 jobs[name] = _submit_job(folder, step.folder, StepJob(), asked, parents, options or {})
@@ -319,9 +319,8 @@ def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
         The failures, without the jobs that SLURM cancelled because of them.
     """
     left = set(submitted)
-    done = len(plan.steps) - len(left & set(plan.steps))
     reached = time.monotonic()
-    with progress_bar(len(plan.steps), done, progress) as show:
+    with progress_of(plan, len(left), visible=progress) as told:
         while left:
             try:
                 queued = queue(Path(plan.runs))
@@ -338,19 +337,15 @@ def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
                 for name, job in queued.items()
                 if job.state == "RUNNING" and name in plan.steps
             ]
-            show(
-                running,
-                advance=len([name for name in ended & set(plan.steps) if _is_finished(plan, name)]),
-            )
+            told.at_work(running)
+            for step in (plan.steps[name] for name in sorted(ended & set(plan.steps))):
+                if step.is_finished():
+                    told.finished(step)
             if left:
                 time.sleep(_POLL_SECONDS)
     if submitted:
         _remove_files_of_ended_jobs(_folder(Path(plan.runs)), {job.id for job in queued.values()})
     time.sleep(0.5 if submitted else 0)  # a shared file system may show the last seal a moment later
-    unfinished = [name for name in submitted if name in plan.steps and not _is_finished(plan, name)]
+    unfinished = [name for name in submitted if name in plan.steps and not plan.steps[name].is_finished()]
     causes = [name for name in unfinished if not set(plan.steps[name].parents) & set(unfinished)]
     return [read_failure(plan.steps[name].folder, "its job ended before it could say why") for name in causes]
-
-
-def _is_finished(plan: Plan, name: str) -> bool:
-    return run_folder.is_finished(plan.steps[name].folder)

@@ -14,27 +14,20 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pftools import run_folder
+from pftools import bars, inputs, run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.redaction import redact
-from pftools.shipped import NOTEBOOKS
+from pftools.shipped import NOTEBOOK_OF, NOTEBOOKS
 
 if TYPE_CHECKING:
     from pftools.study import Plan, PlannedStep
-
-NOTEBOOK_OF = {
-    "calibrate": "01_calibrate.ipynb",
-    "prune": "02_prune.ipynb",
-    "finetune": "03_finetune.ipynb",
-    "evaluate": "04_evaluate.ipynb",
-    "analyse": "05_analyse_weights.ipynb",
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,9 @@ def request(step: PlannedStep, notebooks: str | Path | None = None) -> dict[str,
 
 
 def execute_step(step: dict[str, Any]) -> None:
-    """Execute one step in this process, unless its run is finished; a damaged run is made again.
+    """Execute one step in this process, unless its run is finished.
+
+    A damaged run, and one whose inputs were changed, is made again.
 
     Args:
         step: what `request` made.
@@ -85,7 +80,12 @@ def execute_step(step: dict[str, Any]) -> None:
         StepFailed: the step did not finish; `failure.json` in its attempt says why.
     """
     folder, resumes = Path(step["folder"]), step.get("resumes", False)
-    with run_folder.attempting(folder, resumes=resumes) as attempt:
+    parameters = settings.STEPS[folder.name.partition("-")[0]](**step["parameters"])
+
+    def outdated() -> str | None:
+        return run_folder.changed_input(folder, inputs.visible(parameters))
+
+    with run_folder.attempting(folder, resumes=resumes, outdated=outdated) as attempt:
         if attempt is None:
             return
         failure = _execute_notebook(step, attempt)
@@ -108,7 +108,11 @@ def _execute_notebook(step: dict[str, Any], attempt: Path) -> Failure | None:
 
     run, notebook = Path(step["folder"]).name, attempt / run_folder.NOTEBOOK
     try:
-        with kernel_options() as options, _environment(run_folder.ATTEMPT, str(attempt.resolve())):
+        with (
+            kernel_options() as options,
+            _environment(run_folder.ATTEMPT, str(attempt.resolve())),
+            _telling(attempt),
+        ):
             papermill.execute_notebook(step["notebook"], str(notebook), step["parameters"], **options)
     except PapermillExecutionError as error:
         cause = error.evalue if error.ename == "PftoolsError" else f"{error.ename}: {error.evalue}"
@@ -181,6 +185,30 @@ def _environment(name: str, value: str) -> Iterator[None]:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
+
+
+_TELL_SECONDS = 8
+
+
+@contextmanager
+def _telling(attempt: Path) -> Iterator[None]:
+    """Write into the step's log every few seconds how far it is: its cell, and the progress bar of that."""
+    ended = threading.Event()
+    began = time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(_TELL_SECONDS):
+            cell = _cell_at_work(attempt / run_folder.NOTEBOOK)
+            words = [f"{time.monotonic() - began:.0f} s", f"cell {cell or 1}", bars.latest(attempt)]
+            print("  ".join(filter(None, words)), flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def _cell_at_work(notebook: Path) -> int | None:

@@ -55,7 +55,7 @@ def run_study(
         plan: what `plan_study` made; it grows.
         executor: `local` (processes of this machine) or `slurm` (jobs of a cluster).
         jobs: local: how many steps at a time; GPUs are handed out one a step.
-        progress: show a bar of steps.
+        progress: show a bar of steps; without a terminal, a line for each step that ends.
         notebooks: the folder of step notebooks; None: pftools' own.
         wait: slurm: stay until the last job has ended; otherwise leave after submitting.
         slurm: options of sbatch for every job, such as {"partition": "gpu", "gres": "gpu:1", "time": "120"}.

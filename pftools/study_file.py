@@ -316,8 +316,8 @@ def _at(*place: str | int) -> Iterator[None]:
 def load_study(path: str | Path) -> Study:
     """Read and check a study file, or one that comes with pftools: `quick` or `published`.
 
-    Paths in it (a model's folder, a corpus, a data root) count from the file's own folder, wherever pftools
-    is called from.
+    Paths in it (of a model, a corpus, a data root, a folder of tasks) count from the file's own folder,
+    wherever pftools is called from.
 
     Raises:
         PftoolsError: no such file, or a mistake in it; the message names the line and what to write instead.
@@ -341,8 +341,9 @@ def load_study(path: str | Path) -> Study:
     return study
 
 
-_Located = Literal["model", "corpus", "data root"]
-_PATHS: dict[str, _Located] = {"corpus": "corpus", "data": "data root"}  # parameters of a section
+_Located = Literal["model", "corpus", "data root", "folder of tasks"]
+# Parameters of a section.
+_PATHS: dict[str, _Located] = {"corpus": "corpus", "data": "data root", "include": "folder of tasks"}
 
 
 def _with_paths(given: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -363,7 +364,7 @@ def _with_paths(given: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def locate(reference: str, folder: Path, kind: _Located) -> str:
-    """What a study calls a model, corpus or data root: a name as it is, a path as an absolute one.
+    """What a study calls a model, corpus or folder: a name as it is, a path as an absolute one.
 
     Args:
         reference: a name or a path.
@@ -382,7 +383,7 @@ def locate(reference: str, folder: Path, kind: _Located) -> str:
         return reference
     if there:
         return os.path.normpath(path)
-    if kind == "data root" or contents.looks_like_path(reference, folder):
+    if kind in ("data root", "folder of tasks") or contents.looks_like_path(reference, folder):
         here = Path(reference).expanduser()
         hint = f" (from here it is {os.path.relpath(here, folder)!r})" if here.exists() else ""
         raise PftoolsError(

@@ -9,6 +9,7 @@ loss is chosen; the results are fresh trainings with it.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pftools import run_folder
@@ -25,8 +26,9 @@ def add_trials(plan: Plan, variant: Variant, tune: Tune) -> float | None:
     for number in range(tune.seeds):
         for rate in tune.learning_rate:
             add_trial(plan, variant, TRIAL_SEEDS + number, rate)
-    losses = mean_losses(plan.trials[before:])
-    if losses is None:
+    found = plan.trials[before:]
+    losses = mean_losses(found)
+    if losses is None or {Path(trial.evaluation).name for trial in found} & set(plan.outdated()):
         return None
     # Of equal losses, also where every training went to infinity, the lower rate.
     return min(losses, key=lambda rate: (losses[rate], rate))

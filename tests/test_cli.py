@@ -1,10 +1,17 @@
 """The command line, on a study whose runs are made without notebooks."""
 
+import os
+import shlex
+
 import pytest
 from typer.testing import CliRunner
 
-from pftools import cli, run_folder
-from pftools.study import load_study, plan_study
+from pftools import checkpoints, cli, files, models, run_folder, settings
+from pftools.errors import PftoolsError
+from pftools.finetune import finetune_model
+from pftools.prune import prune_model
+from pftools.study import load_study, plan_study, run_study
+from tests.tiny import save_tiny, tiny_blocks
 
 
 @pytest.fixture
@@ -69,3 +76,153 @@ def test_a_mistake_is_one_sentence(call, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     assert "there is no study file nowhere.yaml" in capsys.readouterr().err
+
+
+def refused(call, *words):
+    """The sentence that a command refuses with."""
+    with pytest.raises(PftoolsError) as caught:
+        assert call(*words) is None  # not reached: the error of the command is raised again
+    return str(caught.value)
+
+
+@pytest.fixture
+def strictly(call):
+    """As `call`, and an error is raised and not only told."""
+
+    def run(*words):
+        found = CliRunner().invoke(cli.app, list(words), catch_exceptions=False)
+        return found.output
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def test_clean_from_another_folder_removes_nothing_of_a_study_with_a_relative_model(
+    call, tmp_path, monkeypatch
+):
+    save_tiny(tmp_path / "models" / "llama")
+    (tmp_path / "mine.yaml").write_text("model: models/llama\norderings: [P]\n")
+    plan = finish("mine.yaml")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, shown = call("clean", "../mine.yaml", "--runs", "../runs", "--yes")
+    assert code == 0 and "Nothing to remove" in shown
+    monkeypatch.chdir(tmp_path)
+    assert [step.parameters.step for step in plan.missing()] == ["evaluate"]
+
+
+def test_clean_never_removes_what_is_no_run(call, tmp_path):
+    finish("one.yaml")
+    strangers = [
+        "my-0123456789ab",
+        "prune-0123456789ab",
+        "notes",
+        ".work/mine",
+        ".replaced/prune-0123456789ab.x",
+    ]
+    for name in strangers:
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "thesis.txt").write_text("years of work")
+    copy = tmp_path / "runs" / "my-ffffffffffff"  # with a record of another run
+    run = next(path for path in (tmp_path / "runs").glob("prune-*/run.json"))
+    copy.mkdir()
+    (copy / "run.json").write_bytes(run.read_bytes())
+    code, shown = call("clean", "other.yaml", "--yes")
+    assert code == 0 and "Removed" in shown and not run.exists()
+    assert all((tmp_path / "runs" / name / "thesis.txt").exists() for name in strangers) and copy.exists()
+
+
+def test_a_home_folder_is_understood_in_every_command(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    plan = plan_study(load_study("one.yaml"), runs="~/runs")
+    assert plan.runs == str(tmp_path / "home" / "runs")
+    run_folder.start(next(iter(plan.steps.values())).parameters).seal([])
+    for command in ("plan", "status"):
+        assert "finished" in call(command, "one.yaml", "--runs", "~/runs")[1]
+    assert "Removed 1 runs" in call("clean", "other.yaml", "--runs", "~/runs", "--yes")[1]
+    for kind in settings.STEPS.values():  # by hand, the folder of a notebook's parameters cell
+        given = settings.check(kind, {"runs": "~/runs", "model": "~/llama"})
+        assert given.runs == str(tmp_path / "home/runs") and given.model == str(tmp_path / "home/llama")
+    assert settings.check(settings.Compare, {"save_figures": "~/figures"}).save_figures.startswith("/")
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "status", "run", "report", "clean"])
+def test_a_file_as_the_folder_of_runs_is_one_sentence(strictly, tmp_path, command):
+    (tmp_path / "file").write_text("text")
+    for runs in ("file", "file/runs"):
+        says = refused(strictly, command, "one.yaml", "--runs", runs)
+        assert "is a file: give a folder" in says and "\n" not in says
+
+
+@pytest.mark.parametrize("command", ["plan", "status", "run", "report", "clean"])
+def test_a_study_that_is_a_folder_or_no_text_is_one_sentence(strictly, tmp_path, command):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.yaml").write_text("orderings: [P]")
+    (tmp_path / "latin.yaml").write_bytes(b"orderings: [P]\ndescription: caf\xe9\n")
+    (tmp_path / "utf16.yaml").write_text("orderings: [P]", encoding="utf-16")
+    assert "is a folder: give a file, such as folder/mine.yaml" in refused(strictly, command, "folder")
+    assert "latin.yaml, line 2: the file is not UTF-8" in refused(strictly, command, "latin.yaml")
+    assert "utf16.yaml, line 1: the file is not UTF-8" in refused(strictly, command, "utf16.yaml")
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_all_files_of_runs_and_exports_are_readable_as_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        model = str(save_tiny(tmp_path / "tiny"))
+        given = {"dtype": "float32", "runs": str(tmp_path / "runs")}
+        run = run_folder.start(settings.Prune(model=model, **given))
+        network, _ = models.load_model(model, dtype="float32")
+        masks = prune_model(network, tiny_blocks(), progress=False).masks
+        pruned = run.seal(checkpoints.save_prune(run, masks, dict(network.named_parameters())))
+        run = run_folder.start(settings.Finetune(model=str(pruned), **given))
+        finetune_model(network, tiny_blocks(), steps=1, output=run.path(""), progress=False)
+        tuned = run.seal(checkpoints.save_finetune(run, "masked"))
+        exported = checkpoints.export(tuned, tmp_path / "exported", dtype="float32")
+    finally:
+        os.umask(before)
+    found = [path for folder in (pruned, tuned, exported) for path in folder.rglob("*")]
+    assert {path.suffix for path in found} >= {".safetensors", ".json"}
+    for path in found:
+        wanted = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert path.stat().st_mode & 0o777 == wanted, path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Remedies
+
+
+def test_a_remedy_repeats_what_was_given(call, strictly, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "tiny")
+    (tmp_path / "mine.yaml").write_text("model: tiny\norderings: [P]\ncalibrate: {block_length: 64}\n")
+    with open("mine.yaml", "a") as file:
+        file.write("finetune: {block_length: 64}\nevaluate: {block_length: 64}\n")
+    given = ["mine.yaml", "--runs", "my runs", "--jobs", "3"]
+    command = shlex.join(["pftools", "run", *given])
+    failure = run_study.__globals__["Failure"]("prune-0123456789ab", 3, "a cause.")
+    monkeypatch.setattr(cli.studies, "run_study", lambda *_, **__: [failure])
+    says = refused(strictly, "run", *given)
+    assert f"`{command}`" in says and "mend the cause" in says
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.studies, "run_study", interrupted)
+    code, shown = call("run", *given)
+    assert code == 130 and f"`{command}` goes on from there" in shown
+    says = refused(strictly, "report", *given[:3])
+    assert "`pftools run mine.yaml --runs 'my runs'`" in says
+
+
+def test_a_folder_is_whole_or_not_there_and_shared(tmp_path):
+    with files.replacing(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "secret").touch(mode=0o600)
+    assert (tmp_path / "folder" / "secret").stat().st_mode & 0o044
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["secret"]

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from pftools import checkpoints, contents, files, models, run_folder, settings
+from pftools import checkpoints, contents, files, inputs, models, run_folder, settings
 from pftools.errors import PftoolsError
-from pftools.finetune import finetune_model
+from pftools.finetune import finetune_model, merge_adapter
 from pftools.prune import prune_model
 from tests.tiny import save_tiny, tiny_blocks
 
@@ -28,7 +28,7 @@ def sealed(tmp_path):
 
 def tuned(sealed):
     parameters = settings.Finetune(model=str(sealed[0]), dtype="float32", runs=str(sealed[0].parent))
-    run = run_folder.start(parameters)
+    run = run_folder.start(parameters, inputs=inputs.visible)
     model, _ = models.load_for(parameters)
     finetune_model(model, tiny_blocks(), steps=2, output=run.path(""), progress=False)
     return run.seal(checkpoints.save_finetune(run, "masked"), measured=0.5)
@@ -117,6 +117,26 @@ def test_runs_can_be_moved_together(sealed, tmp_path):
     last.parent.rename(moved)
     model, _ = checkpoints.load(moved / last.name, dtype="float32")
     assert models.measured_sparsity(model) == 0.5
+
+
+def test_a_project_that_was_moved_whole_finds_its_base_model(sealed, tmp_path):
+    last = tuned(sealed)
+    moved = tmp_path.parent / f"{tmp_path.name}-moved"
+    tmp_path.rename(moved)
+    network, _ = checkpoints.load(moved / "runs" / last.name, dtype="float32")
+    assert models.measured_sparsity(network) == 0.5
+
+
+def test_a_run_is_not_replayed_on_a_parent_that_was_made_anew_from_something_else(sealed):
+    last = tuned(sealed)
+    parameters = settings.Prune(**run_folder.read_record(sealed[0])["parameters"])
+    run_folder.remove(sealed[0])
+    run = run_folder.start(parameters)
+    network, _ = models.load_for(parameters)
+    masks = prune_model(network, tiny_blocks(seed=5), progress=False).masks
+    assert run.seal(checkpoints.save_prune(run, masks), measured=0.5) == sealed[0]
+    with pytest.raises(PftoolsError, match="was made from other contents of .*prune-"):
+        checkpoints.load(last, dtype="float32")
 
 
 def test_every_damaged_file_is_detected_and_named(sealed):
@@ -247,3 +267,71 @@ def test_importing_pftools_is_instant():
     heavy = "('torch', 'transformers', 'pandas', 'altair')"
     code = f"import sys, pftools, pftools.cli; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What was measured is what a reload gives
+
+
+def under_way(kind, tmp_path, **words):
+    parameters = kind(
+        model=str(save_tiny(tmp_path / "tiny")), dtype="float32", runs=str(tmp_path / "runs"), **words
+    )
+    return run_folder.start(parameters), models.load_for(parameters)[0]
+
+
+def zeroed(network, times=1):
+    with torch.no_grad():
+        network.model.layers[0].mlp.up_proj.weight[0, : 8 * times] = 0
+
+
+def grown(network):
+    with torch.no_grad():
+        network.model.layers[0].mlp.up_proj.weight.add_(1)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("change", [None, zeroed, grown])
+def test_masks_that_would_not_give_the_measured_model_are_never_sealed(tmp_path, method, change):
+    run, network = under_way(settings.Prune, tmp_path, method=method)
+    result = prune_model(network, tiny_blocks(), method=method, progress=False)
+    if change is None:
+        assert checkpoints.save_prune(run, result.masks, result.weights, model=network)
+        return
+    change(network)
+    with pytest.raises(PftoolsError, match="is not what was measured.*nothing is sealed"):
+        checkpoints.save_prune(run, result.masks, result.weights, model=network)
+
+
+def test_a_model_that_was_pruned_twice_in_memory_is_never_sealed(tmp_path):
+    run, network = under_way(settings.Prune, tmp_path)
+    prune_model(network, tiny_blocks(), sparsity=0.6, progress=False)
+    result = prune_model(network, tiny_blocks(), sparsity=0.3, progress=False)
+    with pytest.raises(PftoolsError, match="its masks do not have the zeros of .* in memory"):
+        checkpoints.save_prune(run, result.masks, model=network)
+
+
+def test_zeros_of_the_parent_are_no_difference(sealed):
+    parameters = settings.Prune(
+        model=str(sealed[0]), sparsity=0.7, dtype="float32", runs=str(sealed[0].parent)
+    )
+    run, (network, _) = run_folder.start(parameters), models.load_for(parameters)
+    result = prune_model(network, tiny_blocks(), sparsity=0.7, progress=False)
+    assert checkpoints.save_prune(run, result.masks, model=network)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"), [("adapter", "is not the one that was merged"), ("zeros", "other zeros")]
+)
+def test_an_adapter_that_would_not_give_the_measured_model_is_never_sealed(sealed, fault, says):
+    parameters = settings.Finetune(model=str(sealed[0]), dtype="float32", runs=str(sealed[0].parent))
+    run, (network, _) = run_folder.start(parameters), models.load_for(parameters)
+    options = {"steps": 2, "output": run.path(""), "progress": False}
+    result = finetune_model(network, tiny_blocks(), **options)
+    if fault == "adapter":
+        finetune_model(network, tiny_blocks(seed=1), seed=1, **options)  # trained again, and not merged
+    merge_adapter(network, result.adapter)
+    if fault == "zeros":
+        zeroed(network, times=4)
+    with pytest.raises(PftoolsError, match=says):
+        checkpoints.save_finetune(run, "masked", adapter=result.adapter, model=network)

@@ -5,6 +5,7 @@ Whatever is executed again, a sealed run stays as it was, and what cannot be rig
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import nbformat
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-from pftools import models, run_folder
+from pftools import models, run_folder, settings
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -140,3 +141,30 @@ def test_parameters_that_were_executed_and_not_read_stop_the_cells_below(tmp_pat
         assert is_one_sentence(error) and "was made from parameters that were read before" in error[1]
         assert not sealed(tmp_path)
         assert hand.execute("no_such_name")[0] == "NameError"  # other mistakes look as they always do
+
+
+@pytest.mark.slow
+def test_an_edited_cell_by_hand_makes_a_run_of_its_own(tmp_path):
+    """The batch would take a run of the notebook's own name for one that the notebook has made."""
+    parameters = {
+        **STEPS["01_calibrate"],
+        "model": str(save_tiny(tmp_path / "tiny")),
+        "runs": str(tmp_path / "runs"),
+    }
+    with by_hand("01_calibrate", tmp_path) as hand:
+        edited = hand.cells["01-04"] + "\nblocks = blocks[:2]"
+        own, hand.cells["01-04"] = hand.cells["01-04"], edited
+        assert hand.run(hand.order, **parameters) is None
+        (first,) = sealed(tmp_path)
+        hand.cells["01-04"] = own
+        assert hand.run(hand.order[:3], **parameters) is None
+        assert hand.execute("print(blocks.shape)\nlen(blocks)") is None  # who only looks changes nothing
+        assert hand.run(hand.order[3:]) is None
+        (second,) = set(sealed(tmp_path)) - {first}
+    given = settings.Calibrate(**{**parameters, "runs": str(tmp_path / "runs")})
+    assert run_folder.folder_of(given).name == second
+    assert "own_cells" in json.loads((tmp_path / "runs" / first / "run.json").read_text())
+    counts = [
+        run_folder.read_record(tmp_path / "runs" / name)["results"]["n_blocks"] for name in (first, second)
+    ]
+    assert counts == [2, 4]

@@ -17,9 +17,8 @@ from pftools.study import Plan, Study, plan_study
 _BODY = """
 import hashlib, json, os, time
 from pathlib import Path
-from pftools import notebook, run_folder, settings
-parameters = notebook.read(settings.STEPS[{step!r}], globals())
-run = run_folder.start(parameters)
+from pftools import notebook, settings
+parameters, run = notebook.start(settings.STEPS[{step!r}], globals())
 def journal(word):
     with open(Path(parameters.runs) / "journal.txt", "a") as file:
         file.write(f"{{word}} {{run.folder.name}}\\n")

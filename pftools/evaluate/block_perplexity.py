@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
+from pftools.bars import progress_bar
 from pftools.base_models import context_length
 from pftools.errors import PftoolsError
 
@@ -66,7 +66,7 @@ def perplexity(
     try:
         with (
             torch.no_grad(),
-            tqdm(total=len(blocks), desc="perplexity", unit="block", disable=not progress) as bar,
+            progress_bar(total=len(blocks), desc="perplexity", unit="block", disable=not progress) as bar,
         ):
             for batch in blocks.split(batch_size):
                 losses.append(_block_losses(model, batch.to(model.device)))

@@ -26,9 +26,9 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from lm_eval.models.utils_hf import stop_sequences_criteria
-from tqdm.auto import tqdm
 from transformers import LogitsProcessorList
 
+from pftools.bars import progress_bar
 from pftools.errors import PftoolsError
 from pftools.evaluate.beginnings import Group, Row, group_rows
 from pftools.evaluate.forwards import Beginning, difference
@@ -306,14 +306,16 @@ class PrefixCachedLM(HFLM):
     # Forwards and batches
 
     @contextmanager
-    def _reading(self, what: str, total: int, silent: bool) -> Iterator[tqdm]:
+    def _reading(self, what: str, total: int, silent: bool) -> Iterator[Any]:
         """The model in evaluation, without gradients, under a progress bar; afterwards as it was."""
         training = self.model.training
         self.model.eval()
         try:
             with (
                 torch.inference_mode(),
-                tqdm(total=total, desc=what, unit="request", disable=silent or not self.progress) as bar,
+                progress_bar(
+                    total=total, desc=what, unit="request", disable=silent or not self.progress
+                ) as bar,
             ):
                 yield bar
         finally:

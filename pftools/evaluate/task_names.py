@@ -29,7 +29,7 @@ ACCURACIES = ("acc_norm", "acc", "exact_match")
 METRICS = (*ACCURACIES, "mcc", "f1", "word_perplexity", "perplexity")
 BLOCK_PERPLEXITY = "block_perplexity"  # an output type of ours, which lm-eval does not know
 Index = dict[str, dict[str, Any]]
-_INDEX_VERSION = 1  # of the cached index; raise it when its contents change
+_INDEX_VERSION = 2  # of the cached index; raise it when its contents change
 
 
 def check_tasks(names: Sequence[str], *, include: str | Path = "") -> None:
@@ -177,12 +177,11 @@ def index_with(name: str, included: Index) -> Index:
 
 
 def lm_eval_index() -> Index:
-    """Every task, group and tag that lm-eval ships: {name: {"path", "metrics", "parts"}}.
+    """Every task, group and tag that lm-eval ships: {name: {"path", "metrics", "parts", "data", "files"}}.
 
     path: the YAML file; None for a tag. metrics: names; None where only code knows them. parts: the tasks,
-        groups and
-    tags that a group or a tag consists of; empty for a task. Kept in the user's cache by lm-eval's version
-    and folder.
+    groups and tags that a group or a tag consists of; empty for a task. data: its data set on the hub, or the
+    kind of its files. files: paths of its data. Kept in the user's cache by lm-eval's version and folder.
     """
     folder = _lm_eval_folder()
     version = importlib.metadata.version("lm_eval")
@@ -205,6 +204,13 @@ def lm_eval_index() -> Index:
 def parts_of(name: str, index: Index) -> list[str]:
     """The tasks behind a name: itself, or those of the group or tag, each once."""
     return [found for found in _below(name, index, set()) if not index[found]["parts"]]
+
+
+def read_from(name: str, index: Index) -> tuple[list[str], list[str]]:
+    """What the tasks behind a name read: data sets on the hub, and files."""
+    parts = [index[part] for part in parts_of(name, index)]
+    sets = {str(part["data"]) for part in parts if part["data"] and not part["files"]}
+    return sorted(sets), sorted({file for part in parts for file in part["files"]})
 
 
 def folders_of(name: str, index: Index) -> list[Path]:
@@ -246,8 +252,19 @@ def _read_index(folder: Path) -> Index:
             "path": str(entry.yaml_path) if entry.yaml_path else None,
             "metrics": reported_metrics(settings) if known else None,
             "parts": parts,
+            "data": settings.get("dataset_path"),
+            "files": list(_texts((settings.get("dataset_kwargs") or {}).get("data_files"))),
         }
     return index
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _part_names(parts: Any) -> Iterator[str]:

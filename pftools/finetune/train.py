@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pftools.adapters import Adapter, mark_masked
+from pftools.bars import progress_bar
 from pftools.errors import PftoolsError
 from pftools.files import write_json
 from pftools.finetune.adapted import adapted, read_adapter
@@ -223,7 +223,7 @@ class _Watch(TrainerCallback):
     """The progress bar, and the guard against losses that are not numbers."""
 
     def __init__(self, max_steps: int, progress: bool) -> None:
-        self.bar = tqdm(total=max_steps, desc="fine-tuning", unit="step", disable=not progress)
+        self.bar = progress_bar(total=max_steps, desc="fine-tuning", unit="step", disable=not progress)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step)

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pftools import run_folder
+from pftools import contents, run_folder
 from pftools.errors import PftoolsError
 from pftools.layers import matrices
 from pftools.prune.inputs import Measured
@@ -70,9 +70,11 @@ class ActivationStatistics:
         Raises:
             PftoolsError: they are of another model.
         """
-        measured = run_folder.read_record(folder)["parameters"]["model"]
-        same_run = run_folder.is_finished(model) and Path(measured).name == Path(model).name
-        if measured != model and not same_run:
+        record = run_folder.read_record(folder)
+        measured = record["parameters"]["model"]
+        same = run_folder.is_finished(model) and Path(measured).name == Path(model).name
+        same |= record["inputs"].get("model") == (contents.digest(model) or "")  # wherever it is by now
+        if measured != model and not same:
             raise PftoolsError(
                 f"the statistics in {folder} are of {measured!r}, and {model!r} is to be pruned: "
                 "run 01_calibrate on that model, or leave calibration empty."

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from pftools.bars import progress_bar
 from pftools.base_models import check_length
 from pftools.errors import PftoolsError
 from pftools.layers import decoder_layers, matrices
@@ -227,7 +227,7 @@ def _enter(source: Source, blocks: torch.Tensor, batch_size: int) -> list[Batch]
 def _open_layers(source: Source, verb: str, progress: bool) -> Iterator[tuple[int, str, nn.Module]]:
     """(index, full name, layer), one layer open at a time."""
     prefix, layers = decoder_layers(source.model)
-    for index in tqdm(range(len(layers)), desc=verb, unit="layer", disable=not progress):
+    for index in progress_bar(range(len(layers)), desc=verb, unit="layer", disable=not progress):
         with source.layer(index) as layer:
             yield index, f"{prefix}.{index}", layer
 

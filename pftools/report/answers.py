@@ -24,6 +24,9 @@ def headline(table: pd.DataFrame) -> str:
             "<details><summary>What is missing (pftools status tells the cause of a failure)</summary>\n\n"
             f"{bullets(table.attrs['missing'])}\n\n</details>"
         )
+    if table.attrs["outdated"]:
+        lines.append("*Some of the runs behind this are from inputs that were changed since:*")
+        lines.append(bullets(table.attrs["outdated"]))
     if table.attrs["open"]:
         lines.append(f"*The study goes on: {plain('; '.join(table.attrs['open']))}.*")
     return "\n\n".join([*lines, *_by_sparsity(answers(table)), _cost(table)])

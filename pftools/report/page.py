@@ -81,6 +81,7 @@ def _state(study: str | Path, plan: Plan) -> str:
     for step in plan.steps.values():
         record = step.folder / "run.json"
         found.update(record.read_bytes() if record.exists() else run_state(step.folder).encode())
+    found.update(repr(plan.outdated()).encode())
     package = _HERE.parent
     code = [NOTEBOOKS / _NOTEBOOK, _TEMPLATE, _STYLE, _SCRIPT]
     for name in ("report", "compare", "inference", "figures"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ def study_results(study: str | Path, *, runs: str | Path = "runs") -> pd.DataFra
     plan = plan_study(load_study(study), runs=runs)
     table = results(plan)
     if not len(table):
+        command = shlex.join(
+            ["pftools", "run", str(study), *(["--runs", str(runs)] if str(runs) != "runs" else [])]
+        )
         raise PftoolsError(
-            f"the study {plan.study.name!r} has no finished result in {runs}: run it first, with "
-            f"`pftools run {study}`."
+            f"the study {plan.study.name!r} has no finished result in {runs}: run it first, with `{command}`."
         )
     found = [run_folder.read_record(run)["results"] for run in table["run"]]
     table["vocabulary"] = pd.Series([record.get("vocabulary") for record in found], dtype=float)
@@ -40,6 +43,7 @@ def study_results(study: str | Path, *, runs: str | Path = "runs") -> pd.DataFra
         "file": str(study),
         "orderings": list(dict.fromkeys(row.ordering for row in plan.rows)),
         "missing": [_missing(row) for row in missing_results(plan)],
+        "outdated": list(plan.outdated().values()),
     }
     return table
 

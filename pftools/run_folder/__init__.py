@@ -1,13 +1,14 @@
 """Run folders: where a step's results live, how a run gets its name, and when it counts as finished.
 
 A run is `runs/<step>-<key>/`. The key is a hash of what decides the result: the step, its parameters, the
-keys of the runs it starts from, and the recipe version of pftools. Two studies that share a step so share its
-run.
+keys of the runs it starts from, the code of its notebook, and the recipe version of pftools. Two studies that
+share a step so share its run.
 
     runs/<step>-<key>/                   a finished run: run.json, its outputs, notebook.ipynb
     runs/.work/<step>-<key>.<random>/    an attempt: one execution of the step, under way, failed or cut short
     runs/.locks/<step>-<key>             locked by the process that makes the run
     runs/.logs/<step>-<key>.log          what the process of the step printed
+    runs/.replaced/<step>-<key>.<random>/  a run from inputs that have changed since
 
 An attempt works in a folder of its own and becomes the run by one rename, so a folder with `run.json` is
 finished and whole. A process that was given up writes where nobody looks. Nothing relies on the clock: dates
@@ -32,10 +33,14 @@ from pftools.run_folder.attempt import (
 )
 from pftools.run_folder.record import (
     KEY_LENGTH,
+    changed_input,
     damage,
     folder_of,
     is_finished,
+    is_reference,
     is_whole,
+    notebook_of,
+    outputs_digest,
     read_record,
     run_key,
     verify,
@@ -50,14 +55,18 @@ __all__ = [
     "Run",
     "attempting",
     "attempts",
+    "changed_input",
     "damage",
     "failure_of",
     "folder_of",
     "give_up",
     "is_finished",
     "is_locked",
+    "is_reference",
     "is_whole",
     "log_path",
+    "notebook_of",
+    "outputs_digest",
     "owner",
     "publish",
     "read_record",

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,33 @@ from filelock import BaseFileLock, FileLock, Timeout
 from pftools.errors import PftoolsError
 from pftools.files import sealed_sha256, write_json
 from pftools.redaction import redact
-from pftools.run_folder.record import RECORD, damage, is_finished, is_whole, read_record, write_record
+from pftools.run_folder.record import (
+    NOTEBOOK,
+    RECORD,
+    damage,
+    is_finished,
+    is_whole,
+    read_record,
+    write_record,
+)
 
-NOTEBOOK, FAILURE, OWNER = "notebook.ipynb", "failure.json", "owner.json"
+FAILURE, OWNER = "failure.json", "owner.json"
 
 
 @contextmanager
-def attempting(folder: Path, *, resumes: bool = False) -> Iterator[Path | None]:
+def attempting(
+    folder: Path, *, resumes: bool = False, outdated: Callable[[], str | None] = lambda: None
+) -> Iterator[Path | None]:
     """Hold a run while its step is executed; waits until nobody else does.
 
     Yields:
         The folder of a new attempt; None where the run is finished. A finished run that is damaged is removed
-        first.
+        first, and one that is outdated is set aside.
 
     Args:
+        folder: of the run.
         resumes: go on from what a failed or interrupted attempt left.
+        outdated: why a finished run is not to be used any more, as a sentence; None: it is.
     """
     lock = lock_of(folder)
     acquire(lock, folder)
@@ -46,6 +58,9 @@ def attempting(folder: Path, *, resumes: bool = False) -> Iterator[Path | None]:
         if is_finished(folder) and (why := damage(folder)) is not None:
             print(f"Again: {why}", flush=True)
             _remove_folder(folder)
+        if is_finished(folder) and (why := outdated()) is not None:
+            print(f"Again: {why}", flush=True)
+            set_aside(folder)
         yield None if is_finished(folder) else begin(folder, resumes)
     finally:
         lock.release()
@@ -193,7 +208,7 @@ def _beside(folder: Path, name: str) -> Path:
 
 def unneeded(root: str | Path, kept: set[str]) -> list[Path]:
     """Finished runs and abandoned attempts under ``root`` that belong to none of ``kept`` and are not under
-    way.
+    way, and runs that were set aside.
 
     Other folders are never listed, whatever their names.
     """
@@ -201,15 +216,24 @@ def unneeded(root: str | Path, kept: set[str]) -> list[Path]:
     runs = [folder for folder in sorted(root.glob("*-*")) if _is_run(folder)]
     left = [path for path in sorted((root / ".work").glob("*-*.*")) if path.is_dir()]
     owners = {path: root / path.name.rpartition(".")[0] for path in left} | {run: run for run in runs}
-    return [path for path, run in owners.items() if run.name not in kept and not is_locked(run)]
+    replaced = [path for path in sorted((root / ".replaced").glob("*-*.*")) if _is_run(path)]
+    return [
+        *(path for path, run in owners.items() if run.name not in kept and not is_locked(run)),
+        *replaced,
+    ]
 
 
 def _is_run(folder: Path) -> bool:
     try:
         record = read_record(folder)
-        return f"{record['step']}-{record['key']}" == folder.name
+        return f"{record['step']}-{record['key']}" == folder.name.partition(".")[0]
     except (PftoolsError, KeyError, OSError):
         return False
+
+
+def set_aside(folder: Path) -> None:
+    """Keep a run whose inputs were changed out of the way, until `pftools clean` or somebody removes it."""
+    folder.rename(_beside(folder, ".replaced") / f"{folder.name}.{secrets.token_hex(4)}")
 
 
 def remove(folder: Path) -> None:

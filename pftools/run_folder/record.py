@@ -1,61 +1,140 @@
 """Finished runs: their names and their records.
 
 The key in a run's name is a hash of what decides the result: the step, its parameters, the keys of the runs
-it starts from, and the recipe version of pftools. Two studies that share a step so share its run.
+it starts from, the code of its notebook, and the recipe version of pftools. Two studies that share a step so
+share its run.
+
+What a step reads and is not in the key, such as a data set by its name, is in the record: {input: digest}.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pftools import RECIPE_VERSION, contents
+from pftools import RECIPE_VERSION, cells, contents, shipped
 from pftools.errors import PftoolsError
 from pftools.files import sha256, write_json
-from pftools.settings import EMBEDDED_MODEL, Step
+from pftools.settings import EMBEDDED_MODEL, STEPS, Step
 
 KEY_LENGTH = 12
-RECORD = "run.json"
+RECORD, NOTEBOOK = "run.json", "notebook.ipynb"
 _REMEDY = "its step has to run again, which `pftools run` sees to; by hand, remove the run's folder first"
 
 
-def run_key(parameters: Step) -> str:
+def run_key(parameters: Step, *, own_cells: str = "") -> str:
     """The hash that names a run.
 
     Parents count by their keys, so the place of the runs folder does not matter. The folder of a model and a
-    corpus of files count by their contents as well, so that a run on old contents is never taken for one on
-    new contents.
+    corpus of files count by their contents alone, wherever they are, so that a run on old contents is never
+    taken for one on new contents. The code of the step's notebook counts, its parameters cell and its text do
+    not.
+
+    Args:
+        parameters: of the step.
+        own_cells: the digest of the code that was executed, where it is not the notebook's.
     """
     decisive = {name: getattr(parameters, name) for name in parameters.key_fields()}
     for name in parameters.parents:
-        decisive[name] = key_of_reference(decisive[name])
-    held = _held_by_inputs(parameters)
-    text = json.dumps([parameters.step, decisive, RECIPE_VERSION, *([held] if held else [])], sort_keys=True)
+        decisive[name] = _by_contents(decisive[name])
+    if contents.is_path(corpus := decisive.get("corpus", "")):
+        decisive["corpus"] = _held(corpus)
+    if include := decisive.get("include"):  # task files, of which any may be part of another
+        decisive["include"] = contents.digest_of_tree(include) or include
+    code = own_cells or cells.digest(cells.of_notebook(notebook_of(parameters)))
+    text = json.dumps([parameters.step, decisive, RECIPE_VERSION, code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
-def _held_by_inputs(parameters: Step) -> dict[str, str]:
-    """{parameter: digest} of the model's folder and the corpus, where they are paths."""
-    model, corpus = parameters.model, getattr(parameters, "corpus", "")
-    found = {"corpus": contents.digest(corpus) if contents.is_path(corpus) else None}
-    if model != EMBEDDED_MODEL and key_of_reference(model) == model:
-        found["model"] = contents.digest(model)
-    return {name: digest for name, digest in found.items() if digest}
+def notebook_of(parameters: Step) -> Path:
+    """The notebook of a step, as it is on this machine."""
+    return shipped.NOTEBOOKS / shipped.NOTEBOOK_OF[parameters.step]
+
+
+def _by_contents(model: str) -> str:
+    """What stands for a model in a key: the key of a run, the digest of a folder, else its name."""
+    if model in ("", EMBEDDED_MODEL) or is_reference(model):
+        return key_of_reference(model)
+    return _held(model)
+
+
+def _held(path: str) -> str:
+    digest = contents.digest(path)
+    return f"contents {digest}" if digest else path
+
+
+def is_reference(model: str) -> bool:
+    """Whether a model is named by the folder of a run, such as `runs/prune-0123456789ab`."""
+    step, _, key = Path(model).name.rpartition("-")
+    return step in STEPS and len(key) == KEY_LENGTH and set(key) <= set("0123456789abcdef")
 
 
 def key_of_reference(reference: str) -> str:
     """`runs/prune-0123456789ab` counts as its last part; a model's name as itself."""
-    last = Path(reference).name
-    step, _, key = last.rpartition("-")
-    is_run = bool(step) and len(key) == KEY_LENGTH and set(key) <= set("0123456789abcdef")
-    return last if is_run else reference
+    return Path(reference).name if is_reference(reference) else reference
 
 
-def folder_of(parameters: Step) -> Path:
+def folder_of(parameters: Step, *, own_cells: str = "") -> Path:
     """Where the run of a step with these parameters is, or will be."""
-    return Path(parameters.runs).expanduser() / f"{parameters.step}-{run_key(parameters)}"
+    return (
+        Path(parameters.runs).expanduser() / f"{parameters.step}-{run_key(parameters, own_cells=own_cells)}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Inputs
+
+
+def outputs_digest(folder: str | Path) -> str | None:
+    """A digest of what later steps read of a run; None where it is not finished, or its record is damaged.
+
+    Its notebook and its tables are for people, and do not count.
+    """
+    return _told(folder)[1] or None
+
+
+def changed_input(folder: str | Path, visible: Mapping[str, str]) -> str | None:
+    """Why a finished run cannot stand for the step any more, as a sentence; None where it can.
+
+    Args:
+        folder: of the run.
+        visible: {input: digest} of what the step would read now. What is not there, on this machine, is taken
+            to be as it was.
+    """
+    recorded, _ = _told(folder)
+    for name, digest in recorded.items():
+        if visible.get(name, digest) != digest:
+            return (
+                f"{folder} was made from other contents of {name} than are there now: it is made again by "
+                "`pftools run`, unless they are put back."
+            )
+    return None
+
+
+def _told(folder: str | Path) -> tuple[dict[str, str], str]:
+    """{input: digest} as recorded, and `outputs_digest`; both empty for a run that cannot be read."""
+    path = Path(folder) / RECORD
+    try:
+        now = path.stat()
+        return _read_told(path, now.st_ino, now.st_size, now.st_mtime_ns)
+    except (OSError, PftoolsError):
+        return {}, ""
+
+
+@lru_cache(maxsize=100_000)
+def _read_told(path: Path, inode: int, size: int, modified: int) -> tuple[dict[str, str], str]:
+    record = read_record(path.parent)
+    kept = {
+        name: digest
+        for name, digest in record["outputs"].items()
+        if name != NOTEBOOK and not name.endswith(".parquet")
+    }
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return dict(record.get("inputs", {})), digest
 
 
 def is_finished(folder: str | Path) -> bool:
