@@ -7,9 +7,9 @@ import os
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
-from pftools import cells, contents, inputs, run_folder, settings, shipped
-from pftools.cli import app
+from pftools import cells, cli, contents, inputs, run_folder, settings, shipped
 from pftools.errors import PftoolsError
 from pftools.study import load_study, plan_study, run_study
 from tests.tiny import save_tiny
@@ -255,14 +255,11 @@ def test_an_input_that_changes_while_the_step_runs_is_never_sealed(world):
     assert not run_folder.is_finished(step.folder)
 
 
-def test_status_and_plan_say_which_input_has_changed(world):
-    from typer.testing import CliRunner
-
+def test_status_and_plan_say_which_input_has_changed(world, monkeypatch):
+    monkeypatch.setattr(cli.out, "width", 400)
     write(world.folder / "data", "wikitext2/test", ROWS["text"][:25])
     for command in ("status", "plan"):
-        told = CliRunner(env={"COLUMNS": "400"}).invoke(
-            app, [command, str(world.study), "--runs", str(world.folder / "runs")]
-        )
+        told = CliRunner().invoke(cli.app, [command, str(world.study), "--runs", str(world.folder / "runs")])
         assert told.exit_code == 0, told.output
         assert "was made from other contents of corpus/test" in told.output and "to do" in told.output
 
