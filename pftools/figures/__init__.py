@@ -18,6 +18,7 @@ from pftools.figures.layers import (
     lines_by_layer,
     output_error,
     score_histogram,
+    score_slider,
     sparsity_by_layer,
 )
 from pftools.figures.orderings import (
@@ -54,6 +55,7 @@ __all__ = [
     "quality_and_cost",
     "save",
     "score_histogram",
+    "score_slider",
     "sparsity_by_layer",
     "task_scores",
     "tuning_curves",

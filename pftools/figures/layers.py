@@ -215,3 +215,47 @@ def sparsity_by_layer(layers: pd.DataFrame) -> alt.LayerChart:
         + dots
         + base.mark_line(color=ORANGE, interpolate="step", strokeWidth=2).encode(y="mean(asked):Q")
     )
+
+
+def score_slider(steps: pd.DataFrame, *, chosen: float = 0.5) -> alt.HConcatChart:
+    """A slider over the sparsity of one weight: which scores go, and the error that is left.
+
+    It moves where charts are live, without a kernel; elsewhere it shows ``chosen``.
+
+    Args:
+        steps: columns percent, error, low, high, kept and pruned (`prune.score_steps`).
+        chosen: the sparsity to begin with; the nearest of the steps.
+    """
+    percents = sorted(steps["percent"].unique().tolist())
+    first = min(percents, key=lambda percent: abs(percent - 100 * chosen))
+    bounds = {"min": percents[0], "max": percents[-1], "step": percents[1] - percents[0]}
+    slider = alt.param("percent", value=first, bind=alt.binding_range(name="sparsity, % ", **bounds))
+    tall = steps.melt(["percent", "low", "high"], ["pruned", "kept"], "fate", "weights")
+    colours = alt.Scale(domain=["kept", "pruned"], range=[BLUE, "#d5dade"])
+    top = alt.Scale(domain=[0, float((steps["kept"] + steps["pruned"]).max())])
+    scores = (
+        alt.Chart(tall, title=title_of("Which scores go"), width=WIDTH // 2 - 40, height=200)
+        .transform_filter("datum.percent == percent")
+        .mark_bar(binSpacing=0)
+        .encode(
+            x=alt.X("low:Q", bin="binned", title="log10 of the score"),
+            x2="high:Q",
+            y=alt.Y("weights:Q", title="weights", axis=alt.Axis(format="~s"), scale=top),
+            color=alt.Color("fate:N", title=None, scale=colours, legend=alt.Legend(orient="top")),
+            order=alt.Order("fate:N", sort="descending"),
+        )
+    )
+    errors = steps.drop_duplicates("percent")[["percent", "error"]]
+    base = alt.Chart(errors, width=WIDTH // 2 - 40, height=200).encode(
+        x=alt.X("percent:Q", title="sparsity, %", axis=alt.Axis(grid=False)),
+        y=alt.Y("error:Q", title="relative error of the output", axis=alt.Axis(format="%")),
+        tooltip=["percent", alt.Tooltip("error:Q", format=".1%")],
+    )
+    here = base.transform_filter("datum.percent == percent")
+    curve = alt.layer(
+        base.mark_line(color=BLUE, strokeWidth=2),
+        here.mark_point(filled=True, size=120, color=ORANGE, opacity=1),
+        here.mark_text(dy=-14, fontSize=12).encode(text=alt.Text("error:Q", format=".1%")),
+        title=title_of("What it costs"),
+    )
+    return alt.hconcat(scores, curve, spacing=30).add_params(slider)

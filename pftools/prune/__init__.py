@@ -24,7 +24,7 @@ each.
 from pftools.criteria import METHODS
 from pftools.prune.checkpoint import prune_checkpoint
 from pftools.prune.request import request_of
-from pftools.prune.result import PruneResult, score_histogram
+from pftools.prune.result import PruneResult, mask_of, score_histogram, score_steps
 from pftools.prune.statistics import ActivationStatistics
 from pftools.prune.walk import measure_activations, prune_model
 
@@ -32,9 +32,11 @@ __all__ = [
     "METHODS",
     "ActivationStatistics",
     "PruneResult",
+    "mask_of",
     "measure_activations",
     "prune_checkpoint",
     "prune_model",
     "request_of",
     "score_histogram",
+    "score_steps",
 ]

@@ -108,6 +108,42 @@ def zeros(weight: torch.Tensor) -> float:
     return count_true(weight == 0) / weight.numel()
 
 
+def mask_of(
+    weight: torch.Tensor,
+    norms: torch.Tensor,
+    *,
+    method: str = "wanda",
+    sparsity: float = 0.5,
+    pattern: str = "unstructured",
+) -> torch.Tensor:
+    """What a criterion keeps of one weight: bool of its shape, True = kept. Arguments: `score_histogram`."""
+    compare = find_method(method).compare
+    return ~choose(_scores(weight, norms, method), sparsity, parse_pattern(pattern), compare=compare)
+
+
+def _scores(weight: torch.Tensor, norms: torch.Tensor, method: str) -> torch.Tensor:
+    return find_method(method).score(weight.detach().float(), norms.to(weight.device))
+
+
+def score_steps(weight: torch.Tensor, norms: torch.Tensor, *, method: str = "wanda") -> pd.DataFrame:
+    """`score_histogram` for sparsities from 5% to 95%, and the error that each leaves in the output.
+
+    The error is relative, and estimated as if the input columns were uncorrelated: the norm of what is cut of
+    W diag(||X_j||), over the norm of the whole.
+
+    Returns:
+        Columns percent, error, low, high, kept and pruned, a row a sparsity and bin.
+    """
+    signal = (weight.detach().float() * norms.to(weight.device)).square()
+    tables = []
+    for percent in range(5, 100, 5):
+        asked: dict[str, Any] = {"method": method, "sparsity": percent / 100}
+        lost = signal[~mask_of(weight, norms, **asked)].sum() / signal.sum().clamp_min(1e-30)
+        table = score_histogram(weight, norms, bins=50, **asked)
+        tables.append(table.assign(percent=percent, error=float(lost.sqrt())))
+    return pd.concat(tables, ignore_index=True)
+
+
 def score_histogram(
     weight: torch.Tensor,
     norms: torch.Tensor,
@@ -129,9 +165,8 @@ def score_histogram(
     Returns:
         Columns low and high (log10 of the score), kept and pruned (counts), a row a bin.
     """
-    rule = find_method(method)
-    scores = rule.score(weight.detach().float(), norms.to(weight.device))
-    pruned = choose(scores, sparsity, parse_pattern(pattern), compare=rule.compare).flatten()
+    scores = _scores(weight, norms, method)
+    pruned = ~mask_of(weight, norms, method=method, sparsity=sparsity, pattern=pattern).flatten()
     logs = scores.flatten().clamp_min(1e-12).log10()
     low, high = float(logs.min()), float(logs.max())
     if logs.numel() < 2**24:  # as many as torch's quantile takes
