@@ -33,6 +33,7 @@ def weight_statistics(model: PreTrainedModel) -> pd.DataFrame:
 
     Returns:
         Columns layer, module, group (attention or MLP), size, sparsity, mean, std, minimum, maximum, norm;
+        kurtosis (3 is normal; larger: a few weights far out);
         outside_share, the share outside mean +- 1.96 standard errors, as the study counts it; and
         outside_share_normal, what that share is of normal numbers.
     """
@@ -89,7 +90,8 @@ def weight_differences(
         Columns layer, group and (by module) module, mean_difference (mean absolute difference over all
         weights of the row), top_difference (over the ``top_percent`` per cent largest of them), relative
         (norm of the difference / norm of the parent), zeroed (share of weights that became zero), filled
-        (share of weights that were zero and no longer are) and size.
+        (share of weights that were zero and no longer are), on_zeros (the share of the squared change that
+        is on weights that were zero) and size.
 
     Raises:
         PftoolsError: the two models do not have the same linear weights.
@@ -126,6 +128,7 @@ def _difference(
         "relative": float(difference.norm() / old.norm().clamp_min(1e-30)),
         "zeroed": float(((new == 0) & (old != 0)).float().mean()),
         "filled": float(((new != 0) & (old == 0)).float().mean()),
+        "on_zeros": float(difference[old == 0].norm() ** 2 / (difference.norm() ** 2).clamp_min(1e-30)),
         "size": new.numel(),
     }
 
@@ -151,5 +154,6 @@ def _moments(weight: torch.Tensor) -> dict[str, float]:
         "norm": float(weight.norm()),
         "outside_share": float(((weight - mean).abs() > margin).float().mean()),
         "outside_share_normal": normal,
+        "kurtosis": float((((weight - mean) / max(std, 1e-30)) ** 4).mean()),
         "size": weight.numel(),
     }

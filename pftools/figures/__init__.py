@@ -24,6 +24,7 @@ from pftools.figures.layers import (
 from pftools.figures.orderings import (
     asked_and_measured,
     metric_chart,
+    orderings_by_layer,
     pair_ratios,
     published_metric,
     quality_and_cost,
@@ -49,6 +50,7 @@ __all__ = [
     "metric_chart",
     "ordering_chart",
     "output_error",
+    "orderings_by_layer",
     "pair_ratios",
     "plan_chart",
     "published_metric",

@@ -393,3 +393,45 @@ def published_metric(
         )
     )
     return _layered(key, marks).properties(title=title_of(title, subtitle), height=320)
+
+
+def orderings_by_layer(
+    table: pd.DataFrame,
+    value: str,
+    *,
+    title: str,
+    subtitle: str = "",
+    orderings: Sequence[str] = (),
+    percent: bool = False,
+) -> alt.LayerChart:
+    """One line an entry over the decoder layers, in its ordering's colour.
+
+    Args:
+        table: columns ordering, label, layer and ``value``, a row an entry and layer.
+        orderings: all of the study, which decide colours; empty: those of ``table``.
+        percent: the value is a share.
+    """
+    names = list(dict.fromkeys(orderings or table["ordering"]))
+    scale = scale_of(table[value], log=False)
+    ticks, digits = ticks_of(*scale["domain"], log=False)
+    colour, shape = _colour_and_shape(names, table, legend=True)
+    base = alt.Chart(table).encode(
+        x=alt.X("layer:Q", title="decoder layer", axis=alt.Axis(tickMinStep=1, grid=False, format="d")),
+        y=alt.Y(
+            f"{value}:Q",
+            title=None,
+            scale=scale,
+            axis=alt.Axis(format="%" if percent else digits, values=ticks),
+        ),
+        color=colour,
+        detail="label:N",
+    )
+    told = [
+        alt.Tooltip("label:N", title="ordering"),
+        alt.Tooltip("layer:Q"),
+        alt.Tooltip(f"{value}:Q", format=".2%" if percent else ".3~g"),
+    ]
+    marks = base.mark_point(filled=True, size=36, opacity=1).encode(shape=shape, tooltip=told)
+    return _layered(base.mark_line(strokeWidth=1.8), marks).properties(
+        title=title_of(title, subtitle), height=220
+    )

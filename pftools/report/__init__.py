@@ -8,6 +8,7 @@ tuning     how learning rates were chosen
 matrix     the verdicts as a matrix
 tables     orderings, guessing, pairs by task, costs, steps
 charts     perplexity, tasks, pairs, sparsity, costs
+inside     which weights were pruned, what changed where
 settings   what decided the numbers
 live       charts made ready for a page
 notebooks  executed notebooks as pages
@@ -25,6 +26,7 @@ from pftools.report.charts import (
     sparsity_chart,
     task_charts,
 )
+from pftools.report.inside import overlap_matrix, weight_charts
 from pftools.report.lineage import entry_costs
 from pftools.report.matrix import verdict_matrix
 from pftools.report.page import render
@@ -64,6 +66,7 @@ __all__ = [
     "lost_zeros",
     "missing_table",
     "ordering_names",
+    "overlap_matrix",
     "pair_table",
     "perplexity_chart",
     "perplexity_subtitle",
@@ -87,4 +90,5 @@ __all__ = [
     "verdict_list",
     "verdict_matrix",
     "visible_differences",
+    "weight_charts",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -60,19 +60,31 @@ def verdict_matrix(pairs: pd.DataFrame, orderings: Sequence[str], order: pd.Data
     tables = []
     for asked in sorted(pairs["asked"].unique(), reverse=True):
         there = order[order["asked"].round(10) == round(asked, 10)].sort_values("perplexity")
-        labels = list(zip(there["label"], there["ordering"]))
+        labels = list(zip(there["label"].tolist(), there["ordering"].tolist()))
         where = pairs.loc[pairs["asked"] == asked, "where"].iloc[0]
-        tables.append(_table(asked, where, labels, verdicts, list(orderings)))
+
+        def cell(label: str, other: str, column: int, asked: float = asked) -> str:
+            return _cell(verdicts.get((asked, label, other)), column)
+
+        tables.append(square(f"At {where}", f"Verdicts at {where}", labels, cell, orderings))
     return f'{STYLE}<div class="matrices">{"".join(tables)}</div><p class="matrix-key">{KEY}</p>'
 
 
-def _table(
-    asked: float,
-    where: str,
-    labels: list[tuple[str, str]],
-    verdicts: dict[tuple[float, str, str], Any],
-    orderings: list[str],
+def square(
+    caption: str,
+    what: str,
+    labels: Sequence[tuple[str, str]],
+    cell: Callable[[str, str, int], str],
+    orderings: Sequence[str],
 ) -> str:
+    """A table with a row and a column a label.
+
+    Args:
+        caption: over the table. what: of the cells, for readers who listen.
+        labels: (label, ordering), in the order of rows and columns.
+        cell: makes the cell of a row's and a column's label; it is given the number of the column's ordering.
+        orderings: all of the study, which decide the marks.
+    """
     numbers = {name: place for place, name in enumerate(orderings)}
     head = "".join(
         f'<th scope="col" class="o-{numbers[ordering]}" title="{escape(label)}">{glyph(ordering, orderings)}'
@@ -82,22 +94,19 @@ def _table(
     body = "".join(
         f'<tr class="row o-{numbers[ordering]}"><th scope="row">{glyph(ordering, orderings)} {place} '
         f"{escape(label)}</th>"
-        + "".join(
-            _cell(verdicts.get((asked, label, other)), numbers[column], label == other)
-            for other, column in labels
-        )
+        + "".join(cell(label, other, numbers[column]) for other, column in labels)
         + "</tr>"
         for place, (label, ordering) in enumerate(labels, 1)
     )
     return (
-        f'<div class="wide" tabindex="0" role="group" aria-label="Verdicts at {escape(where)}">'
-        f'<table class="matrix"><caption>At {escape(where)}</caption>'
+        f'<div class="wide" tabindex="0" role="group" aria-label="{escape(what)}">'
+        f'<table class="matrix"><caption>{escape(caption)}</caption>'
         f'<thead><tr><th scope="col"></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
-def _cell(verdict: dict[str, Any] | None, column: int, same: bool) -> str:
-    if same or verdict is None:
+def _cell(verdict: dict[str, Any] | None, column: int) -> str:
+    if verdict is None:
         return f'<td class="o-{column}"></td>'
     kind = _KINDS.get(verdict["verdict_kind"], "")
     ratio = verdict["ratio"]

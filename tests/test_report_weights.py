@@ -1,0 +1,102 @@
+"""What a report says of the weights, on masks and analyses that are made up."""
+
+import re
+from html import unescape
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from pftools import masks, report, weights
+from pftools.report import inside
+from tests.made_up import GAIN, seal_study
+
+SHAPES = {"model.layers.0.self_attn.q_proj.weight": (3, 5), "model.layers.1.mlp.up_proj.weight": (4, 7)}
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory):
+    """A study with masks in its prune runs and tables in its analyses: {run: masks}, and its results."""
+    folder = tmp_path_factory.mktemp("analysed")
+    file = seal_study(folder, orderings=["base", *GAIN], seeds=[0, 1], analyse=True)
+    kept = {}
+    for number, run in enumerate(sorted((folder / "runs").glob("prune-*"))):
+        generator = torch.Generator().manual_seed(number)
+        kept[run.name] = {
+            name: torch.rand(shape, generator=generator) > 0.5 for name, shape in SHAPES.items()
+        }
+        masks.save_masks(run / masks.MASKS, kept[run.name])
+    for number, run in enumerate(sorted((folder / "runs").glob("analyse-*"))):
+        place = {"layer": [0, 1], "module": ["q_proj", "up_proj"]}
+        pd.DataFrame({**place, "sparsity": 0.5, "std": 0.1 * (number + 1), "kurtosis": 3.0}).to_parquet(
+            run / "weights.parquet"
+        )
+        if number % 2:
+            pd.DataFrame({**place, "relative": [0.1, 0.2], "on_zeros": [0.0, 0.4]}).to_parquet(
+                run / "differences.parquet"
+            )
+    return report.study_results(file, runs=folder / "runs"), kept
+
+
+def by_hand(first, second):
+    """Jaccard's index of two sets of pruned weights, weight by weight."""
+    a, b = (
+        {(name, *place) for name in m for place in (~m[name]).nonzero().tolist()} for m in (first, second)
+    )
+    return len(a & b) / len(a | b)
+
+
+def test_the_overlap_of_masks_is_jaccards_index_over_orderings_and_seeds(analysed):
+    table, kept = analysed
+    html = report.overlap_matrix(table)
+    labels = [(label, folder.name) for label, _, folder in inside._pruned_models(table)]
+    assert len(labels) == 2 * len(GAIN) and all("seed" in label for label, _ in labels)
+    said = unescape(" ".join(re.findall(r'title="([^"]*both pruned[^"]*)"', html)))
+    for one, first in labels:
+        for other, second in labels:
+            if one != other:
+                share = by_hand(kept[first], kept[second])
+                assert (
+                    f"{one} and {other}: of all weights that one of the two pruned, both pruned {share:.1%}."
+                    in said
+                )
+    # Two orderings that begin with P share the run of their first step, and so its mask.
+    assert "both pruned 100.0%" in said and "would have 0.33 in common" in html
+
+
+def test_the_layers_of_analysed_models_are_drawn_an_ordering_a_line(analysed):
+    table, _ = analysed
+    charts = {inside_title(chart): chart.to_dict() for chart in report.weight_charts(table)}
+    assert list(charts) == [
+        "Zeros, layer by layer",
+        "Spread, layer by layer",
+        "Tails, layer by layer",
+        "What the last step changed",
+        "Change on zeros",
+    ]
+    for chart in charts.values():
+        assert "Mean over layers" in chart["description"]
+    (rows,) = charts["Spread, layer by layer"]["datasets"].values()
+    assert {row["label"] for row in rows} == {"base", *GAIN} and len(rows) == 2 * len(
+        {row["label"] for row in rows}
+    )
+
+
+def inside_title(chart):
+    return chart.to_dict()["title"]["text"]
+
+
+def test_a_study_without_masks_and_analyses_says_nothing_of_weights(tmp_path):
+    table = report.study_results(seal_study(tmp_path), runs=Path(tmp_path) / "runs")
+    assert report.overlap_matrix(table) == "" and report.weight_charts(table) == []
+
+
+def test_change_on_zeros_is_the_share_of_the_squared_change_where_nothing_was():
+    class Layer:
+        def __init__(self, values):
+            self.weight = torch.tensor(values)
+
+    old, new = Layer([[1.0, 0.0], [0.0, 2.0]]), Layer([[2.0, 2.0], [0.0, 2.0]])
+    found = weights._difference({"w": new}, {"w": old}, ["w"], 100.0)
+    assert found["on_zeros"] == pytest.approx(4 / 5) and found["filled"] == 0.25
