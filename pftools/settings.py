@@ -301,6 +301,7 @@ class Finetune(_Changing):
         "plain", description="how the frozen base is held while training"
     )
     gradient_checkpointing: bool = local(False, "trade time for memory")
+    track: str = local("", "also log the training to: trackio, wandb, tensorboard, ...; empty: nowhere")
     save_every: int = local(50, "optimizer steps between checkpoints that a killed step goes on from", ge=1)
 
     @model_validator(mode="before")

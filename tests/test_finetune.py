@@ -458,3 +458,25 @@ def test_targets_by_name():
     assert len(find_targets(model, "all-linear")) == 14
     assert len(find_targets(model, "attention")) == 8
     assert len(find_targets(model, "up_proj, down_proj")) == 4
+
+
+def test_a_training_is_tracked_where_it_is_asked(tmp_path, monkeypatch):
+    """Through transformers' own integrations: here one that only remembers; one that is missing is named."""
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    logged = []
+
+    class Remembers(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            logged.append((args.project, args.run_name, logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Remembers)
+    options = {"steps": 2, "blocks_per_step": 2, "progress": False}
+    finetune_model(tiny_llama(), tiny_blocks(), track="trackio", output=tmp_path / "mine", **options)
+    assert [name for name, run, logs in logged if "loss" in logs] == ["pftools"] * 2
+    assert {run for _, run, _ in logged} == {"mine"}
+    monkeypatch.undo()
+    for absent in ("trackio", "notebook_of_mine"):
+        with pytest.raises(PftoolsError, match=f"track is '{absent}'.*pip install {absent}"):
+            finetune_model(tiny_llama(), tiny_blocks(), track=absent, **options)

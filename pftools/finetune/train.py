@@ -56,6 +56,7 @@ def finetune_model(
     *,
     output: str | Path | None = None,
     save_every: int = 50,
+    track: str = "",
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
     **recipe: Any,
@@ -70,6 +71,8 @@ def finetune_model(
         output: a folder. The adapter is saved in `output/adapter`. Trainer's checkpoints in `output/trainer`
             let a killed training go on, and are removed at the end.
         save_every: optimizer steps between those checkpoints.
+        track: where transformers' Trainer also logs to, such as `trackio`, `wandb` or `tensorboard`; the
+            project is `pftools`.
         progress: show a progress bar.
         callbacks: of transformers' Trainer.
         recipe: the settings of `Recipe` by name; what is not given has the default that stands there.
@@ -91,7 +94,8 @@ def finetune_model(
         with quantized(model, training.recipe.base, keep_masks_of=keep_masks_of, plain=training.plain):
             with adapted(model, training) as peft_model:
                 watch = _Watch(training.steps, progress)
-                trainer = _trainer(peft_model, training, rows, folder, save_every, [watch, *callbacks])
+                arguments = _arguments(peft_model, training, rows, folder, save_every, track)
+                trainer = _trainer(peft_model, training, rows, arguments, [watch, *callbacks])
                 started = time.perf_counter()
                 trainer.train(resume_from_checkpoint=checkpoint)
                 seconds = time.perf_counter() - started
@@ -118,16 +122,11 @@ def finetune_model(
     return FinetuneResult(adapter, losses, Path(output) / "adapter" if output is not None else None, summary)
 
 
-def _trainer(
-    peft_model: PeftModel,
-    training: Training,
-    rows: Rows,
-    folder: Path,
-    save_every: int,
-    callbacks: list[TrainerCallback],
-) -> Trainer:
+def _arguments(
+    peft_model: PeftModel, training: Training, rows: Rows, folder: Path, save_every: int, track: str
+) -> TrainingArguments:
     recipe, on_gpu = training.recipe, peft_model.device.type == "cuda"
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=training.steps,
         per_device_train_batch_size=training.rows_per_forward,
@@ -142,7 +141,9 @@ def _trainer(
         save_strategy="steps",
         save_steps=save_every,
         save_total_limit=1,
-        report_to=[],
+        report_to=[track] if track else [],
+        project="pftools",
+        run_name=folder.name,
         disable_tqdm=True,
         use_cpu=peft_model.device.type == "cpu",
         activation_checkpointing=recipe.gradient_checkpointing,
@@ -155,8 +156,27 @@ def _trainer(
         fp16=peft_model.dtype == torch.float16 and on_gpu,
         include_num_input_tokens_seen="all" if rows.attention_mask is None else "non_padding",
     )
+
+
+def _trainer(
+    peft_model: PeftModel,
+    training: Training,
+    rows: Rows,
+    arguments: TrainingArguments,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    recipe = training.recipe
     ordered = torch.utils.data.Subset(rows, training_order(len(rows), training.n_rows, recipe.seed))
-    trainer = Trainer(peft_model, arguments, train_dataset=ordered, callbacks=callbacks)
+    try:
+        trainer = Trainer(peft_model, arguments, train_dataset=ordered, callbacks=callbacks)
+    except (RuntimeError, ValueError) as error:  # what Trainer says of a tracker that it does not find
+        if arguments.report_to:
+            tracker = arguments.report_to[0]
+            raise PftoolsError(
+                f"track is {tracker!r}, and it cannot be used ({error}): `pip install {tracker}`, or leave "
+                "it empty."
+            ) from None
+        raise
     trainer.remove_callback(PrinterCallback)
     if recipe.gradient_checkpointing:
         peft_model.enable_input_require_grads()
