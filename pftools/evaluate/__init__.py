@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pftools.evaluate.block_perplexity import PerplexityResult, perplexity
     from pftools.evaluate.held_out import HeldOut, held_out_text
     from pftools.evaluate.prefix_cache import PrefixCachedLM
-    from pftools.evaluate.tasks import TaskResults, evaluate_tasks, scores_as_json
+    from pftools.evaluate.tasks import TaskResults, evaluate_tasks, scores_as_json, tasks_of
 
 __all__ = [
     "HeldOut",
@@ -28,6 +28,7 @@ __all__ = [
     "held_out_text",
     "perplexity",
     "scores_as_json",
+    "tasks_of",
 ]
 _MODULES = {
     "PerplexityResult": "block_perplexity",
@@ -38,6 +39,7 @@ _MODULES = {
     "TaskResults": "tasks",
     "evaluate_tasks": "tasks",
     "scores_as_json": "tasks",
+    "tasks_of": "tasks",
 }
 
 

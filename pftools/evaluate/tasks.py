@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -25,6 +25,22 @@ from pftools.evaluate.block_perplexity import perplexity
 from pftools.evaluate.prefix_cache import PrefixCachedLM
 from pftools.evaluate.questions import read_rows
 from pftools.evaluate.scores import leaves_of, question_row, question_rows, score_row, strict_json, task_score
+
+if TYPE_CHECKING:
+    from pftools.settings import Evaluate
+
+# The arguments of `evaluate_tasks` that a step's parameters have, under the same names.
+_DECIDED = (
+    "tasks",
+    "limit",
+    "seed",
+    "include",
+    "num_fewshot",
+    "apply_chat_template",
+    "system_instruction",
+    "batch_size",
+    "data",
+)
 
 
 @dataclass
@@ -124,6 +140,11 @@ def evaluate_tasks(
     record = strict_json({**kept, "truncated_prompts": truncated, **reading})
     answers = pd.concat(samples, ignore_index=True)
     return TaskResults(pd.DataFrame(scores), answers, record, truncated, reading)
+
+
+def tasks_of(parameters: Evaluate) -> dict[str, Any]:
+    """The arguments of `evaluate_tasks` that a step's parameters decide, by name."""
+    return {name: getattr(parameters, name) for name in _DECIDED}
 
 
 def scores_as_json(scores: pd.DataFrame) -> dict[str, dict[str, Any]]:
