@@ -180,10 +180,10 @@ def test_all_files_of_runs_and_exports_are_readable_as_the_umask_says(tmp_path, 
         run = run_folder.start(settings.Prune(model=model, **given))
         network, _ = models.load_model(model, dtype="float32")
         masks = prune_model(network, tiny_blocks(), progress=False).masks
-        pruned = run.seal(checkpoints.save_prune(run, masks, dict(network.named_parameters())))
+        pruned = run.seal(checkpoints.save_prune(run, masks, dict(network.named_parameters())), measured=0.5)
         run = run_folder.start(settings.Finetune(model=str(pruned), **given))
         finetune_model(network, tiny_blocks(), steps=1, output=run.path(""), progress=False)
-        tuned = run.seal(checkpoints.save_finetune(run, "masked"))
+        tuned = run.seal(checkpoints.save_finetune(run, "masked"), measured=0.5)
         exported = checkpoints.export(tuned, tmp_path / "exported", dtype="float32")
     finally:
         os.umask(before)
