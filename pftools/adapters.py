@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -135,9 +135,32 @@ def load_adapter(folder: str | Path) -> Adapter:
         )
     if config.get("use_dora") or config.get("use_rslora"):
         raise PftoolsError(f"the adapter in {folder} uses DoRA or rsLoRA: merge it with PEFT.")
+    _refuse_foreign_parts(folder, config, tensors, kind)
     factors = factors_of(tensors, kind)
     scaling = 1.0 if kind == "hira" else config["lora_alpha"] / config["r"]
     return Adapter(factors, scaling, kind, config["peft_type"] == MASKED_TYPE, config.get("pftools_mask", ""))
+
+
+def _refuse_foreign_parts(
+    folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], kind: str
+) -> None:
+    """Refuse an adapter that does more than its factors say: the rest would be left out of the merge.
+
+    PEFT can train whole modules and biases too, give modules a rank or an alpha of their own, and adapt
+    stacked parameters.
+    """
+    parts = (f".{kind}_A", f".{kind}_B")
+    if foreign := [name for name in tensors if not any(part in name for part in parts)]:
+        name = foreign[0].removeprefix("base_model.model.")
+        raise PftoolsError(
+            f"the adapter in {folder} holds more than low-rank factors ({name}; {len(foreign)} such in all): "
+            "merge it with PEFT, and give the merged model."
+        )
+    own = [name for name in ("rank_pattern", "alpha_pattern", "target_parameters") if config.get(name)]
+    if own:
+        raise PftoolsError(
+            f"the adapter in {folder} has {', '.join(own)}: merge it with PEFT, and give the merged model."
+        )
 
 
 def factors_of(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

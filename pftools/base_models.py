@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pftools.errors import PftoolsError, nearest
 from pftools.files import replacing, sha256
 from pftools.settings import EMBEDDED_MODEL
+from pftools.suitable import check_whole, unsuitable, unsuitable_folder
 
 if TYPE_CHECKING:
     import torch
@@ -96,44 +97,45 @@ def context_length(model: torch.nn.Module) -> int | None:
     return next((length for length in found if isinstance(length, int) and length > 0), None)
 
 
-def check_length(model: torch.nn.Module, length: int) -> None:
-    """Refuse blocks of more tokens than the model's context has.
+def check_blocks(model: torch.nn.Module, blocks: torch.Tensor) -> None:
+    """Refuse blocks that a model cannot read.
+
+    Args:
+        blocks: LongTensor (n_blocks, block_length).
 
     Raises:
-        PftoolsError: they are longer; both numbers are named.
+        PftoolsError: they are longer than the model's context, or hold tokens that it does not know.
     """
-    context = context_length(model)
+    length, context = blocks.shape[1], context_length(model)
     if context and length > context:
         raise PftoolsError(
             f"the blocks have {length} tokens and the model's context is {context}: "
             "use a shorter block_length."
         )
+    known = known_tokens(model)
+    if known and int(blocks.max()) >= known:
+        raise PftoolsError(
+            f"the blocks hold the token {int(blocks.max())}, and the model knows {known}: "
+            "make them with the model's own tokenizer."
+        )
 
 
-# Model types that read a text from both sides unless their config.json says is_decoder.
-_ENCODERS = tuple(
-    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
-    "roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod xlnet cpmant".split()
-)
-
-
-def unsuitable(config: dict[str, Any]) -> str:
-    """Why a model cannot be worked on, from its config.json alone, as half a sentence; empty: it can."""
-    if config.get("is_encoder_decoder"):
-        return "has an encoder beside its decoder, and its decoder alone is only half of a model"
-    if config.get("model_type") in _ENCODERS and not config.get("is_decoder"):
-        return "is an encoder, which sees later tokens, and no causal language model"
-    if stored := config.get("quantization_config"):
-        method = stored.get("quant_method", "") if isinstance(stored, dict) else ""
-        return f"is stored in quantized weights ({method or 'quantization_config'}), which cannot be pruned"
-    return ""
+def known_tokens(model: torch.nn.Module) -> int | None:
+    """How many tokens a model has an embedding of; None where it does not say."""
+    try:
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        return None
+    return getattr(embeddings, "num_embeddings", None)
 
 
 def _refuse_unsuitable(name: str, source: str, trust_remote_code: bool) -> None:
     from transformers import PretrainedConfig
 
     config, _ = PretrainedConfig.get_config_dict(source, trust_remote_code=trust_remote_code)
-    if why := unsuitable(config):
+    folder = Path(source)
+    why = unsuitable_folder(folder, config, trust_remote_code) if folder.is_dir() else unsuitable(config)
+    if why:
         raise PftoolsError(
             f"the model {name!r} {why}: give a causal language model with plain weights, such as "
             f"{EMBEDDED_MODEL}."
@@ -153,12 +155,16 @@ def load_pretrained(
     try:
         _refuse_unsuitable(name, source, trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=resolve_dtype(dtype, device), trust_remote_code=trust_remote_code
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=resolve_dtype(dtype, device),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except PftoolsError:
+        check_whole(name, set(loading["missing_keys"]))
+    except (PftoolsError, MemoryError):
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files, foreign code and the hub fail in many ways
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PftoolsError(
             f"the model {name!r} could not be loaded ({first_line}): give {EMBEDDED_MODEL!r}, a folder in "

@@ -310,7 +310,7 @@ def export(
         again, _ = base_models.load_pretrained(
             str(partial), dtype=model.dtype, device=str(model.device), trust_remote_code=trust_remote_code
         )
-        tokens = torch.arange(64, device=model.device)[None] % model.config.vocab_size
+        tokens = torch.arange(64, device=model.device)[None] % (base_models.known_tokens(model) or 64)
         with torch.no_grad():
             if not torch.equal(model(tokens).logits, again(tokens).logits):
                 raise PftoolsError(f"the export of {run} failed its check: its logits differ from the run's.")

@@ -7,27 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from pftools import corpora, settings
-from pftools.base_models import unsuitable
 from pftools.costs import adapted_matrices, estimate_disk, shapes_of
 from pftools.data_root import data_root
 from pftools.errors import PftoolsError
 from pftools.evaluate.task_names import check_tasks
 from pftools.files import as_bytes
-from pftools.model_files import context_length, matrices, module_name, read_config
+from pftools.model_files import context_length, matrices, model_folder, module_name, read_config
 from pftools.plan import Plan
 from pftools.study_file import Study
+from pftools.suitable import unsuitable, unsuitable_folder
 
 _HUB_CORPORA = ("wikitext2", "c4")
 _MOST_READ = 64 * 2**20  # bytes of a corpus that are read to check it
-# What the class of a model ends with that predicts no next token.
-_OTHER_CLASSES = (
-    "ForMaskedLM",
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
-    "ForPreTraining",
-)
 
 
 def check_plan(plan: Plan) -> None:
@@ -50,7 +41,7 @@ def check_plan(plan: Plan) -> None:
         _check_corpus(study, "evaluate", split="validation")
     config = read_config(study.model)
     if config:
-        _check_class(study, config)
+        _check_class(study, config, prunes="prune" in steps)
         for section in ("calibrate", "finetune", "evaluate"):
             if section in steps:
                 _check_block_length(study, section, context_length(config))
@@ -89,19 +80,35 @@ def _size(path: Path) -> int:
     return max((file.stat().st_size for file in files if file.is_file()), default=0)
 
 
-def _check_class(study: Study, config: dict[str, Any]) -> None:
-    if why := unsuitable(config):
+def _check_class(study: Study, config: dict[str, Any], *, prunes: bool) -> None:
+    """Refuse a model that the steps would refuse, as far as its files tell."""
+    folder, trusted = model_folder(study.model), study.parameters(settings.Prune).trust_remote_code
+    why = unsuitable_folder(folder, config, trusted) if folder else unsuitable(config)
+    if not why and prunes and folder and study.model != settings.EMBEDDED_MODEL:
+        why = _unknown_layout(folder, trusted)
+    if why:
         raise PftoolsError(
             f"{study.place('model')}: {study.model!r} {why}: give a causal language model with "
-            "plain weights, "
-            "such as smollm2-135m."
+            f"plain weights, such as {settings.EMBEDDED_MODEL}."
         )
-    names = [str(name) for name in config.get("architectures") or ()]
-    if names and all(name.endswith(_OTHER_CLASSES) for name in names):
-        raise PftoolsError(
-            f"{study.place('model')}: {study.model!r} is a {', '.join(names)}, "
-            "and pftools works on causal language models: give one such as smollm2-135m."
-        )
+
+
+def _unknown_layout(folder: Path, trust_remote_code: bool) -> str:
+    """Why the matrices of a model cannot be pruned, as half a sentence; empty: they can."""
+    from pftools.prune.patterns import parse_pattern
+    from pftools.prune.request import check_matrices
+    from pftools.suitable import skeleton
+
+    try:
+        model = skeleton(folder, trust_remote_code=trust_remote_code)
+        model.tie_weights()  # what layers share, they share here too
+        check_matrices(model, parse_pattern("unstructured"))
+    except PftoolsError as error:
+        return f"cannot be pruned ({str(error).rstrip('.')})"
+    except Exception as error:  # what a model's own code raises
+        cause = " ".join(str(error).split())[:150]
+        return f"cannot be built from its config.json ({type(error).__name__}: {cause})"
+    return ""
 
 
 def _check_block_length(study: Study, section: str, context: int | None) -> None:

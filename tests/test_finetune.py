@@ -480,3 +480,62 @@ def test_a_training_is_tracked_where_it_is_asked(tmp_path, monkeypatch):
     for absent in ("trackio", "notebook_of_mine"):
         with pytest.raises(PftoolsError, match=f"track is '{absent}'.*pip install {absent}"):
             finetune_model(tiny_llama(), tiny_blocks(), track=absent, **options)
+
+
+def test_what_gets_no_adapter_is_said_before_the_training_with_its_share(caplog):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 260}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes)).float()
+    said = []
+
+    class Listener(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            said.extend(record.getMessage() for record in caplog.records)
+
+    options = {"rank": 2, "steps": 1, "progress": False}
+    found = finetune_model(model, tiny_blocks(), **options, callbacks=[Listener()])
+    experts = 2 * 4 * 3 * 32 * 64
+    attention = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    share, of_all = experts / (experts + attention), experts / whole
+    (sentence,) = [text for text in said if "get no adapter" in text]
+    assert f"{share:.1%} of the linear weights, and {of_all:.1%} of the whole model" in sentence
+    assert "mlp.experts.gate_up_proj, mlp.experts.down_proj" in sentence
+    assert found.summary["left_out"] == pytest.approx(share)
+    assert not any("expert" in name for name in found.adapter.factors)
+
+
+def test_nothing_is_said_where_all_linear_weights_are_adapted(caplog):
+    finetune_model(tiny_llama(), tiny_blocks(), rank=2, steps=1, progress=False)
+    assert "get no adapter" not in caplog.text
+
+
+def test_the_loss_of_training_is_that_of_the_logits_alone():
+    """Models have losses of their own: GIT's leaves out as many tokens as an image would have."""
+    from pftools.finetune.train import next_token_loss
+
+    model, tokens = tiny_llama(), tiny_blocks()
+    with torch.no_grad():
+        outputs = model(input_ids=tokens, labels=tokens)
+        assert torch.allclose(next_token_loss(outputs, tokens), outputs.loss, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "holds more than low-rank factors .*lm_head"),
+        ({"bias": "lora_only"}, "holds more than low-rank factors .*bias"),
+        ({"alpha_pattern": {"q_proj": 64}}, "has alpha_pattern: merge it with PEFT"),
+    ],
+)
+def test_an_adapter_that_does_more_than_its_factors_is_refused(tmp_path, options, says):
+    from peft import LoraConfig, get_peft_model
+
+    from pftools.adapters import load_adapter
+
+    model = tiny_llama(attention_bias=True)
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options))
+    peft_model.save_pretrained(tmp_path)
+    with pytest.raises(PftoolsError, match=says):
+        load_adapter(tmp_path)

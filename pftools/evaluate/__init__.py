@@ -14,7 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pftools.evaluate.block_perplexity import PerplexityResult, perplexity
+    from pftools.evaluate.block_perplexity import (
+        PerplexityResult,
+        first_token,
+        first_token_in_words,
+        perplexity,
+    )
     from pftools.evaluate.held_out import HeldOut, held_out_text
     from pftools.evaluate.prefix_cache import PrefixCachedLM
     from pftools.evaluate.tasks import TaskResults, evaluate_tasks, scores_as_json, tasks_of
@@ -25,6 +30,8 @@ __all__ = [
     "PrefixCachedLM",
     "TaskResults",
     "evaluate_tasks",
+    "first_token",
+    "first_token_in_words",
     "held_out_text",
     "perplexity",
     "scores_as_json",
@@ -33,6 +40,8 @@ __all__ = [
 _MODULES = {
     "PerplexityResult": "block_perplexity",
     "perplexity": "block_perplexity",
+    "first_token": "block_perplexity",
+    "first_token_in_words": "block_perplexity",
     "HeldOut": "held_out",
     "held_out_text": "held_out",
     "PrefixCachedLM": "prefix_cache",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pftools import corpora, run_folder
 from pftools.errors import PftoolsError
-from pftools.evaluate.block_perplexity import perplexity
+from pftools.evaluate.block_perplexity import first_token, perplexity
 from pftools.files import write_json
 from pftools.layers import fingerprint
 
@@ -33,24 +33,29 @@ class HeldOut:
         name: what it is, or why there is none, in words.
         kept: the folder where known perplexities are.
         batch_size: blocks a forward; None: chosen by size.
+        tokenizer: what decides whether blocks begin with a first token (see `first_token`).
     """
 
     blocks: torch.Tensor | None
     name: str
     kept: Path
     batch_size: int | None = None
+    tokenizer: Any = None
 
     def perplexity(self, model: PreTrainedModel) -> float | None:
         """The model's perplexity on the text, measured or known; None where there is no text."""
         if self.blocks is None:
             return None
-        parts = (fingerprint(model), hashlib.sha256(self.blocks.numpy().tobytes()).hexdigest())
+        first = first_token(model, self.tokenizer) if self.tokenizer is not None else None
+        parts = (fingerprint(model), hashlib.sha256(self.blocks.numpy().tobytes()).hexdigest(), str(first))
         path = self.kept / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:24]}.json"
         try:
             return float(json.loads(path.read_text())["perplexity"])
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not known, or the file is damaged: both are mended by measuring
-        found = perplexity(model, self.blocks, batch_size=self.batch_size, progress=False).perplexity
+        found = perplexity(
+            model, self.blocks, first=first, batch_size=self.batch_size, progress=False
+        ).perplexity
         write_json(path, {"perplexity": found})
         return found
 
@@ -86,4 +91,4 @@ def held_out_text(parameters: Any, tokenizer: PreTrainedTokenizerBase) -> HeldOu
     except PftoolsError as missing:
         return HeldOut(None, str(missing), kept)
     name = f"{len(blocks)} validation blocks of {blocks.shape[1]} tokens of {source['corpus']}"
-    return HeldOut(blocks, name, kept, parameters.batch_size)
+    return HeldOut(blocks, name, kept, parameters.batch_size, tokenizer)

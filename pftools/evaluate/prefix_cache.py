@@ -7,8 +7,8 @@ which is as wide as the vocabulary, is applied only where a continuation stands.
 model's own `generate`, on that cache.
 
 The numbers are HFLM's: same tokens, same truncation, same sums; only rounding differs. Before a beginning is
-shared, one row is compared with a plain forward. Where they differ, every row is read on its own length,
-without sharing.
+shared, a few rows are compared with plain forwards. Where they differ, rows are read from their first token,
+without padding; and one by one where even a batch changes what is read.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from pftools.evaluate.forwards import Beginning, difference
 from pftools.evaluate.reader import PLAIN, Reader
 
 _STRINGS_A_BATCH = 512  # texts that the tokenizer is given at a time
+# What is compared of a row with a plain forward: its last positions, and so many new tokens.
+_POSITIONS, _NEW = 64, 8
 
 
 class PrefixCachedLM(HFLM):
@@ -57,10 +59,12 @@ class PrefixCachedLM(HFLM):
     def __init__(
         self, *args: Any, batch_size: int | str = "auto", progress: bool = True, **kwargs: Any
     ) -> None:
+        kwargs.setdefault("backend", "causal")  # HFLM takes some multimodal models for encoder-decoders
         super().__init__(*args, batch_size=1 if batch_size == "auto" else batch_size, **kwargs)
         self.progress = progress
         self.reader = Reader(self.model, self.device, None if batch_size == "auto" else int(batch_size))
         self.tokens_asked = self.truncated = 0
+        _refuse_endings(self.tokenizer)
 
     @property
     def tokens_read(self) -> int:
@@ -196,13 +200,19 @@ class PrefixCachedLM(HFLM):
         return [(place, (value, bool(greedy))) for (place, _), (value, greedy) in zip(scored, values)]
 
     def _scoring_differs(self, beginning: Beginning, group: Group) -> float:
-        """How far a group's longest row, and the shortest padded to its length, are from plain forwards."""
-        rows = [group.longest, min(group.rows, key=lambda row: len(row.tokens))]
-        if len(rows[0].tokens) == len(rows[1].tokens):
-            rows = rows[:1]
-        together = self.reader.halving(self.reader.last_logits, beginning, rows)
-        apart = [self.reader.last_logits(PLAIN, [row])[0] for row in rows]
-        return max(difference(one, other) for one, other in zip(together, apart))
+        """How far a few rows of a group are from plain forwards, at all of their last positions."""
+        off = 0.0
+        rows = [
+            Row(row.tokens, [(0, [0] * min(_POSITIONS, len(row.tokens) - beginning.length))])
+            for row in self.reader.compared(beginning, group)
+        ]
+        for batch in self.reader.batches(beginning, rows, None):
+            if beginning == PLAIN and len(batch) == 1:
+                continue  # that is the plain forward
+            together = self.reader.halving(self.reader.last_logits, beginning, batch)
+            apart = [self.reader.last_logits(PLAIN, [row])[0] for row in batch]
+            off = max(off, *(difference(one, other) for one, other in zip(together, apart)))
+        return off
 
     # ------------------------------------------------------------------------------------------------------
     # Generation
@@ -252,10 +262,13 @@ class PrefixCachedLM(HFLM):
         def reply(beginning: Beginning, batch: list[Row]) -> list[str]:
             return self._reply(beginning, batch, until, most)
 
+        def differs(beginning: Beginning, group: Group) -> float:
+            return self._generation_differs(beginning, group, most)
+
         with self._reading("answers", len(contexts), disable_tqdm) as bar:
             groups = group_rows(list(by_tokens.values()))
             for group in sorted(groups, key=lambda group: -len(group.longest.tokens)):
-                beginning = self.reader.beginning(group, self._generation_differs, "generation", new=most)
+                beginning = self.reader.beginning(group, differs, "generation", new=most)
                 for batch in self.reader.batches(beginning, group.rows, None, new=most):
                     for row, text in zip(batch, self.reader.halving(reply, beginning, batch)):
                         replies |= {place: text for place, _ in row.requests}
@@ -290,17 +303,27 @@ class PrefixCachedLM(HFLM):
             **options,
         )
 
-    def _generation_differs(self, beginning: Beginning, group: Group) -> float:
-        """How far the logits of two new tokens after a group's longest row are from a plain forward."""
-        row = group.longest
-        written = self._generate(beginning, [row], [], 2, output_logits=True, return_dict_in_generate=True)
-        tokens = tuple(written.sequences[0].tolist())
-        # A forward for each token: in some models what follows a token changes how it is read.
-        plain = [
-            self.reader.last_logits(PLAIN, [Row(tokens[: len(row.tokens) + step], [(0, [0])])])[0]
-            for step in range(len(written.logits))
-        ]
-        return difference(torch.cat(written.logits), torch.cat(plain))
+    def _generation_differs(self, beginning: Beginning, group: Group, most: int) -> float:
+        """How far the logits of a few new tokens after a few rows of a group are from plain forwards."""
+        rows, new = self.reader.compared(beginning, group), min(most, _NEW if beginning.caches else 2)
+        options = {"min_new_tokens": new, "output_logits": True, "return_dict_in_generate": True}
+        off = 0.0
+        for batch in self.reader.batches(beginning, rows, None, new=new):
+            written = self._generate(beginning, batch, [], new, **options)
+            for tokens, own in zip(written.sequences.tolist(), torch.stack(written.logits, dim=1)):
+                off = max(off, difference(own, self._plain_logits(tokens[:-1], new, beginning.caches)))
+        return off
+
+    def _plain_logits(self, tokens: list[int], last: int, at_once: bool) -> torch.Tensor:
+        """Logits at the last positions, (last, vocabulary).
+
+        At once, or by a forward for each of them: in some models what follows a token changes how it is read.
+        """
+        if at_once:
+            return self.reader.last_logits(PLAIN, [Row(tuple(tokens), [(0, [0] * last)])])[0]
+        ends = range(len(tokens) - last + 1, len(tokens) + 1)
+        rows = [Row(tuple(tokens[:end]), [(0, [0])]) for end in ends]
+        return torch.cat([self.reader.last_logits(PLAIN, [row])[0] for row in rows])
 
     # ------------------------------------------------------------------------------------------------------
     # Forwards and batches
@@ -320,6 +343,16 @@ class PrefixCachedLM(HFLM):
                 yield bar
         finally:
             self.model.train(training)
+
+
+def _refuse_endings(tokenizer: Any) -> None:
+    """Refuse a tokenizer that ends every text with a special token: it would stand before an answer."""
+    tokens = tokenizer("a")["input_ids"]
+    if len(tokens) > 1 and tokens[-1] in tokenizer.all_special_ids:
+        raise PftoolsError(
+            f"the tokenizer ends every text with {tokenizer.decode(tokens[-1:])!r}, which would stand "
+            "between a question and its answer: set add_eos_token to false in its tokenizer_config.json."
+        )
 
 
 def _not_a_number() -> PftoolsError:

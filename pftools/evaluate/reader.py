@@ -1,8 +1,8 @@
 """`Reader`: rows of tokens through a model, in batches that fit, after a beginning that is read once.
 
-Nothing is taken for granted about the model. Before rows are read after a shared beginning, or padded beside
-longer ones, one of them is compared with a plain forward. Where they differ, rows are read on their own, and
-the reader says why.
+Nothing is taken for granted about the model. Before rows are read after a shared beginning, padded beside
+longer ones, or in one batch, a few of them are compared with plain forwards of one row. Where they differ,
+rows are read in the next surer way, and the reader says why.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from pftools.causal import check_causal, reading
 from pftools.errors import PftoolsError
 from pftools.evaluate.beginnings import Group, Row
 from pftools.evaluate.forwards import Beginning, Forwards, alike_up_to, tolerance
@@ -27,6 +28,8 @@ _LOGITS_BUDGET = 100_000_000
 PLAIN = Beginning(pads=False)
 # Rows whose replies are written without a cache, too: every new token reads all anew.
 UNCACHED = Beginning(pads=False, caches=False)
+# Rows of a group that are compared with plain forwards.
+_COMPARED = 4
 Answer = TypeVar("Answer")
 Check = Callable[[Beginning, Group], float]
 
@@ -56,11 +59,12 @@ class Reader:
         self.tokens_read = 0
         self.shares = False
         self.plain_because = ""
+        self._model = model
         self._config = model.config.get_text_config()
         self._dtype = model.dtype
         self._alike_up_to = alike_up_to(model.config)
-        self._only_plain, self._caches = False, True
-        self._checked: dict[tuple[str, bool, bool], int] = {}
+        self._is_causal, self._only_plain, self._caches = False, False, True
+        self._checked: dict[tuple[object, ...], int] = {}
 
     def beginning(self, group: Group, differs: Check, kind: str, new: int = 0) -> Beginning:
         """The beginning of a group, read; `PLAIN` or `UNCACHED` where its rows have to be read one by one.
@@ -76,15 +80,21 @@ class Reader:
             PftoolsError: a row does not fit the memory, or the model's `generate` does not follow its
             forward.
         """
+        self._check_model(group)
         writes, longest = kind == "generation", len(group.longest.tokens)
         if self._alike_up_to is not None and longest + new > self._alike_up_to:
             self._say(f"rows are longer than the original context of {self._alike_up_to} tokens")
             return UNCACHED if writes else PLAIN
         try:
             found = self._shared(group, differs, kind)
-            return found or (self._written(group, differs) if writes else PLAIN)
+            return found or self._plain(group, differs, kind)
         except torch.OutOfMemoryError:
             raise _too_long(group.longest.tokens) from None
+
+    def _check_model(self, group: Group) -> None:
+        if not self._is_causal:
+            check_causal(self._model, torch.tensor(group.longest.tokens))
+            self._is_causal = True
 
     def _shared(self, group: Group, differs: Check, kind: str) -> Beginning | None:
         """The beginning of a group, checked; None where it has none, or cannot be read after it."""
@@ -101,23 +111,25 @@ class Reader:
         self.shares = self.shares or group.shared > 0
         return beginning
 
-    def _written(self, group: Group, differs: Check) -> Beginning:
-        """How replies are written without a shared beginning: with the model's cache, or without one."""
-        if self._caches:
-            try:
-                self._check(PLAIN, group, differs, "generation")
-                return PLAIN
-            except _Differs as fault:
-                self._caches = False
-                self._say(str(fault))
+    def _plain(self, group: Group, differs: Check, kind: str) -> Beginning:
+        """How rows are read from their first token: equally long ones in a batch, or one by one; replies with
+        the model's cache, or without one."""
+        found = PLAIN if kind == "likelihood" or self._caches else UNCACHED
         try:
-            self._check(UNCACHED, group, differs, "generation")
+            self._check(found, group, differs, kind)
+            return found
         except _Differs as fault:
-            raise PftoolsError(
-                f"this model's own generate does not follow its forward ({fault}): "
-                "choose tasks that it answers by choices."
-            ) from None
-        return UNCACHED
+            self._say(str(fault))
+            if kind == "generation" and found.caches:
+                self._caches = False
+            elif self.rows_a_forward != 1:
+                self.rows_a_forward = 1
+            else:
+                raise PftoolsError(
+                    f"this model's own generate does not follow its forward ({fault}): "
+                    "choose tasks that it answers by choices."
+                ) from None
+        return self._plain(group, differs, kind)
 
     def _read(self, group: Group) -> Beginning:
         if not group.shared:
@@ -129,8 +141,11 @@ class Reader:
         return beginning
 
     def _check(self, beginning: Beginning, group: Group, differs: Check, kind: str) -> None:
-        """Compare one row with a plain forward, unless a row of this length was before."""
-        longest, case = len(group.longest.tokens), (kind, beginning.length > 0, beginning.caches)
+        """Compare a few rows with plain forwards, unless rows of this length were before."""
+        longest = len(group.longest.tokens)
+        batches = self.batches(beginning, self.compared(beginning, group), None)
+        together = max(map(len, batches)) > 1
+        case = (kind, beginning.length > 0, beginning.pads, beginning.caches, together)
         if self._checked.get(case, 0) >= longest:
             return
         try:
@@ -139,11 +154,11 @@ class Reader:
             raise
         except Exception as error:  # a model may do anything with a cache that it does not expect
             cause = (str(error).splitlines() or [""])[0]
-            raise _Differs(
-                f"the model does not go on from its cache: {type(error).__name__}, {cause}"
-            ) from None
+            what = "go on from its cache" if beginning.caches else "write a reply"
+            raise _Differs(f"the model does not {what}: {type(error).__name__}, {cause}") from None
         if off > tolerance(self._dtype):
-            place = "beside longer rows" if kind == "likelihood" else "with new tokens"
+            place = "beside longer rows" if beginning.pads else "in a batch"
+            place = "with new tokens" if kind == "generation" else place
             place = "after a shared beginning" if beginning.length else place
             raise _Differs(f"{place}, a row differs from a plain forward by {off:.2g} of its spread")
         self._checked[case] = longest
@@ -152,6 +167,22 @@ class Reader:
         if not self.plain_because:
             self.plain_because = reason
             logging.getLogger(__name__).warning("questions are read one by one: %s", reason)
+
+    def compared(self, beginning: Beginning, group: Group) -> list[Row]:
+        """A few rows that stand for a group.
+
+        Where rows are padded to one length, short and long ones; else equally long ones, which are read in
+        one batch, and the longest.
+        """
+        rows = sorted(group.rows, key=lambda row: -len(row.tokens))
+        if beginning.pads:
+            last = len(rows) - 1
+            places = {round(place * last / max(1, _COMPARED - 1)) for place in range(_COMPARED)}
+            return [rows[place] for place in sorted(places)]
+        lengths = [len(row.tokens) for row in rows]
+        often = max(lengths, key=lengths.count)
+        found = [row for row in rows if len(row.tokens) == often][: _COMPARED - 1]
+        return found if rows[0] in found else [rows[0], *found]
 
     def batches(
         self, beginning: Beginning, rows: list[Row], override_bs: int | None, new: int | None = None
@@ -163,7 +194,7 @@ class Reader:
         rows = sorted(rows, key=lambda row: -len(row.tokens))
         while rows:
             longest = len(rows[0].tokens)
-            size = override_bs or self.rows_a_forward
+            size = 1 if self.rows_a_forward == 1 else override_bs or self.rows_a_forward
             if not size:
                 cached = beginning.length + (new or 0)
                 size = self.rows_that_fit(longest - beginning.length, cached, rows[0].needed)
@@ -224,7 +255,10 @@ class Reader:
 
     def _forward(self, inputs: torch.Tensor, beginning: Beginning, *, keep: torch.Tensor) -> torch.Tensor:
         self.tokens_read += inputs.numel()
-        return self.forwards.logits(inputs, beginning.cache_for(len(inputs)), keep=keep)
+        if beginning.cache is not None or beginning.pads:
+            return self.forwards.logits(inputs, beginning.cache_for(len(inputs)), keep=keep)
+        with reading(self._model, inputs.shape[1]):
+            return self.forwards.logits(inputs, keep=keep)
 
 
 def _too_long(tokens: tuple[int, ...]) -> PftoolsError:

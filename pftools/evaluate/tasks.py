@@ -21,7 +21,7 @@ from pftools import corpora
 from pftools.base_models import context_length
 from pftools.errors import PftoolsError
 from pftools.evaluate import task_names
-from pftools.evaluate.block_perplexity import perplexity
+from pftools.evaluate.block_perplexity import first_token, first_token_in_words, perplexity
 from pftools.evaluate.prefix_cache import PrefixCachedLM
 from pftools.evaluate.questions import read_rows
 from pftools.evaluate.scores import leaves_of, question_row, question_rows, score_row, strict_json, task_score
@@ -124,9 +124,11 @@ def evaluate_tasks(
             samples.append(question_rows(task, leaves, results))
             scores.append(task_score(task, leaves, results, samples[-1]))
         truncated, reading = lm.truncated, lm.shared_beginnings()
+    first = first_token(model, tokenizer) if blocks else None
+    begins = {"blocks_begin_with": first_token_in_words(tokenizer, first)} if blocks else {}
     for name, settings in blocks.items():
         text = _task_blocks(model, tokenizer, settings, data)[:limit]
-        found = perplexity(model, text, batch_size=batch_size, progress=progress)
+        found = perplexity(model, text, first=first, batch_size=batch_size, progress=progress)
         scores.append(score_row(name, "perplexity", found.perplexity, len(text)))
         losses = enumerate(found.block_nll.tolist())
         samples.append(
@@ -137,7 +139,7 @@ def evaluate_tasks(
             "%d prompts were longer than the model's context and cut at their beginning", truncated
         )
     kept = {name: value for name, value in results.items() if name != "samples"}
-    record = strict_json({**kept, "truncated_prompts": truncated, **reading})
+    record = strict_json({**kept, "truncated_prompts": truncated, **reading, **begins})
     answers = pd.concat(samples, ignore_index=True)
     return TaskResults(pd.DataFrame(scores), answers, record, truncated, reading)
 

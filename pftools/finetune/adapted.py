@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 def adapted(model: PreTrainedModel, training: Training) -> Iterator[PeftModel]:
     """The model wrapped by PEFT; unwrapped afterwards, with its gradient flags and its mode as they were."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    mode, use_cache = model.training, model.config.use_cache
+    text = model.config.get_text_config()  # a multimodal model has one of its own
+    mode, use_cache = model.training, getattr(text, "use_cache", None)
     torch.manual_seed(training.recipe.seed)
     with warnings.catch_warnings():
         # PEFT asks by a name that transformers has changed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         with _names_as_given():
             peft_model = get_peft_model(model, _config(training))
-    model.config.use_cache = False
+    text.use_cache = False
     assert isinstance(peft_model, PeftModel)
     fuse_hira(peft_model)
     try:
@@ -43,7 +44,7 @@ def adapted(model: PreTrainedModel, training: Training) -> Iterator[PeftModel]:
             model.disable_input_require_grads()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags.get(name, False))
-        model.config.use_cache = use_cache
+        text.use_cache = use_cache
         model.train(mode)
         for marker in ("peft_config", "_hf_peft_config_loaded"):
             if marker in vars(model):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from pftools.causal import without_cache
 from pftools.layers import linear_modules
 
 if TYPE_CHECKING:
@@ -66,10 +67,11 @@ def read_by_model(model: PreTrainedModel, tokens: torch.Tensor) -> set[str]:
         hooks.append(module.register_forward_pre_hook(watch.entering(name)))
         hooks.append(module.register_forward_hook(watch.leaving(name)))
     training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), watch:
-            model(input_ids=tokens[:1, :_TOKENS].to(model.device))
+        for mode in (True, False):  # some models look at a weight only while they are trained
+            model.train(mode)
+            with torch.no_grad(), watch:
+                model(input_ids=tokens[:1, :_TOKENS].to(model.device), **without_cache(model))
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from pftools.adapters import mask_digest, resolve_merge
-from pftools.base_models import check_length, unsuitable
+from pftools.base_models import check_blocks
+from pftools.causal import check_causal
 from pftools.errors import PftoolsError, nearest
 from pftools.finetune.quantize import BASES, check_bitsandbytes
 from pftools.finetune.reads import read_by_model
 from pftools.finetune.rows import Rows
 from pftools.layers import linear_modules, linear_weights
 from pftools.settings import TARGETS
+from pftools.suitable import unsuitable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,7 +89,7 @@ class Training:
         recipe: what was asked for.
         targets: full names of the linear modules that get an adapter.
         plain: full names of those that are not quantized, since the model reads their weight itself.
-        left_out: share of the linear weights that get no adapter, between 0 and 1.
+        left_out: {linear weight that gets no adapter: its size}.
         masked: whether the update is masked.
         zeros: digest of the mask that it is trained on; empty where it is not masked.
         n_rows: how many rows are trained on, the same row several times included.
@@ -99,7 +102,7 @@ class Training:
     recipe: Recipe
     targets: tuple[str, ...]
     plain: frozenset[str]
-    left_out: float
+    left_out: dict[str, int]
     masked: bool
     zeros: str
     n_rows: int
@@ -123,9 +126,10 @@ def prepare(recipe: Recipe, model: PreTrainedModel, rows: Rows) -> Training:
         PftoolsError: targets that the model does not have, several budgets, or rows longer than its context.
     """
     length = rows.input_ids.shape[1]
-    check_length(model, length)
+    check_blocks(model, rows.input_ids)
     if why := unsuitable(model.config.to_dict()):
         raise PftoolsError(f"{type(model).__name__} {why}: give a causal language model with plain weights.")
+    check_causal(model, rows.input_ids[0])
     if recipe.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise PftoolsError(
             f"{type(model).__name__} has no gradient checkpointing: train with "
@@ -192,10 +196,23 @@ def find_targets(model: nn.Module, targets: str, *, leave: Collection[str] = ())
     return found
 
 
-def _left_out(model: nn.Module, targets: list[str]) -> float:
-    """The share of the linear weights that get no adapter."""
-    total = sum(weight.numel() for weight in linear_weights(model).values())
-    return 1 - sum(model.get_parameter(f"{name}.weight").numel() for name in targets) / total
+def _left_out(model: nn.Module, targets: Collection[str]) -> dict[str, int]:
+    """{linear weight that gets no adapter: its size}: stacked experts, and what a model reads itself."""
+    adapted = {f"{name}.weight" for name in targets}
+    return {name: weight.numel() for name, weight in linear_weights(model).items() if name not in adapted}
+
+
+def says_left_out(left: dict[str, int], model: nn.Module) -> str:
+    """A sentence about the weights that get no adapter: which, and how much of the model they are."""
+    kinds = dict.fromkeys(re.sub(r".*?\.\d+\.", "", name, count=1) for name in left)
+    names = ", ".join(list(kinds)[:4]) + (" and others" if len(kinds) > 4 else "")
+    linear = sum(weight.numel() for weight in linear_weights(model).values())
+    total = sum(weight.numel() for weight in model.parameters())
+    size = sum(left.values())
+    return (
+        f"{size / linear:.1%} of the linear weights, and {size / total:.1%} of the whole model, get no "
+        f"adapter and stay as they are: {names} (stacked experts, or weights that the model reads itself)."
+    )
 
 
 def rows_of_budget(

@@ -24,8 +24,9 @@ from pftools.errors import PftoolsError
 from pftools.files import write_json
 from pftools.finetune.adapted import adapted, read_adapter
 from pftools.finetune.quantize import quantized
-from pftools.finetune.recipe import Recipe, Training, prepare
-from pftools.finetune.rows import Rows, training_order
+from pftools.finetune.recipe import Recipe, Training, prepare, says_left_out
+from pftools.finetune.rows import IGNORED, Rows, training_order
+from pftools.layers import linear_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -82,12 +83,8 @@ def finetune_model(
     """
     rows = blocks if isinstance(blocks, Rows) else Rows(blocks)
     training = prepare(Recipe(**recipe), model, rows)
-    if training.recipe.targets == "all-linear" and training.left_out > 0:
-        logging.getLogger(__name__).warning(
-            "%.1f%% of the linear weights get no adapter: stacked experts, or weights that the "
-            "model reads itself",
-            100 * training.left_out,
-        )
+    if training.recipe.targets == "all-linear" and training.left_out:
+        logging.getLogger(__name__).warning(says_left_out(training.left_out, model))
     with _folder(output) as folder:
         checkpoint = _checkpoint_to_go_on_from(folder / "trainer", training.identity(rows))
         keep_masks_of = training.targets if training.masked else ()
@@ -108,6 +105,7 @@ def finetune_model(
     seen = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
     trainable = sum(factor.numel() for pair in adapter.factors.values() for factor in pair)
     total = sum(parameter.numel() for parameter in model.parameters())
+    linear = sum(weight.numel() for weight in linear_weights(model).values())
     summary = {
         "tokens": int(losses["tokens"].iloc[-1]),
         "steps": training.steps,
@@ -117,7 +115,7 @@ def finetune_model(
         "trainable_share": trainable / (total + trainable),
         "loss": float(losses["loss"].iloc[-5:].mean()),
         "masked": training.masked,
-        "left_out": training.left_out,
+        "left_out": sum(training.left_out.values()) / linear,
     }
     return FinetuneResult(adapter, losses, Path(output) / "adapter" if output is not None else None, summary)
 
@@ -168,7 +166,13 @@ def _trainer(
     recipe = training.recipe
     ordered = torch.utils.data.Subset(rows, training_order(len(rows), training.n_rows, recipe.seed))
     try:
-        trainer = Trainer(peft_model, arguments, train_dataset=ordered, callbacks=callbacks)
+        trainer = Trainer(
+            peft_model,
+            arguments,
+            train_dataset=ordered,
+            callbacks=callbacks,
+            compute_loss_func=next_token_loss,
+        )
     except (RuntimeError, ValueError) as error:  # what Trainer says of a tracker that it does not find
         if arguments.report_to:
             tracker = arguments.report_to[0]
@@ -181,6 +185,23 @@ def _trainer(
     if recipe.gradient_checkpointing:
         peft_model.enable_input_require_grads()
     return trainer
+
+
+def next_token_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """The mean loss a token, of the logits alone.
+
+    A model's own loss may leave out tokens that it takes for an image's, or add a term of its router.
+
+    Args:
+        labels: LongTensor (rows, length); -100 is not counted.
+        num_items_in_batch: tokens that count in all forwards of a step; None: those of this one.
+    """
+    logits, targets = outputs["logits"][:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    total = torch.nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="sum")
+    counted = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / counted
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pftools.adapters import Kind, row_slices, updated_weight
 from pftools.layers import rows_of
@@ -38,7 +37,15 @@ class _UpdatedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, a, b)
         ctx.layer, ctx.options = layer, options
         bias = None if layer.bias is None or options["alone"] else layer.bias.to(x.dtype)
-        return F.linear(x, _updated(ctx, a, b, x.dtype), bias)
+        weight = _updated(ctx, a, b, x.dtype)
+        # Not a view, as F.linear would give: models such as Falcon add to what a layer returns, in place.
+        result = x.new_empty(*x.shape[:-1], len(weight))
+        flat, rows = x.flatten(0, -2), result.view(-1, len(weight))
+        if bias is None:
+            torch.mm(flat, weight.t(), out=rows)
+        else:
+            torch.addmm(bias, flat, weight.t(), out=rows)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

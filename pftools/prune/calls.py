@@ -8,7 +8,6 @@ That costs embeddings and masks."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pftools.causal import without_cache
 from pftools.errors import PftoolsError
 from pftools.layers import decoder_layers
 from pftools.prune.source import device_of
@@ -95,18 +95,19 @@ def hidden_of(output: Any) -> torch.Tensor:
 def inference(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients and caches, experts one by one; everything is put back afterwards."""
     training, config = model.training, getattr(model, "config", None)
-    caches, experts = getattr(config, "use_cache", None), getattr(config, "_experts_implementation", None)
+    text = config.get_text_config() if config is not None else None
+    caches, experts = getattr(text, "use_cache", None), getattr(config, "_experts_implementation", None)
     model.eval()
     try:
-        if config is not None:
-            config.use_cache = False
+        if text is not None:
+            text.use_cache = False
         if experts not in (None, "eager"):
             model.set_experts_implementation("eager")  # the others multiply with copies of the weights
         with torch.no_grad():
             yield
     finally:
-        if config is not None:
-            config.use_cache = caches
+        if text is not None:
+            text.use_cache = caches
         if experts not in (None, "eager"):
             model.set_experts_implementation(experts)
         model.train(training)
@@ -199,7 +200,7 @@ def record(model: PreTrainedModel, rows: torch.Tensor, returns: int | None) -> B
 
     with _replaced(layers, note):
         try:
-            body_of(model)(rows, **no_cache(model))
+            body_of(model)(rows, **without_cache(body_of(model)))
         except Enough:
             return Batch(given[0].clone(), calls)  # it will be overwritten, and arguments may hold it too
     raise _Unlike(f"only {len(calls)} of its {len(layers)} layers are called")
@@ -223,9 +224,3 @@ def _replaced(layers: nn.ModuleList, forward_of: Callable[[int], Callable[..., A
 def body_of(model: PreTrainedModel) -> nn.Module:
     """The model without its head: the head's product over the whole vocabulary is never needed here."""
     return getattr(model, getattr(model, "base_model_prefix", ""), model)
-
-
-def no_cache(model: PreTrainedModel) -> dict[str, bool]:
-    """The argument that keeps a model from filling a cache, where it takes one."""
-    names = inspect.signature(inspect.unwrap(type(body_of(model)).forward)).parameters
-    return {"use_cache": False} if "use_cache" in names or "kwargs" in names else {}

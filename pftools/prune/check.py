@@ -10,16 +10,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from pftools.causal import ahead, pair_of, reads_ahead, tolerance, without_cache
 from pftools.errors import PftoolsError
 from pftools.layers import decoder_layers
-from pftools.prune.calls import LayerCall, body_of, hidden_of, no_cache, record, returned_by_layers
+from pftools.prune.calls import LayerCall, body_of, hidden_of, record, returned_by_layers
 from pftools.prune.inputs import InputMeter
 from pftools.prune.memory import naming_the_levers
 from pftools.prune.source import Source, device_of
-
-# How far a replayed layer may be from the real one, relative to its largest output.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-_LOW_PRECISION = 3e-2
 
 
 def check_replay(source: Source, blocks: torch.Tensor, batch_size: int) -> None:
@@ -38,8 +35,7 @@ def check_replay(source: Source, blocks: torch.Tensor, batch_size: int) -> None:
     """
     model = source.model
     prefix, layers = decoder_layers(model)
-    rows = torch.stack([blocks[0], blocks[0]]).to(device_of(model.get_input_embeddings()))
-    rows[1, -1] = rows[1, -1] - 1 if rows[1, -1] else rows[1, -1] + 1
+    rows = pair_of(blocks[0]).to(device_of(model.get_input_embeddings()))
     recorded = record(model, rows, returned_by_layers(model, rows))
     check = _Check(source, recorded.calls)
     hooks = []
@@ -49,7 +45,7 @@ def check_replay(source: Source, blocks: torch.Tensor, batch_size: int) -> None:
             layer.register_forward_hook(check.after(index), with_kwargs=True),
         ]
     try:
-        body_of(model)(rows, **no_cache(model))
+        body_of(model)(rows, **without_cache(body_of(model)))
     except (MemoryError, RuntimeError) as error:
         at = min(check.done, len(layers) - 1)
         with naming_the_levers(f"{prefix}.{at}", layers[at], blocks.shape, batch_size):
@@ -114,13 +110,8 @@ class _Check:
                 self.replaying = False
             if not _close(replayed, self.output):
                 raise self.refusal(f"layer {index} computes something else when it is run alone")
-            if _looks_ahead(self.output):
-                raise PftoolsError(
-                    f"{type(self.source.model).__name__} reads ahead: its layer {index} sees "
-                    "later tokens, so it is an "
-                    "encoder and no causal language model; give a decoder (or set is_decoder in "
-                    "its config.json)."
-                )
+            if reads_ahead(self.output):
+                raise ahead(self.source.model, f"its layer {index}")
             unused = [
                 name
                 for name, matrix in meter.matrices.items()
@@ -155,18 +146,4 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     other = other.to(one.device)
     scale = other.abs().amax().clamp_min(1e-6)
-    return not bool(((one - other).abs() > _tolerance(one) * scale).any())
-
-
-def _looks_ahead(output: torch.Tensor) -> bool:
-    """Whether all of the last positions but one differ between two rows that differ in their last token
-    only."""
-    if output.dim() != 3 or len(output) != 2 or output.shape[1] < 6:
-        return False
-    one, other = output[:, -5:-1].float()
-    off = (one - other).abs().amax(dim=1) > _tolerance(output) * output.abs().amax()
-    return bool(off.all())
-
-
-def _tolerance(tensor: torch.Tensor) -> float:
-    return _TOLERANCE.get(tensor.dtype, _LOW_PRECISION)
+    return not bool(((one - other).abs() > tolerance(one) * scale).any())

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pftools.base_models import model_source, resolve_dtype, unsuitable
+from pftools.base_models import model_source, resolve_dtype
 from pftools.errors import PftoolsError
 from pftools.files import write_json
 from pftools.layers import decoder_layers
+from pftools.suitable import skeleton, unsuitable_folder
 
 INDEX = "model.safetensors.index.json"
 
@@ -23,26 +24,20 @@ class OnDisk:
     """A model's skeleton without weights, and the files that its weights come from: a `source.Source`."""
 
     def __init__(self, name: str | Path, dtype: str, device: str, trust_remote_code: bool) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # transformers draws one for every layer that is loaded
         self.folder, self.device = _folder_of(str(name)), device
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
-        if why := unsuitable(config.to_dict()):
+        if why := unsuitable_folder(self.folder, config.to_dict(), trust_remote_code):
             raise PftoolsError(
                 f"the model {str(name)!r} {why}: give a causal language model with plain weights."
             )
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         self.dtype = stored if dtype == "auto" else resolve_dtype(dtype)
-        with init_empty_weights(
-            include_buffers=False
-        ):  # tables of positions are buffers, and are computed here
-            self.model = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, trust_remote_code=trust_remote_code
-            )
+        self.model = skeleton(self.folder, dtype=self.dtype, trust_remote_code=trust_remote_code)
         self.prefix, self.layers = decoder_layers(self.model)
         self.files = _files_by_name(self.folder)
         # How names and shapes on disk become the model's: transformers stacks a mixture's experts, for one.

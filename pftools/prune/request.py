@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pftools.base_models import check_length
+from pftools.base_models import check_blocks
 from pftools.criteria import Method, find_method
 from pftools.errors import PftoolsError, nearest
 from pftools.layers import decoder_layers, linear_weights, matrices
@@ -81,7 +81,7 @@ def check_request(
             f"the calibration blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) "
             "is needed, with tokens."
         )
-    check_length(model, blocks.shape[1])
+    check_blocks(model, blocks)
     weights = linear_weights(model)
     dtypes = {weight.dtype for weight in weights.values()}
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
@@ -89,14 +89,14 @@ def check_request(
         raise PftoolsError(
             f"the linear weights are of dtype {found}: load the model in one float dtype before pruning."
         )
-    _check_matrices(model, shape)
+    check_matrices(model, shape)
     size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
     if options["reconstruct_steps"]:
         size = min(size, max(1, TOKENS // blocks.shape[1]))
     return Request(method=rule, sparsity=sparsity, pattern=shape, inputs=inputs, batch_size=size, **options)
 
 
-def _check_matrices(model: nn.Module, shape: Pattern) -> None:
+def check_matrices(model: nn.Module, shape: Pattern) -> None:
     """Every matrix is as wide as the pattern needs, and belongs to one layer only."""
     prefix, layers = decoder_layers(model)
     seen: dict[int, int] = {}

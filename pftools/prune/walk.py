@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from pftools.bars import progress_bar
-from pftools.base_models import check_length
+from pftools.base_models import check_blocks
 from pftools.errors import PftoolsError
 from pftools.layers import decoder_layers, matrices
 from pftools.prune import allocation
@@ -130,7 +130,7 @@ def measure_activations(
     Raises:
         PftoolsError: the blocks are longer than the model's context, or hold what is not finite.
     """
-    check_length(model, blocks.shape[1])
+    check_blocks(model, blocks)
     batch_size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
     with inference(model):
         return measure_layers(InMemory(model, device), blocks, batch_size, progress=progress)

@@ -10,7 +10,7 @@ way a family stores them."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,12 +109,14 @@ class Naive:
 
 
 def wanda(
-    model: nn.Module, prefix: str, blocks: torch.Tensor, batch_size: int, counted: Collection[str]
+    model: nn.Module, prefix: str, blocks: torch.Tensor, batch_size: int, counted: Mapping[str, torch.Tensor]
 ) -> Naive:
     """Wanda at 50% by the formula, layer after layer, each behind pruned ones; a copy is pruned.
 
     Args:
-        prefix: the name of the list of decoder layers. counted: the parameters that are to be pruned.
+        prefix: the name of the list of decoder layers.
+        counted: the masks of the parameters that are to be pruned. Only those of experts that no token
+            reaches are looked at.
     """
     model = copy.deepcopy(model)
     naive = Naive({}, {}, set())
@@ -122,6 +124,7 @@ def wanda(
         parameters = {
             name: weight for name, weight in model.named_parameters() if name.startswith(f"{prefix}.{layer}.")
         }
+        reached: dict[str, torch.Tensor] = {}
         for piece in watched(model, parameters, blocks.split(batch_size)):
             if piece.name not in counted:
                 naive.left.add(piece.name)
@@ -140,4 +143,9 @@ def wanda(
             piece.of(mask).copy_(kept)
             piece.of(unsure).copy_((scores - edge).abs() <= 1e-4 * edge + 1e-12)
             piece.of(weight).mul_(kept)
+            piece.of(reached.setdefault(piece.name, torch.zeros(weight.shape, dtype=torch.bool))).fill_(True)
+        # Once a layer is pruned, tokens may go to experts that none had reached. How these are laid out is
+        # not known here: their masks are taken over, so that later layers are given the same inputs.
+        for name, seen in reached.items():
+            parameters[name].data.mul_(seen | counted[name])
     return naive

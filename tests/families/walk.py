@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import warnings
+from logging import getLogger
 from pathlib import Path
 
 STORE = Path(".families.jsonl")
@@ -56,6 +57,7 @@ def walk(only: list[str], checks: list[str], part: str, store: Path) -> None:
     from tests.families.checks import CHECKS, run
 
     logging.set_verbosity_error()
+    getLogger("lm_eval").setLevel("ERROR")
     done = read(store)
     with store.open("a", encoding="utf-8") as file:
         for name, kind in part_of(zoo.built(), part).items():

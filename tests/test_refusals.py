@@ -1,0 +1,279 @@
+"""What cannot be worked on is told by `pftools plan` in one sentence, before anything is computed; and models
+that are in memory already are judged by what they compute."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from typer.testing import CliRunner
+
+from pftools import base_models, evaluate, finetune, layers, prune
+from pftools.cli import app
+from pftools.errors import PftoolsError
+from tests.tiny import save_tiny, tiny_blocks, tiny_llama, tiny_tokenizer
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def plan(folder, tmp_path):
+    """`pftools plan` of a study of the model in a folder; what it raises is printed by the command."""
+    study = tmp_path / "mine.yaml"
+    study.write_text(
+        f"orderings: [P, P F]\nmodel: {folder}\ncalibrate: {{block_length: 16}}\n"
+        f"finetune: {{block_length: 16}}\nevaluate: {{block_length: 16, tasks: []}}\n"
+    )
+    return CliRunner().invoke(app, ["plan", str(study), "--runs", str(tmp_path / "runs")])
+
+
+def edited(folder, **changes):
+    """A folder whose config.json says something else."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def encoder(folder):
+    BertForMaskedLM(BertConfig(vocab_size=260, **SIZES)).save_pretrained(folder)
+
+
+def half(folder):
+    config = BartConfig(vocab_size=260, d_model=32, encoder_layers=1, decoder_layers=1, decoder_ffn_dim=64)
+    BartForCausalLM(config).save_pretrained(folder)
+    edited(folder, is_encoder_decoder=True)
+
+
+def quantized(**settings):
+    def make(folder):
+        save_tiny(folder)
+        edited(folder, quantization_config=settings)
+
+    return make
+
+
+def quantized_of_old(name):
+    def make(folder):
+        save_tiny(folder)
+        (folder / name).write_text(json.dumps({"bits": 4, "group_size": 128}))
+
+    return make
+
+
+def shared_block(folder):
+    """One block that two layers share, so that neither owns it."""
+    from tests.families import zoo
+
+    zoo.build("zamba2").save_pretrained(folder)
+
+
+def vision(folder):
+    ViTForImageClassification(ViTConfig(image_size=32, **SIZES)).save_pretrained(folder)
+
+
+def no_weights(folder):
+    save_tiny(folder)
+    (folder / "model.safetensors").unlink()
+
+
+def own_code(folder):
+    save_tiny(folder)
+    edited(folder, model_type="mine", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
+
+
+def unheard_of(folder):
+    save_tiny(folder)
+    edited(folder, model_type="model-of-next-year")
+
+
+def short_context(folder):
+    save_tiny(folder, max_position_embeddings=8)
+
+
+REFUSED = {
+    "encoder": (encoder, "is an encoder, which sees later tokens"),
+    "half of an encoder-decoder": (half, "only half of a model"),
+    "8 bit": (quantized(quant_method="bitsandbytes", load_in_8bit=True), r"quantized weights \(bitsandbytes"),
+    "NF4": (quantized(quant_method="bitsandbytes", load_in_4bit=True), r"quantized weights \(bitsandbytes"),
+    "GPTQ": (quantized(quant_method="gptq", bits=4), r"quantized weights \(gptq"),
+    "AWQ": (quantized(quant_method="awq", bits=4), r"quantized weights \(awq"),
+    "GPTQ of old": (quantized_of_old("quantize_config.json"), r"quantized weights \(quantize_config.json"),
+    "AWQ of old": (quantized_of_old("quant_config.json"), r"quantized weights \(quant_config.json"),
+    "a block of two layers": (shared_block, "cannot be pruned .*share"),
+    "vision only": (vision, "is of type vit, which is no causal language model"),
+    "no weights": (no_weights, "no weights"),
+    "code of its own": (own_code, "runs code of its own, and trust_remote_code is not set"),
+    "a type of later": (unheard_of, "of type model-of-next-year, which the installed transformers does not"),
+    "beyond the context": (short_context, "longer than the 8 that"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_plan_refuses_each_kind_in_one_sentence(tmp_path, kind):
+    make, says = REFUSED[kind]
+    make(tmp_path / "model")
+    found = plan(tmp_path / "model", tmp_path).exception
+    assert isinstance(found, PftoolsError), found
+    assert re.search(says, str(found)) and re.match(r".*mine.yaml, line \d", str(found)), found
+    assert "\n" not in str(found)
+    assert not list((tmp_path / "runs").glob("*")), "something was computed"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind not in ("beyond the context",)])
+def test_loading_refuses_what_plan_refuses(tmp_path, kind):
+    make, says = REFUSED[kind]
+    make(tmp_path / "model")
+    if kind == "a block of two layers":
+        pytest.skip("it can be evaluated; only pruning refuses it")
+    with pytest.raises(PftoolsError, match=says):
+        base_models.load_pretrained(str(tmp_path / "model"))
+
+
+def test_a_plain_model_is_planned(tmp_path):
+    found = plan(save_tiny(tmp_path / "model"), tmp_path)
+    assert found.exit_code == 0, found.exception
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_filled_up_at_random(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = save_tiny(tmp_path / "model") / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(
+        PftoolsError, match="lack model.layers.1.mlp.up_proj.weight: the checkpoint is not whole"
+    ):
+        base_models.load_pretrained(str(tmp_path / "model"))
+
+
+def test_a_damaged_file_is_one_sentence(tmp_path):
+    path = save_tiny(tmp_path / "model") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(PftoolsError, match="could not be loaded"):
+        base_models.load_pretrained(str(tmp_path / "model"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# In memory
+
+
+def bert():
+    torch.manual_seed(0)
+    return BertLMHeadModel(BertConfig(vocab_size=260, initializer_range=0.2, **SIZES)).eval()
+
+
+def bart():
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=260,
+        d_model=32,
+        decoder_layers=1,
+        decoder_ffn_dim=64,
+        decoder_attention_heads=4,
+        init_std=0.2,
+        encoder_layers=1,
+    )
+    return BartForCausalLM(config).eval()
+
+
+def asked(model):
+    from lm_eval.api.instance import Instance
+
+    lm = evaluate.PrefixCachedLM(pretrained=model, tokenizer=tiny_tokenizer(), progress=False)
+    request = Instance("loglikelihood", {}, ("A question that is read,", " yes"), 0)
+    return lm.loglikelihood([request], disable_tqdm=True)
+
+
+DEEDS = {
+    "perplexity": lambda model: evaluate.perplexity(model, tiny_blocks(), progress=False),
+    "tasks": asked,
+    "prune": lambda model: prune.prune_model(model, tiny_blocks(), progress=False),
+    "finetune": lambda model: finetune.finetune_model(model, tiny_blocks(), steps=1, progress=False),
+}
+
+
+@pytest.mark.parametrize("deed", DEEDS)
+@pytest.mark.parametrize(("make", "says"), [(bert, "encoder"), (bart, "half of an encoder-decoder")])
+def test_encoders_and_halves_in_memory_are_refused_by_every_step(deed, make, says):
+    with pytest.raises(PftoolsError, match=says):
+        DEEDS[deed](make())
+
+
+@pytest.mark.parametrize("deed", ["perplexity", "prune", "finetune"])
+def test_tokens_of_another_tokenizer_are_refused(deed):
+    with pytest.raises(PftoolsError, match=r"hold the token 2\d\d, and the model knows 100"):
+        DEEDS[deed](tiny_llama(vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=2))
+
+
+def test_a_matrix_in_an_unknown_layout_is_an_error_that_names_it():
+    class Curious(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.mixing = inner, nn.Parameter(torch.randn(4, 8, 32))
+
+        def forward(self, hidden):
+            return self.inner(hidden) + (hidden[..., None, None, :] * self.mixing).sum(dim=(-2, -3))
+
+    model = tiny_llama()
+    model.model.layers[1].mlp = Curious(model.model.layers[1].mlp)
+    for ask in (layers.measured_sparsity, DEEDS["prune"]):
+        with pytest.raises(
+            PftoolsError, match=r"mlp.mixing of LlamaDecoderLayer .*\(Curious, \(4, 8, 32\)\)"
+        ):
+            ask(model)
+
+
+def test_a_tokenizer_that_ends_every_text_is_refused():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    with pytest.raises(PftoolsError, match="ends every text with '<eos>'.*add_eos_token to false"):
+        evaluate.PrefixCachedLM(pretrained=tiny_llama(), tokenizer=tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The first token of a block
+
+
+def beginning_tokenizer():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def test_blocks_follow_the_tokenizers_first_token_but_for_the_papers_families():
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    torch.manual_seed(0)
+    mistral = AutoModelForCausalLM.from_config(
+        MistralConfig(vocab_size=260, num_key_value_heads=2, initializer_range=0.2, **SIZES)
+    ).eval()
+    assert evaluate.first_token(mistral, beginning_tokenizer()) == 256
+    assert evaluate.first_token(mistral, tiny_tokenizer()) is None
+    assert evaluate.first_token(tiny_llama(), beginning_tokenizer()) is None, "the papers read LLaMA without"
+    blocks = tiny_blocks()
+    found = evaluate.perplexity(mistral, blocks, first=256, progress=False).block_nll
+    begun = blocks.clone()
+    begun[:, 0] = 256
+    with torch.no_grad():
+        expected = [mistral(row[None], labels=row[None]).loss for row in begun]
+    assert torch.allclose(found.float(), torch.stack(expected), atol=1e-5)
+    assert not torch.allclose(
+        found, evaluate.perplexity(mistral, blocks, progress=False).block_nll, atol=1e-3
+    )
