@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STUDY ?= data/studies/quick.yaml
 WORKERS ?= 2
 
-.PHONY: help study test families notebooks bench figures docs lint clean
+.PHONY: help study test families notebooks gallery bench figures docs lint clean
 
 help:
 	@echo "make study      run $(STUDY) and print where its report is   (STUDY=... for another)"
 	@echo "make notebooks  open the notebooks in JupyterLab"
+	@echo "make gallery    execute all notebooks on the embedded model, into docs/gallery"
 	@echo "make test       run all tests"
 	@echo "make families   check every class of causal language models; the table is data/families.csv"
 	@echo "make bench      measure every claim about speed and memory; results in benchmarks/results"
@@ -42,6 +43,9 @@ lint: $(VENV)/ready
 
 notebooks: $(VENV)/ready
 	$(BIN)/jupyter lab notebooks
+
+gallery: $(VENV)/ready
+	$(BIN)/python docs/gallery/make.py
 
 bench: $(VENV)/ready
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --store || exit 1; done

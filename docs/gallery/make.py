@@ -1,0 +1,68 @@
+"""All seven notebooks, executed on the embedded model, as pages with their outputs: what `make gallery` runs.
+
+The notebooks in `notebooks/` are kept without outputs, and a code host shows nothing of them. The five of the
+steps are those that a small study executed; finished steps are not executed again.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from nbconvert import MarkdownExporter
+
+from pftools.figures import LIVE
+from pftools.redaction import redact
+from pftools.shipped import NOTEBOOKS
+from pftools.steps import NOTEBOOK_OF, kernel_options
+from pftools.study import load_study, plan_study, run_study
+
+HERE = Path(__file__).resolve().parent
+STUDY = HERE / "study.yaml"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def main(study: Path = STUDY, runs: str = "runs", folder: Path = HERE) -> list[Path]:
+    """Write `<notebook>.md` and its pictures for each notebook into ``folder``; returns the pages."""
+    plan = plan_study(load_study(study), runs=runs)
+    if failures := run_study(plan):
+        sys.exit("\n".join(map(str, failures)))
+    executed = {}
+    for step in plan.steps.values():  # the last of each kind has the most behind it
+        executed[Path(NOTEBOOK_OF[step.parameters.step]).stem] = step.folder / "notebook.ipynb"
+    parameters = {"study": str(study), "runs": runs}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("00_plan_study", "06_compare_orderings"):
+            executed[name] = Path(scratch) / f"{name}.ipynb"
+            with kernel_options() as options:
+                papermill.execute_notebook(
+                    str(NOTEBOOKS / f"{name}.ipynb"), str(executed[name]), parameters, **options
+                )
+        return [write(name, nbformat.read(path, 4), folder) for name, path in sorted(executed.items())]
+
+
+def write(name: str, notebook: Any, folder: Path) -> Path:
+    """One executed notebook as Markdown, with its pictures in `<name>/` beside it."""
+    for cell in notebook.cells:
+        cell.metadata = {}
+        if cell.cell_type == "code":
+            kept = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [output for output in kept if WIDGET not in output.get("data", {})]
+            for output in cell.outputs:  # a page has no script: of a chart its drawing
+                output.get("data", {}).pop(LIVE, None)
+    resources: dict[str, Any] = {"output_files_dir": name, "unique_key": "picture"}
+    body, resources = MarkdownExporter().from_notebook_node(notebook, resources)
+    for place, content in resources["outputs"].items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_bytes(content)
+    page = folder / f"{name}.md"
+    page.write_text(redact(body), encoding="utf-8")
+    return page
+
+
+if __name__ == "__main__":
+    print(*main(), sep="\n")

@@ -1,0 +1,33 @@
+"""The notebooks as pages with outputs: how one is written."""
+
+import importlib.util
+from pathlib import Path
+
+import nbformat
+
+MAKE = Path(__file__).parent.parent / "docs" / "gallery" / "make.py"
+
+
+def test_a_page_has_words_code_numbers_and_pictures_and_no_widget(tmp_path):
+    spec = importlib.util.spec_from_file_location("gallery", MAKE)
+    gallery = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gallery)
+    svg = '<svg xmlns="http://www.w3.org/2000/svg"><text>drawn</text></svg>'
+    outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="a bar of progress"),
+        nbformat.v4.new_output("stream", name="stdout", text="perplexity 12.3"),
+        nbformat.v4.new_output(
+            "display_data", {"image/svg+xml": svg, gallery.LIVE: {}, "text/plain": "chart"}
+        ),
+        nbformat.v4.new_output("display_data", {gallery.WIDGET: {}, "text/plain": "VBox(children=())"}),
+    ]
+    cells = [
+        nbformat.v4.new_markdown_cell("# 2 · Prune"),
+        nbformat.v4.new_code_cell("prune()", outputs=outputs, metadata={"papermill": {"duration": 1}}),
+    ]
+    page = gallery.write("02_prune", nbformat.v4.new_notebook(cells=cells), tmp_path)
+    text = page.read_text()
+    assert "# 2 · Prune" in text and "prune()" in text and "perplexity 12.3" in text
+    assert "progress" not in text and "VBox" not in text
+    (picture,) = (tmp_path / "02_prune").iterdir()
+    assert f"(02_prune/{picture.name})" in text and "drawn" in picture.read_text()
