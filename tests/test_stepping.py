@@ -168,3 +168,27 @@ def test_an_edited_cell_by_hand_makes_a_run_of_its_own(tmp_path):
         run_folder.read_record(tmp_path / "runs" / name)["results"]["n_blocks"] for name in (first, second)
     ]
     assert counts == [2, 4]
+
+
+def studied(folder):
+    """A study with finished runs, as the parameters of 00 and 06."""
+    from tests.made_up import seal_study
+
+    return {"study": str(seal_study(folder)), "runs": str(folder / "runs")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["00_plan_study", "06_compare_orderings"])
+def test_executing_cells_again_that_only_read_runs_changes_none_and_shows_no_traceback(name, tmp_path):
+    parameters = studied(tmp_path)
+    before = sealed(tmp_path)
+    with by_hand(name, ROOT) as hand:
+        assert hand.run(hand.order, **parameters) is None
+        for start in (len(hand.order) // 2, 2):
+            assert hand.run(hand.order[start:]) is None, hand.order[start]
+        assert hand.run(hand.order[:1], **parameters) is None  # executed, and not read
+        for number in hand.order[2:]:
+            error = hand.run([number])
+            assert error is None or is_one_sentence(error), (number, error)
+        assert hand.run(hand.order[:3], **parameters) is None
+    assert sealed(tmp_path) == before
