@@ -13,12 +13,14 @@ The helper package behind the notebooks. A module is one idea, and imports only 
     plan, study_file                        the graph of steps; the YAML
     figures, compare, inference             charts; results beside each other; the statistics under them
     other_results, weights                  other programs' results; weight analysis
-    models, timing, checkpoints             a model by any name; its speed here; base plus deltas, replayed
+    models, timing                          a model by any name; its speed here
+    notebook, inputs                        what a notebook does first; what a step reads, by digests
+    checkpoints, reload_check               base plus deltas, replayed; would they give what was measured
     prune, finetune, evaluate               the three steps
     adapters, base_models, model_files      an adapter and its merge; models by name, loaded or only read
     corpora, pydocs, data_root              texts by name; data sets as files
     layers, masks, dithering                a decoder's anatomy; packed masks; casts that keep small updates
-    notebook                                what a notebook does first
+    bars                                    progress inside of a step
     run_folder, orderings                   run folders; words of P and F
     redaction, settings                     secrets stay out of what is kept; validated parameters
     criteria                                how much a weight matters

@@ -409,6 +409,20 @@ def test_edited_code_of_a_notebook_makes_another_key(tmp_path, monkeypatch):
         key()
 
 
+def test_an_edited_criterion_makes_another_key_of_pruning_steps(tmp_path, monkeypatch):
+    from pftools.run_folder import record
+
+    kinds = (settings.Prune, settings.Finetune)
+    before = [run_folder.run_key(kind()) for kind in kinds]
+    mine = tmp_path / "criteria.py"
+    mine.write_bytes(record._CRITERIA.read_bytes())
+    monkeypatch.setattr(record, "_CRITERIA", mine)
+    assert [run_folder.run_key(kind()) for kind in kinds] == before
+    mine.write_text(mine.read_text().replace(".abs()", ".square()", 1))
+    after = [run_folder.run_key(kind()) for kind in kinds]
+    assert after[0] != before[0] and after[1] == before[1]
+
+
 @pytest.mark.parametrize(
     ("source", "looks"),
     [

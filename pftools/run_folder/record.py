@@ -23,6 +23,7 @@ from pftools.settings import EMBEDDED_MODEL, STEPS, Step
 
 KEY_LENGTH = 12
 RECORD, NOTEBOOK = "run.json", "notebook.ipynb"
+_CRITERIA = Path(__file__).parents[1] / "criteria.py"
 _REMEDY = "its step has to run again, which `pftools run` sees to; by hand, remove the run's folder first"
 
 
@@ -32,7 +33,7 @@ def run_key(parameters: Step, *, own_cells: str = "") -> str:
     Parents count by their keys, so the place of the runs folder does not matter. The folder of a model and a
     corpus of files count by their contents alone, wherever they are, so that a run on old contents is never
     taken for one on new contents. The code of the step's notebook counts, its parameters cell and its text do
-    not.
+    not; so does the file of pruning criteria.
 
     Args:
         parameters: of the step.
@@ -46,6 +47,8 @@ def run_key(parameters: Step, *, own_cells: str = "") -> str:
     if include := decisive.get("include"):  # task files, of which any may be part of another
         decisive["include"] = contents.digest_of_tree(include) or include
     code = own_cells or cells.digest(cells.of_notebook(notebook_of(parameters)))
+    if parameters.step == "prune":  # the file that people write criteria of their own into
+        code += contents.digest(str(_CRITERIA)) or ""
     text = json.dumps([parameters.step, decisive, RECIPE_VERSION, code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
