@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pftools import costs, report, settings, study
+from pftools import costs, local, report, settings, steps, study
 from pftools.checks import check_plan
 from pftools.errors import PftoolsError
 from pftools.study_file import TRIAL_SEEDS
@@ -245,3 +245,28 @@ def test_a_report_before_the_last_look_says_that_the_study_goes_on(tmp_path):
     engine.run(study.plan_study(plan.study, runs=plan.runs))
     table = report.study_results(tmp_path / "staged.yaml", runs=tmp_path / "runs")
     assert "goes on" not in report.headline(table)
+
+
+# -------------------------------------------------------------------------------------------- running
+
+
+def test_run_study_goes_through_all_stages_and_the_plan_grows(tmp_path, monkeypatch):
+    engine, calls = StubEngine(trained), []
+
+    def run_plan(plan, **options):
+        calls.append(len(plan.missing()))
+        engine.stage(plan)
+        return []
+
+    monkeypatch.setattr(local, "run_plan", run_plan)
+    plan = planned(tmp_path, seeds={"start": 2, "most": 3}, tune={"learning_rate": GRID})
+    assert study.run_study(plan) == [] and not plan.open and not plan.missing()
+    assert len(calls) >= 2 and len(study.results(plan)) == len(plan.rows) > 0
+
+
+def test_a_failure_ends_the_stages(tmp_path, monkeypatch):
+    failure = steps.Failure("finetune-0123456789ab", 3, "no")
+    calls = []
+    monkeypatch.setattr(local, "run_plan", lambda plan, **options: calls.append(plan) or [failure])
+    plan = planned(tmp_path, tune={"learning_rate": GRID})
+    assert study.run_study(plan) == [failure] and len(calls) == 1 and plan.open
