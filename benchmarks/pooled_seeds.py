@@ -6,7 +6,8 @@ With three seeds, the variance between seeds has two degrees of freedom, and int
 orderings could lend each other theirs: empirical Bayes shrinks each variance to what they have in common and
 adds its degrees of freedom (Smyth 2004, Statistical Applications in Genetics and Molecular Biology 3). The
 cells compare each ordering with the mean of the others, as `best_set` does. Orderings vary alike, or the
-first one's seeds vary more: SmolLM2's two orderings differ by a factor of 2.4 (0.008 and 0.019 nats).
+first one's seeds vary 2.4 times as much. Of SmolLM2's two orderings, three seeds each had the factor 2.4 in
+one study (8,192 tokens: 0.008 and 0.019 nats) and 1.1 in another (`data/results/seeds`: 0.026 and 0.023).
 """
 
 from __future__ import annotations

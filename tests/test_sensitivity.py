@@ -75,3 +75,38 @@ def test_the_plan_shows_it(tmp_path):
     shown = CliRunner().invoke(cli.app, asked).output
     assert "smallest difference that it will see" in shown and "two models only" in shown
     assert "3 (this study)" in shown and "8 (this study)" in shown and "points" in shown
+
+
+def test_without_earlier_runs_the_committed_study_tells(tmp_path):
+    found = sensitivity.sensitivity(planned(tmp_path, orderings=["prune_finetune", "finetune_prune"]))
+    assert "the study 'seeds' that comes with pftools" in found.source and "up to 3 seeds" in found.source
+    folder = sensitivity.DATA / "results" / "seeds"
+    grids = [
+        pd.read_csv(folder / f"{name}.csv").pivot(index="seed", columns="block", values="nll").to_numpy()
+        for name in ("finetune_prune", "prune_finetune")
+    ]
+    variances = crossed_mean(grids[0] - grids[1]).variances
+    expected = math.expm1(visible_difference(variances, 5, grids[0].shape[1]))
+    assert found.table.loc[5, "perplexity"] == pytest.approx(expected) and found.pairs == 1
+
+
+def test_the_readme_says_what_the_committed_results_say():
+    folder = sensitivity.DATA / "results" / "seeds"
+    readme = " ".join((sensitivity.DATA.parent / "README.md").read_text().replace("\n>", "\n").split())
+    losses = {name: pd.read_csv(folder / f"{name}.csv") for name in ("prune_finetune", "finetune_prune")}
+    means = {name: rows.groupby("seed")["nll"].mean() for name, rows in losses.items()}
+    values = {name: math.exp(mean.mean()) for name, mean in means.items()}
+    assert f"({values['prune_finetune']:.2f} vs {values['finetune_prune']:.2f}, ratio" in readme
+    difference = means["prune_finetune"] - means["finetune_prune"]
+    assert f"ratio {math.exp(difference.mean()):.3f} [" in readme and (difference < 0).all()
+    varies = f"varies by {means['prune_finetune'].std():.3f} (`prune_finetune`) and "
+    varies += f"{means['finetune_prune'].std():.3f} nats (`finetune_prune`), the difference of the two by "
+    assert f"{varies}{difference.std():.3f}, where it is {-difference.mean():.3f}" in readme
+    results = pd.read_csv(folder / "results.csv").set_index(["ordering", "seed"])
+    for (ordering, seed), row in results.iterrows():
+        assert row["perplexity"] == pytest.approx(math.exp(means[ordering][seed]), rel=1e-5)
+    trials = pd.read_csv(folder / "trials.csv")
+    chosen = trials[trials["chosen"]].set_index("ordering")
+    assert not chosen["edge"].any() and set(chosen["learning_rate"]) == {0.008}
+    for ordering, tried in trials.groupby("ordering"):
+        assert tried.set_index("learning_rate")["loss"].idxmin() == chosen.loc[ordering, "learning_rate"]
