@@ -54,7 +54,8 @@ class _Lines(Progress):
         record = run_folder.read_record(step.folder)
         left = len(self._plan.missing())
         count = f"[{len(self._plan.steps) - left}/{len(self._plan.steps)}]"
-        done = f"{step.parameters.step} {step.label}" if step.label[:1].isalnum() else step.label
+        kind, label = step.parameters.step, step.label
+        done = label if label.startswith(kind) else f"{kind} {label}"
         found = ", ".join([f"{record['seconds']:.0f} s", *result_words(record["results"])])
         self._print(f"{count} {done}: {found}; {self._expectation(left)}")
 

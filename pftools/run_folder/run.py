@@ -223,7 +223,8 @@ def _in_batch(parameters: Step, folder: Path, attempt: Path, inputs: Inputs) -> 
     if planned != folder.name:
         raise PftoolsError(
             f"this notebook was started for the run {planned}, and its parameters make {folder.name}: was "
-            "a file that it reads changed, or is the plan of an older pftools?"
+            "its notebook or a file that it reads changed, or is the plan of an older pftools? Then call "
+            "`pftools run` again."
         )
     run = Run(parameters, folder, attempt, sealed=is_finished(attempt), inputs=inputs)
     run._refuse_if_over()
