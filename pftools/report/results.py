@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,14 @@ def entry_table(table: pd.DataFrame, **more: Any) -> pd.DataFrame:
     means = {
         task: compare.geometric_mean if is_perplexity(table, task) else "mean" for task in task_names(table)
     }
-    return compare.entries(table, **means, **more)
+    return compare.entries(_bare(table), **means, **more)
+
+
+def _bare(table: pd.DataFrame) -> pd.DataFrame:
+    """The table without its notes, which pandas copies deeply in each of the many steps of a comparison."""
+    bare = table.copy()
+    bare.attrs = {}
+    return bare
 
 
 def task_names(table: pd.DataFrame) -> list[str]:
@@ -129,24 +137,37 @@ def is_perplexity(table: pd.DataFrame, task: str) -> bool:
 
 def pair_table(table: pd.DataFrame) -> pd.DataFrame:
     """`compare.compare_orderings` on the losses that the evaluation runs keep, checked by their seals."""
-    ends = final_states(table)
-    return compare.compare_orderings(ends, block_losses(ends), margin=margin(table), looks=looks(table))
+    ends = _bare(final_states(table))
+
+    def compared() -> pd.DataFrame:
+        return compare.compare_orderings(ends, block_losses(ends), margin=margin(table), looks=looks(table))
+
+    return pd.DataFrame(_once("pairs", ends, table, compared)).copy()
 
 
 def best_sets(table: pd.DataFrame) -> list[compare.BestSet]:
     """The answer: by sparsity, and by perplexity and task, the entries that may be the best."""
-    ends = final_states(table)
-    asked = (tuple(ends["run"]), tuple(ends["ordering"]), margin(table), looks(table))
-    if asked not in _KNOWN:
-        _KNOWN.clear()
-        _KNOWN[asked] = compare.best_sets(
+    ends = _bare(final_states(table))
+
+    def found() -> list[compare.BestSet]:
+        return compare.best_sets(
             ends, block_losses(ends), answers(ends), margin=margin(table), looks=looks(table)
         )
+
+    return list(_once("sets", ends, table, found))
+
+
+def _once(what: str, ends: pd.DataFrame, table: pd.DataFrame, make: Callable[[], Any]) -> Any:
+    """What was computed of these results before; tables, charts and sentences ask for the same."""
+    asked = (what, *(tuple(ends[name]) for name in ("run", "ordering", "asked")), margin(table), looks(table))
+    if asked not in _KNOWN:
+        while len(_KNOWN) > 3:
+            _KNOWN.pop(next(iter(_KNOWN)))
+        _KNOWN[asked] = make()
     return _KNOWN[asked]
 
 
-# The sets of the last study: its tables, charts and sentences all ask for them, and they take seconds.
-_KNOWN: dict[Any, list[compare.BestSet]] = {}
+_KNOWN: dict[tuple[Any, ...], Any] = {}  # of the last studies
 
 
 def looks(table: pd.DataFrame) -> Looks | None:
@@ -162,5 +183,5 @@ def margin(table: pd.DataFrame) -> float | None:
 
 def task_pairs(table: pd.DataFrame) -> pd.DataFrame:
     """`compare.compare_tasks` on the answers that runs keep; empty where no task counts right answers."""
-    ends = final_states(table)
+    ends = _bare(final_states(table))
     return compare.compare_tasks(ends, answers(ends), margin=margin(table), looks=looks(table))
