@@ -109,7 +109,10 @@ def entry_table(table: pd.DataFrame, **more: Any) -> pd.DataFrame:
     means = {
         task: compare.geometric_mean if is_perplexity(table, task) else "mean" for task in task_names(table)
     }
-    return compare.entries(_bare(table), **means, **more)
+    bare = _bare(table)
+    if more:
+        return compare.entries(bare, **means, **more)
+    return pd.DataFrame(_once("entries", bare, table, lambda: compare.entries(bare, **means))).copy()
 
 
 def _bare(table: pd.DataFrame) -> pd.DataFrame:
@@ -159,9 +162,10 @@ def best_sets(table: pd.DataFrame) -> list[compare.BestSet]:
 
 def _once(what: str, ends: pd.DataFrame, table: pd.DataFrame, make: Callable[[], Any]) -> Any:
     """What was computed of these results before; tables, charts and sentences ask for the same."""
-    asked = (what, *(tuple(ends[name]) for name in ("run", "ordering", "asked")), margin(table), looks(table))
+    rows = (tuple(ends[name]) for name in ("run", "ordering", "asked"))
+    asked = (what, *rows, tuple(ends.columns), margin(table), looks(table))
     if asked not in _KNOWN:
-        while len(_KNOWN) > 3:
+        while len(_KNOWN) > 7:
             _KNOWN.pop(next(iter(_KNOWN)))
         _KNOWN[asked] = make()
     return _KNOWN[asked]
