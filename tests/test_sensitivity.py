@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from pftools import cli, sensitivity, study
 from pftools.inference.crossed import crossed_mean
 from pftools.inference.power import visible_difference
+from pftools.inference.verdict import judge_losses
+from pftools.other_losses import compare_losses, read_losses
 from tests.stub_engine import StubEngine
 
 GAP = {"prune": 0.3, "finetune_prune": 0.1, "prune_finetune": 0.0}
@@ -110,3 +112,17 @@ def test_the_readme_says_what_the_committed_results_say():
     assert not chosen["edge"].any() and set(chosen["learning_rate"]) == {0.008}
     for ordering, tried in trials.groupby("ordering"):
         assert tried.set_index("learning_rate")["loss"].idxmin() == chosen.loc[ordering, "learning_rate"]
+
+
+def test_the_verdict_in_bf16_is_that_in_fp32():
+    folder = sensitivity.DATA / "results" / "seeds"
+    names = ("prune_finetune.csv", "finetune_prune.csv")
+    in_bf16 = compare_losses(*(folder / "bf16" / name for name in names))
+    both = [read_losses(folder / name) for name in names]
+    in_fp32 = judge_losses(*(losses[list(range(24))] for losses in both))
+    assert in_bf16.kind == in_fp32.kind(in_fp32.p) == "differs"
+    assert in_bf16.judged.mean == pytest.approx(in_fp32.mean, abs=0.005)
+    words = " ".join((folder / "README.md").read_text().split())
+    for found in (in_bf16.judged, in_fp32):
+        ratio, low, high = (math.exp(value) for value in (found.mean, *found.interval))
+        assert f"{ratio:.3f} [{low:.3f}, {high:.3f}], p {found.p:.3f}" in words
