@@ -189,7 +189,7 @@ def test_a_failed_stage_plans_no_other(tmp_path):
     notebooks = write_notebooks(tmp_path / "notebooks", finetune="raise ValueError('no')")
     words = {"orderings": ["F P"], "tune": {"learning_rate": [0.001, 0.002]}}
     plan = trivial_plan(tmp_path / "runs", **words)
-    assert [failure.cell for failure in run_all(plan, notebooks)] == [2, 2]
+    assert [failure.cell for failure in run_all(plan, notebooks)] == [3, 3]
     wait_until(lambda: not slurm.queue(tmp_path / "runs"))
     assert not plan.rows
 
