@@ -539,3 +539,10 @@ def test_an_adapter_that_does_more_than_its_factors_is_refused(tmp_path, options
     peft_model.save_pretrained(tmp_path)
     with pytest.raises(PftoolsError, match=says):
         load_adapter(tmp_path)
+
+
+def test_a_model_that_passes_no_gradient_on_is_refused():
+    from tests.families import zoo
+
+    with pytest.raises(PftoolsError, match="ReformerModelWithLMHead passes no gradient on to adapters"):
+        finetune_model(zoo.build("reformer"), tiny_blocks(), rank=2, steps=1, progress=False)

@@ -94,7 +94,8 @@ def finetune_model(
                 arguments = _arguments(peft_model, training, rows, folder, save_every, track)
                 trainer = _trainer(peft_model, training, rows, arguments, [watch, *callbacks])
                 started = time.perf_counter()
-                trainer.train(resume_from_checkpoint=checkpoint)
+                with _gradients(model):
+                    trainer.train(resume_from_checkpoint=checkpoint)
                 seconds = time.perf_counter() - started
                 adapter = read_adapter(peft_model, training)
                 if output is not None:
@@ -185,6 +186,20 @@ def _trainer(
     if recipe.gradient_checkpointing:
         peft_model.enable_input_require_grads()
     return trainer
+
+
+@contextmanager
+def _gradients(model: PreTrainedModel) -> Iterator[None]:
+    """A training within. Some models, such as Reformer, pass no gradient on while weights are frozen."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise PftoolsError(
+            f"{type(model).__name__} passes no gradient on to adapters while its weights are frozen, "
+            "so that it cannot be fine-tuned here."
+        ) from error
 
 
 def next_token_loss(

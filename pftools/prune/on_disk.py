@@ -52,10 +52,13 @@ class OnDisk:
         renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
         state = self.model.state_dict()
-        return {
-            name: rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)[0]
-            for name in self.files
-        }
+        found = {}
+        for name in self.files:
+            for rules in ((renamings, converters), ([], [])):  # as transformers: a name may stand already
+                found[name] = rename_source_key(name, *rules, self.model.base_model_prefix, state)[0]
+                if found[name] in state or name not in state:
+                    break
+        return found
 
     @contextmanager
     def entrance(self) -> Iterator[None]:
