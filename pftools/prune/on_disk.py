@@ -60,6 +60,16 @@ class OnDisk:
                     break
         return found
 
+    def _split_off(self) -> set[str]:
+        """Parameters that transformers splits off a tensor on disk, beside the first, its home."""
+        return {
+            home.replace(first, other)
+            for first, *others in (getattr(entry, "target_patterns", ["?"]) for entry in self.conversions)
+            for other in others
+            for home in self.homes.values()
+            if first in home
+        }
+
     @contextmanager
     def entrance(self) -> Iterator[None]:
         """Context in which all pre-layer weights are loaded: all that is not in the layers or the head."""
@@ -141,7 +151,7 @@ class OnDisk:
         own = {
             f"{self.prefix}.{index}.{name}": value for name, value in self.layers[index].state_dict().items()
         }
-        homes = set(self.homes.values())
+        homes = set(self.homes.values()) | self._split_off()
         stored = revert_weight_conversion(self.model, {name: own[name] for name in own if name in homes})
         self._save(
             {name: tensor.to("cpu").contiguous() for name, tensor in stored.items()},
