@@ -283,3 +283,21 @@ def test_the_readers_margin_reaches_the_verdicts(wide):
     table.attrs = {**wide.attrs, "study": {**wide.attrs["study"], "equivalent_within": 0.9}}
     assert (report.pair_table(table)["verdict_kind"] == "equivalent").any()
     assert not (report.pair_table(wide)["verdict_kind"] == "equivalent").any()
+
+
+def test_the_executed_notebook_of_a_step_is_a_page_with_the_values_it_was_given(tmp_path):
+    file = seal_study(tmp_path)
+    plan = report.page.plan_study(report.page.load_study(file), runs=tmp_path / "runs")
+    (step,) = [step for step in plan.steps.values() if step.label == "wanda 50%"][:1]
+    parameters = "# Parameters: change them\nmethod = 'magnitude'  # the criterion"
+    cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("injected", metadata={"tags": ["injected-parameters"]}),
+        nbformat.v4.new_markdown_cell("## Two\nlines"),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), step.folder / "notebook.ipynb")
+    assert report.page.notebooks.write_pages(plan, tmp_path / "steps") == {step.name}
+    html = (tmp_path / "steps" / f"{step.name}.html").read_text()
+    words = unescape(re.sub(r"<[^>]+>", "", html))
+    assert "method = 'wanda'  # the criterion" in words and "injected" not in words
+    assert '<h2 id="two">Two' in html and f'href="../index.html#{step.name}"' in html

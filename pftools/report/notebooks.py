@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def _page(plan: Plan, step: PlannedStep, notebook: Path, state: str, exporter: c
     from jinja2 import Environment
     from pygments.formatters import HtmlFormatter
 
-    executed = nbformat.from_dict(json.loads(notebook.read_text(encoding="utf-8")))
+    executed = nbformat.read(notebook, as_version=4)
     shown = _with_parameters(executed.cells, step.parameters.model_dump(mode="json"))
     for number, cell in enumerate(shown):
         cells_html.tidy(cell, f"cell{number}")
