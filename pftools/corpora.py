@@ -49,11 +49,10 @@ def token_blocks(
     How blocks are chosen depends on what the split is for:
 
     - `validation`, `test`: consecutive blocks from the start, as papers compute perplexity; ``seed`` has no
-    effect.
+      effect.
     - `train`: consecutive blocks, in an order shuffled by ``seed``.
     - `calibration`: blocks at random, drawn by ``seed`` without overlap; where the split is too short for
-    that, random
-      windows that may overlap, and a warning says so.
+      that, random windows that may overlap, and a warning says so.
 
     Args:
         n_blocks: how many; None: all that the split holds.

@@ -40,8 +40,7 @@ def check_tasks(names: Sequence[str], *, include: str | Path = "") -> None:
 
     Raises:
         PftoolsError: a name that neither ``data/tasks`` nor lm-eval has (the nearest is offered), a metric or
-        aggregation
-            that lm-eval does not have, or a task with no metric that pftools knows.
+            aggregation that lm-eval does not have, or a task with no metric that pftools knows.
     """
     own, included = own_tasks(), included_tasks(include)
     for name in names:

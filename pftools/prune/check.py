@@ -30,8 +30,7 @@ def check_replay(source: Source, blocks: torch.Tensor, batch_size: int) -> None:
 
     Raises:
         PftoolsError: a replayed layer gives another output than in the model; hidden states are changed
-        between
-            layers; or earlier positions depend on later tokens, as in an encoder.
+            between layers; or earlier positions depend on later tokens, as in an encoder.
     """
     model = source.model
     prefix, layers = decoder_layers(model)
