@@ -62,9 +62,10 @@ def test_every_study_in_the_documentation_can_be_planned(page, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     make_my_files(tmp_path)
     for block in blocks_of(page):
+        if block.file and not block.why:
+            write(block, tmp_path)
         if block.kind == "yaml" and not block.why and "orderings:" in block.body:
-            path = tmp_path / (block.file or "study.yaml")
-            path.write_text(block.body)
+            path = tmp_path / block.file
             assert plan_study(load_study(path)).steps
             assert yaml.safe_load(block.body)["name"] == path.stem
 
@@ -81,15 +82,19 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path):
         if block.why:
             continue
         if block.file:
-            (tmp_path / block.file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / block.file).write_text(
-                block.body.partition("\n")[2] if block.kind == "text" else block.body
-            )
+            write(block, tmp_path)
         elif block.kind == "python":
             python.append(block.body)
             run([sys.executable, "-c", "\n".join(python)], tmp_path)
         elif block.kind == "sh":
             run(["bash", "-e", "-c", block.body], tmp_path)
+
+
+def write(block: Block, folder: Path) -> None:
+    """A file of a page; the line with its name is no part of a text."""
+    path = folder / block.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(block.body.partition("\n")[2] if block.kind == "text" else block.body)
 
 
 def run(command: list[str], folder: Path) -> None:
