@@ -194,7 +194,7 @@ def _gradients(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "does not require grad" not in str(error):
+        if not any(text in str(error) for text in ("does not require grad", "leaf Variable that requires")):
             raise
         raise PftoolsError(
             f"{type(model).__name__} passes no gradient on to adapters while its weights are frozen, "
