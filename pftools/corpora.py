@@ -77,15 +77,13 @@ def token_blocks(
     if available == 0:
         raise PftoolsError(
             f"the {split} split of {corpus!r} has {len(stream)} tokens, less than one block of "
-            f"{block_length}: "
-            "choose a shorter block_length or another corpus."
+            f"{block_length}: choose a shorter block_length or another corpus."
         )
     chooser = random.Random(seed)
     if split == "calibration" and n_blocks is not None and n_blocks > available:
         warnings.warn(
             f"{n_blocks} calibration blocks of {block_length} tokens are asked and {corpus!r} holds "
-            f"{available} without "
-            "overlap: random windows that overlap are used.",
+            f"{available} without overlap: random windows that overlap are used.",
             stacklevel=2,
         )
         starts = [chooser.randrange(len(stream) - block_length + 1) for _ in range(n_blocks)]
@@ -192,8 +190,7 @@ def _documents_of(corpus: str, split: str, data: str | Path | None) -> list[str]
     told = ", ".join(f"{len(parts[name])} {name}" for name in SPLITS)
     warnings.warn(
         f"{path} is one file, so its {'paragraphs' if is_text else 'documents'} are split into parts that "
-        "share "
-        f"none: {told}.",
+        f"share none: {told}.",
         stacklevel=2,
     )
     return parts[split]
@@ -216,8 +213,7 @@ def _unknown(corpus: str, root: Path | None) -> str:
         known |= {folder.name for folder in root.iterdir() if folder.is_dir()}
     return (
         f"unknown corpus {corpus!r}: {nearest(corpus, known)}; or give the path of a text file or of a "
-        "folder, or a "
-        "folder under PFTOOLS_DATA."
+        "folder, or a folder under PFTOOLS_DATA."
     )
 
 

@@ -117,9 +117,8 @@ def _from_origin(name: str, split: str, path: Path | None) -> Iterator[dict[str,
         looked = f" and {path} is not there" if path else ""
         raise PftoolsError(
             f"the {split} split of {name!r} could not be fetched from the hub "
-            f"({type(error).__name__}){looked}: "
-            "set PFTOOLS_DATA to a data root that has it; `pftools fetch-data` fills one on a machine with "
-            "network."
+            f"({type(error).__name__}){looked}: set PFTOOLS_DATA to a data root that has it; `pftools "
+            "fetch-data` fills one on a machine with network."
         ) from error
 
 

@@ -88,9 +88,8 @@ def decoder_layers(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
             if any(is_linear(inner) or _stacked(inner) for inner in module[0].modules()):
                 return name, module
     raise PftoolsError(
-        f"{type(model).__name__} has no list of decoder layers with linear modules: pftools "
-        "prunes decoder-only "
-        "language models such as Llama, Mistral, Qwen, Gemma, Phi, OPT or GPT-2."
+        f"{type(model).__name__} has no list of decoder layers with linear modules: pftools prunes "
+        "decoder-only language models such as Llama, Mistral, Qwen, Gemma, Phi, OPT or GPT-2."
     )
 
 
@@ -162,9 +161,8 @@ def matrices(layer: torch.nn.Module) -> dict[str, Matrix]:
                 if leaf not in known and not _is_small(module, leaf, weight):
                     raise PftoolsError(
                         f"{path} of {type(layer).__name__} is a matrix in a layout that is not known "
-                        f"({type(module).__name__}, {tuple(weight.shape)}): it would be neither "
-                        "pruned nor counted, so "
-                        "this model cannot be pruned."
+                        f"({type(module).__name__}, {tuple(weight.shape)}): it would be neither pruned nor "
+                        "counted, so this model cannot be pruned."
                     )
                 continue
             seen.add(id(weight))

@@ -210,7 +210,6 @@ def _explain(
         return
     sentence = PftoolsError(
         f"{error.name} was made from parameters that were read before: execute the notebook again from the "
-        "cell that "
-        "reads the parameters."
+        "cell that reads the parameters."
     )
     shell.showtraceback((PftoolsError, sentence, None))

@@ -66,15 +66,14 @@ def read_text(path: Path) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         raise PftoolsError(
             f"{path}, line {line}, is not {encoding.removesuffix('-sig').upper()} (byte "
-            f"{content[error.start]:#x}): "
-            "save the file as UTF-8, as `iconv -f CP1252 -t UTF-8` does for one from Windows."
+            f"{content[error.start]:#x}): save the file as UTF-8, as `iconv -f CP1252 -t UTF-8` does for one "
+            "from Windows."
         ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise PftoolsError(
             f"{path}, line {line}, holds a null character: it is no text, or UTF-16 without a byte order "
-            "mark; save "
-            "it as UTF-8."
+            "mark; save it as UTF-8."
         )
     return text.replace("\r\n", "\n")
 
@@ -123,8 +122,7 @@ def column_of(rows: list[dict[str, Any]], column: str, place: str) -> list[str]:
             found = "null" if value is None or value != value else f"a {type(value).__name__}"
             raise PftoolsError(
                 f"{place}, row {number}, has {found} in the column {column!r}: it should be text; mend or "
-                "remove "
-                "the row."
+                "remove the row."
             )
     return [row[column] for row in rows]
 

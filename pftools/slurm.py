@@ -214,8 +214,8 @@ def queue(root: Path) -> dict[str, Job]:
     """
     if shutil.which("squeue") is None:
         raise PftoolsError(
-            "there is no squeue on this machine: run with --executor local, "
-            "or from a login node of the cluster."
+            "there is no squeue on this machine: run with --executor local, or from a login node of the "
+            "cluster."
         )
     command = ["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%j"]
     try:

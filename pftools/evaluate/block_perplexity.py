@@ -83,8 +83,8 @@ def perplexity(
     """
     if blocks.dim() != 2 or not len(blocks) or blocks.shape[1] < 2:
         raise PftoolsError(
-            f"the blocks have shape {tuple(blocks.shape)}: "
-            "(n_blocks, block_length) with at least 2 tokens is needed."
+            f"the blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) with at least 2 tokens "
+            "is needed."
         )
     check_blocks(model, blocks)
     check_causal(model, blocks[0])
@@ -108,8 +108,8 @@ def perplexity(
     if not torch.isfinite(block_nll).all():
         first = int((~torch.isfinite(block_nll)).nonzero()[0])
         raise PftoolsError(
-            f"the loss of block {first} is not a number: "
-            "the model is broken, or float16 overflows; try dtype float32."
+            f"the loss of block {first} is not a number: the model is broken, or float16 overflows; try "
+            "dtype float32."
         )
     return PerplexityResult(math.exp(min(float(block_nll.mean()), _MOST)), block_nll)
 

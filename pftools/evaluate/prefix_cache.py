@@ -166,8 +166,8 @@ class PrefixCachedLM(HFLM):
         for place, (_, context, continuation) in enumerate(requests):
             if not context or not continuation:
                 raise PftoolsError(
-                    "a request has an empty context or continuation: "
-                    "the task's doc_to_text or doc_to_choice is empty."
+                    "a request has an empty context or continuation: the task's doc_to_text or doc_to_choice "
+                    "is empty."
                 )
             if len(continuation) > self.max_length:
                 raise PftoolsError(

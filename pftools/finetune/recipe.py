@@ -132,9 +132,8 @@ def prepare(recipe: Recipe, model: PreTrainedModel, rows: Rows) -> Training:
     check_causal(model, rows.input_ids[0])
     if recipe.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise PftoolsError(
-            f"{type(model).__name__} has no gradient checkpointing: train with "
-            "gradient_checkpointing=False and "
-            "a smaller micro_batch_size or block_length."
+            f"{type(model).__name__} has no gradient checkpointing: train with gradient_checkpointing=False "
+            "and a smaller micro_batch_size or block_length."
         )
     plain = frozenset(read_by_model(model, rows.input_ids))
     targets = find_targets(model, recipe.targets, leave=plain)

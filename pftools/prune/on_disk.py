@@ -121,8 +121,8 @@ class OnDisk:
         missing = [name for name, weight in self.model.named_parameters() if name in names and weight.is_meta]
         if missing:
             raise PftoolsError(
-                f"{self.folder} holds nothing that becomes {missing[0]}: "
-                "the checkpoint is not whole, or of another model."
+                f"{self.folder} holds nothing that becomes {missing[0]}: the checkpoint is not whole, or of "
+                "another model."
             )
 
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:

@@ -105,9 +105,8 @@ def check_matrices(model: nn.Module, shape: Pattern) -> None:
             owner = seen.setdefault(id(layer.get_parameter(matrix.parameter)), index)
             if owner != index:
                 raise PftoolsError(
-                    f"layers {owner} and {index} of {type(model).__name__} share {name}: what is "
-                    "pruned for the "
-                    "one is gone for the other, so this model cannot be pruned layer by layer."
+                    f"layers {owner} and {index} of {type(model).__name__} share {name}: what is pruned for "
+                    "the one is gone for the other, so this model cannot be pruned layer by layer."
                 )
             check_width(f"{prefix}.{index}.{name}", matrix.weight(layer).shape[1], shape)
 
