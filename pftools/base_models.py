@@ -155,12 +155,13 @@ def load_pretrained(
     try:
         _refuse_unsuitable(name, source, trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=resolve_dtype(dtype, device),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+        model, loading = loaded
         check_whole(name, set(loading["missing_keys"]))
     except (PftoolsError, MemoryError):
         raise

@@ -248,8 +248,7 @@ def run_layer(
 
     Args:
         replace: overwrite the batches' hidden states by the layer's outputs. False: the outputs are not
-        wanted, and
-            each forward ends as soon as ``meter`` has all inputs.
+            wanted, and each forward ends as soon as ``meter`` has all inputs.
         meter: measures the inputs of the layer's matrices meanwhile.
     """
     device = device_of(layer)

@@ -139,10 +139,9 @@ class OnDisk:
         """Forget the weights of these names; buffers are small, and stay."""
         for name in names & {name for name, _ in self.model.named_parameters(remove_duplicate=False)}:
             owner, _, leaf = name.rpartition(".")
+            forgotten = torch.empty_like(self.model.get_parameter(name), device="meta")
             module = self.model.get_submodule(owner)
-            module._parameters[leaf] = nn.Parameter(
-                torch.empty_like(module._parameters[leaf], device="meta"), requires_grad=False
-            )
+            module._parameters[leaf] = nn.Parameter(forgotten, requires_grad=False)
 
     def write_layer(self, folder: Path, index: int) -> None:
         """The layer that is open, as a shard, under the names that it has on disk."""
