@@ -91,7 +91,9 @@ def _steps(records: list[dict[str, Any]]) -> str:
         given = record["parameters"]
         names = [name for name in _SHOWN[record["step"]].split() if given.get(name) not in (None, "")]
         shown = [f"{name} {given[name]}" for name in names if (name, given[name]) != ("reconstruct_steps", 0)]
-        rows.append(f"| {record['step']} | {', '.join(shown)} | {record['results']['measured']:.2%} |")
+        measured = record["results"].get("measured")
+        told = "" if measured is None else f"{measured:.2%}"
+        rows.append(f"| {record['step']} | {', '.join(shown)} | {told} |")
     return "\n".join(rows)
 
 

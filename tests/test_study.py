@@ -248,6 +248,7 @@ def test_only_what_changes_results_changes_the_key(kind):
                 "batch_size",
                 "gradient_checkpointing",
                 "save_every",
+                "track",
                 "data",
                 "show_dense_cost",
                 "held_out_blocks",
