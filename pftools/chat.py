@@ -40,7 +40,7 @@ def conversations_of(rows: list[dict[str, Any]], place: str) -> list[Conversatio
     """The conversation of every row.
 
     Raises:
-        PftoolsError: a row without messages, or a message without a role, without text, or out of turn.
+        PftoolsError: a row without messages, or without an answer, or a message without a role or text.
     """
     return [_conversation(row, f"{place}, row {number}") for number, row in enumerate(rows, 1)]
 

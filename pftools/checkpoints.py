@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 from pftools import base_models, contents, reload_check, run_folder
 from pftools.adapters import Adapter, merge_adapter, unmark
 from pftools.errors import PftoolsError
-from pftools.files import replacing, write_json, write_text
+from pftools.files import refuse_full, replacing, write_json, write_text
 from pftools.layers import measured_sparsity
 from pftools.masks import MASKS, load_masks, save_masks
 from pftools.model_card import model_card
@@ -256,7 +256,9 @@ def _fitting(
 
 
 def export_adapter(run: str | Path, folder: str | Path) -> Path:
-    """Write the adapter of a finetune run as a folder that PEFT reads, with its mask and what that means.
+    """Write the adapter of a finetune run as a folder that PEFT reads, and say how it is to be merged.
+
+    A masked one has the digest of its mask in its settings, and a README.
 
     Raises:
         PftoolsError: no finetune run, or the target is not empty.
@@ -264,8 +266,7 @@ def export_adapter(run: str | Path, folder: str | Path) -> Path:
     folder, manifest = Path(folder), read_manifest(run)
     if manifest["kind"] != "adapter":
         raise PftoolsError(f"{run} has no adapter: give the folder of a finetune run.")
-    if folder.exists() and any(folder.iterdir()):
-        raise PftoolsError(f"the folder {folder} is not empty: choose another, or remove it first.")
+    refuse_full(folder)
     with replacing(folder) as partial:
         shutil.copytree(Path(run) / ADAPTER, partial)
         if manifest["merge"] == "masked":
@@ -298,15 +299,15 @@ def export(
     import torch
 
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise PftoolsError(f"the folder {folder} is not empty: choose another, or remove it first.")
+    refuse_full(folder)
     model, tokenizer = load(run, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with replacing(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        facts = {"exported_from": Path(run).name, "sparsity": measured_sparsity(model)}
+        sparsity = measured_sparsity(model)
+        facts = {"exported_from": Path(run).name, "sparsity": sparsity}
         write_json(partial / "pftools.json", facts)
-        write_text(partial / "README.md", model_card(*lineage(run), measured_sparsity(model)))
+        write_text(partial / "README.md", model_card(*lineage(run), sparsity))
         again, _ = base_models.load_pretrained(
             str(partial), dtype=model.dtype, device=str(model.device), trust_remote_code=trust_remote_code
         )

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pftools.errors import PftoolsError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -31,6 +33,16 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         _remove(partial)
+
+
+def refuse_full(folder: Path) -> None:
+    """Refuse to write into a folder that holds something.
+
+    Raises:
+        PftoolsError: it is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise PftoolsError(f"the folder {folder} is not empty: choose another, or remove it first.")
 
 
 def partial_path(path: Path) -> Path:

@@ -17,17 +17,14 @@ from pftools.study import load_study, plan_study
 from tests.made_up import seal_study
 
 
-def test_of_six_hundred_pairs_those_of_far_apart_models_are_all_told_apart():
-    """p has to resolve what its correction needs: 1/10,001 times 630 pairs is more than 5%."""
-    generator, names = np.random.default_rng(0), [f"F*{number}" for number in range(1, 37)]
-    text = generator.normal(0, 0.5, 40)
-    perplexities = [7.22 * 1.06**number for number in range(len(names))]  # 7.22 to 55
-    results = pd.DataFrame(
+def results_of(names, perplexity):
+    """A row an ordering, as `study.results` has them: one seed, all else the same."""
+    return pd.DataFrame(
         {
             "ordering": names,
             "asked": 0.5,
             "measured": 0.5,
-            "perplexity": perplexities,
+            "perplexity": perplexity,
             "finetune_tokens": 0,
             "seed": 0,
             "method": "wanda",
@@ -36,6 +33,14 @@ def test_of_six_hundred_pairs_those_of_far_apart_models_are_all_told_apart():
             "run": names,
         }
     )
+
+
+def test_of_six_hundred_pairs_those_of_far_apart_models_are_all_told_apart():
+    """p has to resolve what its correction needs: 1/10,001 times 630 pairs is more than 5%."""
+    generator, names = np.random.default_rng(0), [f"F*{number}" for number in range(1, 37)]
+    text = generator.normal(0, 0.5, 40)
+    perplexities = [7.22 * 1.06**number for number in range(len(names))]  # 7.22 to 55
+    results = results_of(names, perplexities)
     losses = {
         name: math.log(perplexity) + text - text.mean() + generator.normal(0, 0.01, 40)
         for name, perplexity in zip(names, perplexities)
@@ -66,20 +71,7 @@ def test_rows_of_two_methods_are_told_apart_where_run_prints_them(tmp_path, monk
 def test_a_difference_that_power_would_miss_is_not_called_invisible():
     """80% power is no threshold: rows below it are found, only less often."""
     names, tables = ["prune", "finetune_prune"], []
-    results = pd.DataFrame(
-        {
-            "ordering": names,
-            "asked": 0.5,
-            "measured": 0.5,
-            "perplexity": 20.0,
-            "finetune_tokens": 0,
-            "seed": 0,
-            "method": "wanda",
-            "pattern": "unstructured",
-            "merge": "auto",
-            "run": names,
-        }
-    )
+    results = results_of(names, 20.0)
     for lost in range(10, 40):  # of 200 questions, beside the 10 that only the second answers
         right = np.arange(200) >= 60
         other = right.copy()

@@ -16,7 +16,7 @@ import torch
 
 from pftools.base_models import resolve_device
 from pftools.errors import PftoolsError
-from pftools.files import replacing, write_json
+from pftools.files import refuse_full, replacing, write_json
 from pftools.layers import linear_weights
 from pftools.masks import MASKS, MaskWriter
 from pftools.prune.calls import inference
@@ -70,8 +70,7 @@ def prune_checkpoint(
     started = time.perf_counter()
     source = OnDisk(name, dtype, resolve_device(device), trust_remote_code)
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise PftoolsError(f"the folder {folder} is not empty: choose another, or remove it first.")
+    refuse_full(folder)
     request = check_request(
         source.model,
         blocks,
