@@ -232,6 +232,41 @@ def test_a_matrix_in_an_unknown_layout_is_an_error_that_names_it():
             ask(model)
 
 
+class Twice(nn.Module):
+    """An MLP whose up_proj is given zeros, too."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        return self.inner(hidden) + self.inner.down_proj(self.inner.up_proj(torch.zeros_like(hidden)))
+
+
+class NotAlways(Twice):
+    """An MLP whose up_proj shares the input of gate_proj with an odd number of rows only."""
+
+    def forward(self, hidden):
+        gate, up = self.inner.gate_proj, self.inner.up_proj
+        return self.inner.down_proj(gate(hidden) * up(hidden if len(hidden) % 2 else hidden.clone()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (Twice, "more than once in a forward, and not each time with the input of mlp.inner.gate_proj"),
+        (NotAlways, "with an input of its own in one forward and not in another"),
+    ],
+)
+def test_a_matrix_that_shares_its_input_not_always_is_refused_and_pruned_by_magnitude(kind, says):
+    model = tiny_llama()
+    model.model.layers[0].mlp = kind(model.model.layers[0].mlp)
+    with pytest.raises(PftoolsError, match=f"mlp.inner.up_proj of LlamaDecoderLayer .*{says}.*magnitude"):
+        prune.prune_model(model, tiny_blocks(5), batch_size=2, progress=False)
+    prune.prune_model(model, tiny_blocks(5), method="magnitude", progress=False)
+    assert layers.measured_sparsity(model) == pytest.approx(0.5, abs=0.01)
+
+
 def test_a_tokenizer_that_ends_every_text_is_refused():
     from tokenizers.processors import TemplateProcessing
 

@@ -176,15 +176,26 @@ class InputMeter(TorchFunctionMode):
         name = matrix.name
         leader = next((other for other, tensor in self._now.items() if tensor is x), name)
         if self.leader.setdefault(name, leader) != leader:
-            raise PftoolsError(
-                f"{name} shares its input with {leader} in some batches and not in others: give batch_size=1."
-            )
+            raise self._inputs_of_its_own(name)
         if leader == name:
             self._now[name] = x
             self._measure(name, x)
         # Where all tokens go through all experts, those of the others come multiplied by zero.
         self.tokens[name] += int(x.any(dim=-1).sum()) if matrix.is_expert else x.numel() // x.shape[-1]
         self._reached.add(name)
+
+    def _inputs_of_its_own(self, name: str) -> PftoolsError:
+        """The sentence where a matrix shares its input with others, but not always."""
+        shared = f"the input of {self.leader[name]}" if self.leader[name] != name else "an input of its own"
+        how = (
+            f"more than once in a forward, and not each time with {shared}"
+            if name in self._reached
+            else f"with {shared} in one forward and not in another"
+        )
+        return PftoolsError(
+            f"{name} of {type(self.layer).__name__} is multiplied {how}, so its inputs cannot be measured: "
+            "prune by magnitude, which measures none."
+        )
 
     def _measure(self, name: str, x: torch.Tensor) -> None:
         if not self.gram:
