@@ -14,7 +14,7 @@ help:
 	@echo "make test       run all tests"
 	@echo "make families   check every class of causal language models; the table is data/families.csv"
 	@echo "make bench      measure every claim about speed and memory; results in benchmarks/results"
-	@echo "make figures    make the figures of the README anew from a finished quick study"
+	@echo "make figures    make the figures of the README anew, from data/results and from a finished quick study"
 	@echo "make docs       build the documentation; it is build/site/index.html"
 	@echo "make lint       check style, format, types and imports"
 
@@ -51,6 +51,7 @@ bench: $(VENV)/ready
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --store || exit 1; done
 
 figures: $(VENV)/ready
+	$(BIN)/python data/results/figure.py seeds figures/seeds.svg
 	$(BIN)/pftools report $(STUDY) --figures figures
 
 docs: $(VENV)/ready

@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -126,3 +129,21 @@ def test_the_verdict_in_bf16_is_that_in_fp32():
     for found in (in_bf16.judged, in_fp32):
         ratio, low, high = (math.exp(value) for value in (found.mean, *found.interval))
         assert f"{ratio:.3f} [{low:.3f}, {high:.3f}], p {found.p:.3f}" in words
+
+
+def test_the_figure_of_the_committed_results_is_drawn_from_them(tmp_path):
+    root = sensitivity.DATA.parent
+    script = root / "data" / "results" / "figure.py"
+    made = tmp_path / "seeds.svg"
+    subprocess.run([sys.executable, str(script), "seeds", str(made)], check=True, cwd=root)
+    drawn, committed = made.read_text(), (root / "figures" / "seeds.svg").read_text()
+    words = re.compile(r">([^<>]+)</text>")
+    assert words.findall(drawn) == words.findall(committed)
+    outlines = re.compile(r'<path aria-label="([^"]+)"')
+    assert outlines.findall(drawn) == outlines.findall(committed)
+    results = pd.read_csv(root / "data" / "results" / "seeds" / "results.csv")
+    singly = {
+        f"perplexity: {row.perplexity:.6f}; label: {row.ordering}; ordering: {row.ordering}; seed: {row.seed}"
+        for row in results.itertuples()
+    }
+    assert len(singly) == len(results) and singly <= set(outlines.findall(drawn))

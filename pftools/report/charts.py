@@ -28,6 +28,9 @@ def perplexity_chart(table: pd.DataFrame) -> alt.LayerChart:
     subtitle, entries = perplexity_subtitle(table), _ringed(table)
     if "may_be_best" in entries:
         subtitle += " Ringed: may be the best."
+    seeds = trainings(table) if table["seed"].nunique() > 1 else None
+    if seeds is not None:
+        subtitle += " Faint: single trainings."
     return _metric_chart(
         table,
         entries,
@@ -36,6 +39,7 @@ def perplexity_chart(table: pd.DataFrame) -> alt.LayerChart:
         subtitle=subtitle,
         label="perplexity",
         log=True,
+        seeds=seeds,
     ).properties(description=described(table, "perplexity"))
 
 
@@ -59,7 +63,7 @@ def quality_chart(table: pd.DataFrame) -> alt.LayerChart:
     words = [perplexity_subtitle(table)]
     seeds = trainings(table) if table["seed"].nunique() > 1 else None
     if seeds is not None:
-        words.append("Small marks: single trainings.")
+        words.append("Faint: single trainings.")
     if beside is not None:
         words.append(f"Hollow: published numbers ({published.STUDY}; {published.WANDA}), {beside[1]}.")
     return figures.metric_chart(
