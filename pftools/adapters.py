@@ -2,15 +2,15 @@
 
 An adapter that was trained masked is stored as an ordinary PEFT adapter folder with one difference: its
 `peft_type` is a sentence. PEFT without pftools stops there and shows it, where it would otherwise merge
-densely and fill the zeros without a word.
+densely and fill the zeros without a word. One that was exported for PEFT has its mask beside it instead.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +21,7 @@ from pftools.dithering import dithered
 from pftools.errors import PftoolsError, nearest
 from pftools.files import write_json
 from pftools.layers import measured_sparsity, rows_of
-from pftools.masks import pack
+from pftools.masks import MASKS, load_masks, pack, save_masks
 
 MASKED_TYPE = (
     "MASKED_LORA: load it with pftools.finetune.merge_adapter, a plain LoRA merge would fill the zeros"
@@ -43,6 +43,8 @@ class Adapter:
         kind: `lora` or `hira`.
         masked: whether it was trained masked.
         mask: digest of the zeros that it was trained on; empty where it was not masked.
+        kept: {weight name: bool, True = kept}, the masks that make the model that it was trained on out of
+            the dense base; empty where that takes more than masks, or they are not beside it.
     """
 
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -50,6 +52,7 @@ class Adapter:
     kind: Literal["lora", "hira"] = "lora"
     masked: bool = False
     mask: str = ""
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def resolve_merge(merge: str, model: nn.Module) -> Literal["masked", "dense"]:
@@ -70,6 +73,8 @@ def resolve_merge(merge: str, model: nn.Module) -> Literal["masked", "dense"]:
 def merge_adapter(model: Model, adapter: Adapter | str | Path, *, merge: str = "auto") -> Model:
     """Add an adapter to the weights of a plain model, in place, and return it.
 
+    A dense model is pruned first by the masks of an exported adapter, so that the base model will do.
+
     Args:
         adapter: what `finetune_model` gave, or an adapter folder.
         merge: `masked` (zeros stay zeros), `dense` (the published behaviour: they are filled), or `auto`:
@@ -89,10 +94,7 @@ def merge_adapter(model: Model, adapter: Adapter | str | Path, *, merge: str = "
                 f"the adapter does not fit the model at {name}: it was trained on another model."
             )
     if adapter.masked and merge == "masked" and adapter.mask != mask_digest(model, adapter.factors):
-        raise PftoolsError(
-            "the adapter was trained on other zeros than this model has: merge it into the model that it was "
-            "trained on, in the same dtype."
-        )
+        _prune_as_trained(model, adapter)
     kind = "hira" if adapter.kind == "hira" else merge
     with torch.no_grad():
         for name, (a, b) in adapter.factors.items():
@@ -103,11 +105,37 @@ def merge_adapter(model: Model, adapter: Adapter | str | Path, *, merge: str = "
     return model
 
 
+def _prune_as_trained(model: nn.Module, adapter: Adapter) -> None:
+    """Make the model that the adapter was trained on out of its dense base, in place.
+
+    Raises:
+        PftoolsError: the model is pruned already, or the masks are not of this model, or there are none.
+    """
+    weights = dict(model.named_parameters())
+    fit = all(
+        name in weights and weights[name].shape == kept.shape and bool(weights[name].cpu()[kept].all())
+        for name, kept in adapter.kept.items()
+    )
+    if not adapter.kept or not fit or measured_sparsity(model) >= _PRUNED_FROM:
+        raise PftoolsError(
+            "the adapter was trained on other zeros than this model has: merge it into the model that it was "
+            "trained on, in the same dtype."
+        )
+    with torch.no_grad():
+        for name, kept in adapter.kept.items():
+            weights[name].masked_fill_(~kept.to(weights[name].device), 0)
+
+
 def mask_digest(model: nn.Module, names: Iterable[str]) -> str:
     """sha256 over where the weights of the named modules are zero."""
+    return _digest({name: model.get_parameter(f"{name}.weight") != 0 for name in names})
+
+
+def _digest(kept: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over {module name: bool, True = kept}."""
     digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(pack(model.get_parameter(f"{name}.weight") != 0).tobytes())
+    for name in sorted(kept):
+        digest.update(pack(kept[name]).tobytes())
     return digest.hexdigest()
 
 
@@ -115,7 +143,7 @@ def load_adapter(folder: str | Path) -> Adapter:
     """Read a PEFT adapter folder (LoRA, masked LoRA or HiRA).
 
     Raises:
-        PftoolsError: no adapter there, or one of another kind.
+        PftoolsError: no adapter there, or one of another kind, or masks that it was not trained on.
     """
     from safetensors.torch import load_file
 
@@ -138,7 +166,29 @@ def load_adapter(folder: str | Path) -> Adapter:
     _refuse_foreign_parts(folder, config, tensors, kind)
     factors = factors_of(tensors, kind)
     scaling = 1.0 if kind == "hira" else config["lora_alpha"] / config["r"]
-    return Adapter(factors, scaling, kind, config["peft_type"] == MASKED_TYPE, config.get("pftools_mask", ""))
+    digest = config.get("pftools_mask", "")
+    kept = _masks_beside(folder, factors, digest) if digest and config.get("pftools_from_base") else {}
+    return Adapter(factors, scaling, kind, bool(digest), digest, kept)
+
+
+def _masks_beside(folder: Path, modules: Iterable[str], digest: str) -> dict[str, torch.Tensor]:
+    """The masks of an exported adapter's folder, {weight name: bool, True = kept}.
+
+    Raises:
+        PftoolsError: they are missing, damaged, or not those that the adapter was trained on.
+    """
+    try:
+        kept = load_masks(folder / MASKS)
+        found = _digest({name: kept[f"{name}.weight"] for name in modules})
+    except Exception as error:  # safetensors has errors of its own
+        raise PftoolsError(
+            f"{folder / MASKS} cannot be read ({error or type(error).__name__}): export the adapter again."
+        ) from error
+    if found != digest:
+        raise PftoolsError(
+            f"{folder / MASKS} holds other masks than the adapter was trained on: export the adapter again."
+        )
+    return kept
 
 
 def _refuse_foreign_parts(
@@ -184,10 +234,27 @@ def mark_masked(folder: Path, digest: str) -> None:
     write_json(path, json.loads(path.read_text()) | {"peft_type": MASKED_TYPE, "pftools_mask": digest})
 
 
-def unmark(folder: Path) -> None:
-    """Turn such a folder back into a LoRA that PEFT reads; the digest of its mask stays."""
+def set_base(folder: Path, base: str | None) -> None:
+    """Name the model that PEFT adds an adapter's folder to; None: it has no name that others know."""
     path = folder / "adapter_config.json"
-    write_json(path, json.loads(path.read_text()) | {"peft_type": "LORA"})
+    write_json(path, json.loads(path.read_text()) | {"base_model_name_or_path": base})
+
+
+def add_masks(folder: Path, masks: Mapping[str, torch.Tensor], *, from_base: bool) -> None:
+    """Turn a masked adapter's folder into a LoRA that PEFT reads, with its masks beside it.
+
+    Args:
+        masks: {weight name: bool, True = kept} of the model that it was trained on.
+        from_base: whether that model is the dense base with these masks, and nothing else.
+
+    Raises:
+        PftoolsError: the adapter was trained on other masks.
+    """
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"peft_type": "LORA", "pftools_from_base": from_base}
+    write_json(path, config)
+    save_masks(folder / MASKS, masks)
+    _masks_beside(folder, load_adapter(folder).factors, config["pftools_mask"])
 
 
 def updated_weight(

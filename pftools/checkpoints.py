@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pftools import base_models, contents, reload_check, run_folder
-from pftools.adapters import Adapter, merge_adapter, unmark
+from pftools.adapters import Adapter, add_masks, load_adapter, merge_adapter, set_base
 from pftools.errors import PftoolsError
 from pftools.files import refuse_full, replacing, write_json, write_text
-from pftools.layers import measured_sparsity
+from pftools.layers import linear_weights, measured_sparsity
 from pftools.masks import MASKS, load_masks, save_masks
-from pftools.model_card import model_card
+from pftools.model_card import adapter_card, model_card
 from pftools.reload_check import ADAPTER, WEIGHTS
 
 if TYPE_CHECKING:
@@ -255,10 +255,10 @@ def _fitting(
     return weight
 
 
-def export_adapter(run: str | Path, folder: str | Path) -> Path:
-    """Write the adapter of a finetune run as a folder that PEFT reads, and say how it is to be merged.
+def export_adapter(run: str | Path, folder: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """Write the adapter of a finetune run as a folder that PEFT reads, with how it is to be merged.
 
-    A masked one has the digest of its mask in its settings, and a README.
+    A masked one comes with its masks, one bit a weight, and a README.
 
     Raises:
         PftoolsError: no finetune run, or the target is not empty.
@@ -267,18 +267,34 @@ def export_adapter(run: str | Path, folder: str | Path) -> Path:
     if manifest["kind"] != "adapter":
         raise PftoolsError(f"{run} has no adapter: give the folder of a finetune run.")
     refuse_full(folder)
+    base, (*before, _) = lineage(run)
+    named = not before and not Path(base).expanduser().is_dir()  # and no path of this machine
     with replacing(folder) as partial:
         shutil.copytree(Path(run) / ADAPTER, partial)
-        if manifest["merge"] == "masked":
-            unmark(partial)
-            write_text(
-                partial / "README.md",
-                "A low-rank adapter of a pruned model, in PEFT's format. It was trained for a *masked* "
-                "merge: W + (alpha / rank) * (W != 0) * (B @ A). PEFT adds the whole product, which fills "
-                "the zeros and is another model: merge with `pftools.adapters.merge_adapter`, or take the "
-                "model that `pftools export` writes.\n",
-            )
+        set_base(partial, base if named else None)
+        if load_adapter(partial).masked:
+            from_base = not any(_more_than_masks(one) for one in before)
+            masks = _masks_of_parent(run, trust_remote_code=trust_remote_code)
+            add_masks(partial, masks, from_base=from_base)
+            write_text(partial / "README.md", adapter_card(base, Path(run), before if not from_base else []))
     return folder
+
+
+def _more_than_masks(run: Path) -> bool:
+    return read_manifest(run)["kind"] != "masks" or WEIGHTS in run_folder.read_record(run)["outputs"]
+
+
+def _masks_of_parent(run: str | Path, *, trust_remote_code: bool) -> dict[str, torch.Tensor]:
+    """{weight name: bool, True = kept} of the model that a run was made from, in the run's dtype."""
+    options = {
+        "dtype": run_folder.read_record(run)["results"].get("dtype", "auto"),
+        "device": "cpu",
+        "trust_remote_code": trust_remote_code,
+    }
+    parent = parent_of(run)
+    load_parent = load if run_folder.is_finished(parent) else base_models.load_pretrained
+    model, _ = load_parent(parent, **options)
+    return {name: weight != 0 for name, weight in linear_weights(model).items()}
 
 
 def export(

@@ -223,7 +223,8 @@ def export(
     from pftools import checkpoints
 
     if adapter:
-        out.print(f"The adapter is in {checkpoints.export_adapter(run, folder)}.", highlight=False)
+        path = checkpoints.export_adapter(run, folder, trust_remote_code=trust_remote_code)
+        out.print(f"The adapter is in {path}.", highlight=False)
     else:
         path = checkpoints.export(run, folder, dtype=dtype, trust_remote_code=trust_remote_code)
         out.print(f"Exported to {path}; its logits equal the run's.", highlight=False)

@@ -64,6 +64,47 @@ def model_card(base: str, chain: list[Path], sparsity: float) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def adapter_card(base: str, run: Path, before: list[Path]) -> str:
+    """The README of an exported masked adapter: what it is, and how to merge it.
+
+    Args:
+        base: the base model, as the oldest run names it.
+        run: of the adapter.
+        before: the runs that made the model that it was trained on, where masks alone do not make it out of
+            ``base``.
+    """
+    dtype = run_folder.read_record(run)["results"].get("dtype", "auto")
+    name = base if not Path(base).expanduser().is_dir() else f"path/to/{Path(base).name}"
+    if before:
+        start = (
+            f"Before it was trained, `{Path(name).name}` was changed by more than masks: merge it into what "
+            f"`pftools export {before[-1].name} parent` writes."
+        )
+        model = "parent"
+    else:
+        start = f"The masks make the model that it was trained on out of `{Path(name).name}`."
+        model = name
+    return f"""# A masked adapter
+
+A low-rank adapter of a pruned model in PEFT's format, with the masks of that model beside it
+(`masks.safetensors`, one bit a weight, 1 = kept). It was trained for a *masked* merge:
+W + (alpha / rank) * (W != 0) * (B @ A). PEFT adds the whole product, which fills the zeros and is another
+model.
+
+{start} Merge with pftools, which checks the zeros first:
+
+```python
+from pftools.finetune import merge_adapter
+from pftools.models import load_model
+
+model, tokenizer = load_model("{model}", dtype="{dtype}")
+merge_adapter(model, "this/folder")
+model.save_pretrained("merged")
+tokenizer.save_pretrained("merged")
+```
+"""
+
+
 def _asked(records: list[dict[str, Any]]) -> str:
     asked = [record["parameters"]["sparsity"] for record in records if record["step"] == "prune"]
     return f"{asked[-1]:.2%} was asked, and " if asked else ""
