@@ -17,6 +17,7 @@ The helper package behind the notebooks. A module is one idea, and imports only 
     notebook, inputs                        what a notebook does first; what a step reads, by digests
     checkpoints, reload_check               base plus deltas, replayed; would they give what was measured
     prune, finetune, evaluate               the three steps
+    needs                                   what a step needs of memory, GPU and disk, before it starts
     adapters, base_models, model_files      an adapter and its merge; models by name, loaded or only read
     corpora, pydocs, data_root              texts by name; data sets as files
     layers, masks, dithering                a decoder's anatomy; packed masks; casts that keep small updates

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from pftools import corpora, settings
-from pftools.costs import adapted_matrices, estimate_disk, shapes_of
+from pftools.costs import estimate_disk, shapes_of
 from pftools.data_root import data_root
 from pftools.errors import PftoolsError
 from pftools.evaluate.task_names import check_tasks
 from pftools.files import as_bytes
-from pftools.model_files import context_length, matrices, model_folder, module_name, read_config
+from pftools.model_files import (
+    adapted_matrices,
+    context_length,
+    matrices,
+    model_folder,
+    module_name,
+    read_config,
+)
 from pftools.plan import Plan
 from pftools.study_file import Study
 from pftools.suitable import unsuitable, unsuitable_folder

@@ -14,11 +14,11 @@ from pftools.errors import PftoolsError
 from pftools.files import as_bytes
 from pftools.model_files import (
     Shapes,
+    adapted_matrices,
     count,
     llama_shapes,
     matrices,
     model_folder,
-    module_name,
     read_config,
     weight_shapes,
 )
@@ -82,15 +82,6 @@ def shapes_of(study: Study) -> Shapes:
         return shapes
     config = study.shape or read_config(study.model)
     return llama_shapes(config) if all(config.get(name) for name in settings.SHAPE) else {}
-
-
-def adapted_matrices(shapes: Shapes, targets: str) -> Shapes:
-    """The weights that get an adapter, as `finetune.recipe.find_targets` chooses them from a loaded model."""
-    linear: Shapes = {name: shape for name, shape in matrices(shapes).items() if len(shape) == 2}
-    if targets == "all-linear":
-        return linear
-    wanted = settings.TARGETS.get(targets) or [name.strip() for name in targets.split(",")]
-    return {name: shape for name, shape in linear.items() if module_name(name) in wanted}
 
 
 def estimate_seconds(plan: Plan) -> tuple[float, set[str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pftools.base_models import CONTEXTS, cache_folder
-from pftools.settings import EMBEDDED_MODEL
+from pftools.settings import EMBEDDED_MODEL, TARGETS
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -30,6 +30,7 @@ _EMBEDDED = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
     "architectures": ["LlamaForCausalLM"],
+    "dtype": "bfloat16",
     "model_type": "llama",
 }
 
@@ -124,3 +125,12 @@ def count(shapes: Shapes) -> int:
 def module_name(weight: str) -> str:
     """The last part of a module's name, by which adapters find it, such as `q_proj`."""
     return weight.removesuffix(".weight").rpartition(".")[2]
+
+
+def adapted_matrices(shapes: Shapes, targets: str) -> Shapes:
+    """The weights that get an adapter, as `finetune.recipe.find_targets` chooses them from a loaded model."""
+    linear: Shapes = {name: shape for name, shape in matrices(shapes).items() if len(shape) == 2}
+    if targets == "all-linear":
+        return linear
+    wanted = TARGETS.get(targets) or [name.strip() for name in targets.split(",")]
+    return {name: shape for name, shape in linear.items() if module_name(name) in wanted}

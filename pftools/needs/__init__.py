@@ -1,0 +1,30 @@
+"""What a step needs of memory, GPU memory and disk, told from settings and shapes before it starts.
+
+facts = needs.facts_of("smollm2-135m")
+needs.needs_of(settings.Prune(), facts, placement="one", device_kind="cpu")
+needs.fitting(settings.Prune(), facts, needs.machine("runs"))
+
+No weight is read and no torch is loaded. `benchmarks/needs.py` holds the estimates beside measured peaks.
+"""
+
+from pftools.needs.advice import fitting, line, shortage
+from pftools.needs.estimate import PLACEMENTS, DeviceKind, Needs, Placement, needs_of
+from pftools.needs.facts import Facts, facts_of, facts_of_shapes
+from pftools.needs.resources import Machine, device_kind, machine
+
+__all__ = [
+    "PLACEMENTS",
+    "DeviceKind",
+    "Facts",
+    "Machine",
+    "Needs",
+    "Placement",
+    "device_kind",
+    "facts_of",
+    "facts_of_shapes",
+    "fitting",
+    "line",
+    "machine",
+    "needs_of",
+    "shortage",
+]

@@ -1,0 +1,150 @@
+"""Where a step fits, and what would make it fit: a sentence before the start, not an error in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pftools import settings
+from pftools.files import as_bytes
+from pftools.needs.estimate import PLACEMENTS, DeviceKind, Needs, Placement, blocks_of, needs_of
+from pftools.needs.facts import Facts
+from pftools.needs.resources import Machine, device_kind
+
+# Estimates are within a fifth of what is measured, and other programs want some memory, too.
+ROOM = 0.9
+_SHORTEST = 128  # tokens of a block, below which halving it is no advice
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A step with its settings, somewhere."""
+
+    parameters: Any
+    facts: Facts
+    placement: Placement
+    kind: DeviceKind
+    found: Machine
+
+    def needs(self) -> Needs:
+        gpus = max(1, len(self.found.gpus)) if self.placement == "spread" else 1
+        return needs_of(
+            self.parameters, self.facts, placement=self.placement, device_kind=self.kind, gpus=gpus
+        )
+
+    def compared(self) -> list[tuple[str, int, int]]:
+        """(what, bytes needed, bytes there)"""
+        needed, gpus = self.needs(), self.found.gpus
+        gpu = [("GPU memory", needed.device, min(gpus))] if needed.device and gpus else []
+        return [("memory", needed.memory, self.found.memory), *gpu, ("disk", needed.disk, self.found.disk)]
+
+    def lacking(self) -> list[tuple[str, int, int]]:
+        """`compared`, of what there is too little of."""
+        return [each for each in self.compared() if each[1] > _usable(each[0], each[2])]
+
+    def missing(self) -> int:
+        """Bytes that are missing, of all kinds together; 0: it fits."""
+        return sum(int(wanted - _usable(what, there)) for what, wanted, there in self.lacking())
+
+    def changed(self, change: dict[str, Any]) -> _Case:
+        if "placement" in change:
+            return replace(self, placement=change["placement"])
+        return replace(self, parameters=self.parameters.model_copy(update=change))
+
+
+def fitting(parameters: settings.Step, facts: Facts, found: Machine) -> Placement:
+    """The fastest placement that fits; `stream`, which needs least, where none does."""
+    kind = device_kind(parameters.device, found)
+    for placement in _possible(kind, found):
+        if not _Case(parameters, facts, placement, kind, found).lacking():
+            return placement
+    return "stream"
+
+
+def shortage(
+    parameters: settings.Step, facts: Facts, found: Machine, placement: Placement | None = None
+) -> str:
+    """Why a step will not fit, and what would make it fit, by how much; empty: it fits.
+
+    Args:
+        placement: that was asked for; None: the one that `fitting` chooses.
+    """
+    kind = device_kind(parameters.device, found)
+    case = _Case(parameters, facts, placement or fitting(parameters, facts, found), kind, found)
+    lacking = case.lacking()
+    if not lacking:
+        return ""
+    return f"the {parameters.step} step needs about {_beside(lacking)}: {_remedy(case)}."
+
+
+def line(parameters: settings.Step, facts: Facts, found: Machine, placement: Placement) -> str:
+    """What a step needs beside what is there, in a line for the head of its notebook."""
+    case = _Case(parameters, facts, placement, device_kind(parameters.device, found), found)
+    return f"needs about {_beside(case.compared())}"
+
+
+def _beside(compared: list[tuple[str, int, int]]) -> str:
+    parts = [f"{as_bytes(wanted)} of {what} ({as_bytes(there)} here)" for what, wanted, there in compared]
+    return ", ".join(parts)
+
+
+def _usable(what: str, there: int) -> float:
+    return there if what == "disk" else ROOM * there
+
+
+def _remedy(case: _Case) -> str:
+    """Single changes that make it fit; else those that help most, and whether all together do."""
+    helpful = []
+    for change in _changes(case):
+        saved = case.missing() - case.changed(change).missing()
+        if saved > 0.01 * case.missing():
+            helpful.append((saved, change))
+    helpful.sort(key=lambda pair: -pair[0])
+    fits = [_words(change) for _, change in helpful if not case.changed(change).lacking()]
+    if fits:
+        return f"{' or '.join(fits[:3])} would make it fit"
+    if not helpful:
+        return "it takes a larger machine, or a smaller model"
+    saves = [f"{_words(change)} saves {as_bytes(saved)}" for saved, change in helpful]
+    joint = case
+    for _, change in helpful:
+        joint = joint.changed(change)
+        if not joint.lacking():
+            break
+    verdict = "together they do not suffice" if joint.lacking() else "together they make it fit"
+    return f"{', '.join(saves)}; {verdict}"
+
+
+def _possible(kind: DeviceKind, found: Machine) -> tuple[Placement, ...]:
+    several = kind == "cuda" and len(found.gpus) > 1
+    return tuple(placement for placement in PLACEMENTS if placement != "spread" or several)
+
+
+def _words(change: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {str(value).lower() if value is True else value}" for name, value in change.items()
+    )
+
+
+def _changes(case: _Case) -> Iterator[dict[str, Any]]:
+    """Settings that take less memory, of those that the step has."""
+    parameters = case.parameters
+    known = type(parameters).model_fields
+    yield from ({"placement": other} for other in _possible(case.kind, case.found) if other != case.placement)
+    if getattr(parameters, "base", "nf4") != "nf4":
+        yield {"base": "nf4"}
+    if not getattr(parameters, "gradient_checkpointing", True):
+        yield {"gradient_checkpointing": True}
+    if getattr(parameters, "show_dense_cost", False):
+        yield {"show_dense_cost": False}
+    if parameters.dtype == "float32":
+        yield {"dtype": "bfloat16"}
+    if "batch_size" in known and parameters.batch_size != 1:
+        yield {"batch_size": 1}
+    if "block_length" in known and not getattr(parameters, "calibration", ""):
+        n_blocks, length = blocks_of(parameters)
+        if length >= 2 * _SHORTEST:
+            yield {"block_length": length // 2}
+        if parameters.step in ("calibrate", "prune") and n_blocks > 1:
+            yield {"n_blocks": n_blocks // 2}

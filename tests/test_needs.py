@@ -1,0 +1,219 @@
+"""What a step needs: estimates from shapes alone, where a step fits, and what would make it fit."""
+
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from pftools import needs, run_folder, settings
+from pftools.needs import resources
+from tests.tiny import save_tiny
+
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "dtype": "float16",
+}
+SEVEN = needs.facts_of_shapes(LLAMA_7B)
+GB = 10**9
+HUGE = needs.Machine(memory=1000 * GB, total=1000 * GB, gpus=(), disk=1000 * GB)
+T4 = needs.Machine(memory=12 * GB, total=12 * GB, gpus=(15 * GB,), disk=70 * GB)
+STEPS = list(settings.STEPS.values())
+
+
+def needed(kind, *, placement="one", device="cpu", facts=SEVEN, **words):
+    return needs.needs_of(kind(dtype="float16", **words), facts, placement=placement, device_kind=device)
+
+
+def test_the_facts_of_llama_7b_are_those_of_its_paper():
+    assert round(SEVEN.total / 1e9, 2) == 6.74 and round(SEVEN.linear / 1e9, 2) == 6.48
+    assert (SEVEN.layers, SEVEN.hidden, SEVEN.widest, SEVEN.keys, SEVEN.vocabulary) == (
+        32,
+        4096,
+        11008,
+        4096,
+        32000,
+    )
+
+
+def test_the_facts_of_a_folder_are_read_from_its_files_and_those_of_a_run_from_its_base(tmp_path):
+    model = save_tiny(tmp_path / "tiny")
+    facts = needs.facts_of(str(model))
+    assert (facts.layers, facts.hidden, facts.widest, facts.queries, facts.keys) == (2, 32, 64, 32, 16)
+    assert facts.stored == 4 and not facts.is_run
+    run = run_folder.start(settings.Prune(model=str(model), runs=str(tmp_path / "runs")))
+    pruned = run.seal([], dtype="bfloat16")
+    run = run_folder.start(settings.Finetune(model=str(pruned), runs=str(tmp_path / "runs")))
+    found = needs.facts_of(str(run.seal([], dtype="bfloat16")))
+    assert found == replace(facts, run_dtype="bfloat16", is_run=True)
+    assert needs.facts_of("somebody/model-that-is-not-here") is None
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_streaming_needs_less_and_a_gpu_holds_what_a_cpu_would(kind, device):
+    less = {"gradient_checkpointing": True} if kind is settings.Finetune else {}
+    words = {"model": "somebody/model", **less}
+    one, stream = (needed(kind, placement=p, device=device, **words) for p in ("one", "stream"))
+    held = "device" if device == "cuda" else "memory"
+    assert getattr(one, held) > 2 * SEVEN.total > getattr(stream, held) > 0
+    assert one.disk == stream.disk > 0
+    assert (one.device > 0) == (device == "cuda")
+
+
+def test_the_weights_are_there_once_and_twice_where_two_models_are():
+    one = needed(settings.Analyse).memory
+    pair = needed(settings.Analyse, parent="somebody/model").memory
+    assert 0.95 < (pair - one) / (2 * SEVEN.total) < 1.2
+    cost = needed(settings.Prune, show_dense_cost=True).memory - needed(settings.Prune).memory
+    assert cost == 2 * SEVEN.total
+
+
+def test_a_quantized_base_is_smaller_and_where_it_is_not_streamed_its_plain_weights_wait_beside_it():
+    words = {"device": "cuda", "batch_size": 1, "gradient_checkpointing": True}
+    eight, four = (
+        needed(settings.Finetune, base=base, placement="stream", **words) for base in ("8bit", "nf4")
+    )
+    assert eight.device - four.device == pytest.approx((1 - 0.5625) * SEVEN.linear, rel=0.02)
+    assert four.device < 6 * GB and four.memory < 5 * GB
+    plain, waits = (needed(settings.Finetune, base=base, **words) for base in ("plain", "nf4"))
+    assert waits.memory - plain.memory == pytest.approx(2 * SEVEN.linear, rel=0.05)
+    assert plain.device > waits.device > 2 * SEVEN.total  # it is loaded before it is quantized
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (settings.Calibrate, {"n_blocks": 512}),
+        (settings.Prune, {"n_blocks": 512}),
+        (settings.Prune, {"method": "sparsegpt"}),
+        (settings.Prune, {"reconstruct_steps": 10}),
+        (settings.Finetune, {"rank": 256}),
+        (settings.Finetune, {"block_length": 2048, "batch_size": 8}),
+        (settings.Finetune, {"gradient_checkpointing": False}),
+        (settings.Evaluate, {"block_length": 4096, "batch_size": 4}),
+        (settings.Evaluate, {"tasks": ["mmlu"], "limit": None}),
+        (settings.Evaluate, {"batch_size": 64}),
+    ],
+)
+def test_what_takes_more_is_counted(kind, more):
+    base = {"gradient_checkpointing": True} if "gradient_checkpointing" in kind.model_fields else {}
+    more = needed(kind, placement="stream", **{**base, **more})
+    assert more.memory > needed(kind, placement="stream", **base).memory
+
+
+def test_checkpointed_activations_are_the_inputs_of_the_layers():
+    """LLaMA-7B, 2,048 tokens: about 0.5 GB of inputs where it would be 12 to 20 GB of activations."""
+    most, least = (
+        needed(settings.Finetune, batch_size=1, block_length=2048, gradient_checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    )
+    assert 12 * GB < most.memory - least.memory < 30 * GB
+
+
+def test_a_prune_step_reads_the_size_of_its_blocks_from_the_calibrate_run(tmp_path):
+    words = {"model": "somebody/model", "runs": str(tmp_path)}
+    parameters = settings.Calibrate(**words, n_blocks=512, block_length=2048)
+    calibration = run_folder.start(parameters).seal([])
+    small = needed(settings.Prune, placement="stream", **words).memory
+    words["calibration"] = str(calibration)
+    assert needed(settings.Prune, placement="stream", **words).memory > small + 6 * GB
+
+
+def test_the_fastest_placement_that_fits_is_chosen():
+    parameters = settings.Evaluate(dtype="float16", batch_size=1, tasks=[])
+    assert needs.fitting(parameters, SEVEN, HUGE) == "one"
+    assert needs.fitting(parameters, SEVEN, replace(HUGE, memory=8 * GB)) == "stream"
+    two = replace(T4, gpus=(12 * GB, 12 * GB))
+    assert needs.fitting(parameters, SEVEN, two) == "spread"
+    assert needs.fitting(parameters, SEVEN, replace(two, gpus=(12 * GB,))) == "stream"
+    on_cpu = parameters.model_copy(update={"device": "cpu"})
+    assert needs.fitting(on_cpu, SEVEN, replace(two, memory=100 * GB)) == "one"
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("memory", [4, 8, 16])
+@pytest.mark.parametrize("gpus", [(), (6 * GB,), (15 * GB,)])
+def test_each_way_out_that_a_shortage_names_is_one(kind, memory, gpus):
+    parameters = kind(dtype="float16")
+    found = replace(HUGE, memory=memory * GB, gpus=gpus)
+    sentence = needs.shortage(parameters, SEVEN, found, "one")
+    assert sentence.startswith(f"the {kind.step} step needs about ") and sentence.count(". ") == 0
+    fits = re.search(r": (.*) would make it fit", sentence)
+    for words in fits[1].split(" or ") if fits else []:
+        name, value = words.split(" ")
+        where = {"placement": value} if name == "placement" else {"placement": "one"}
+        changed = parameters
+        if name != "placement":
+            changed = settings.check(
+                kind, {**parameters.model_dump(), name: json.loads(value) if value != "nf4" else value}
+            )
+        assert needs.shortage(changed, SEVEN, found, **where) == ""
+    assert fits or "saves" in sentence
+
+
+def test_a_shortage_of_the_disk_is_named_and_nothing_is_said_where_all_fits():
+    parameters = settings.Prune(dtype="float16", method="sparsegpt")
+    assert needs.shortage(parameters, SEVEN, HUGE) == ""
+    assert "13.8 GB of disk (5.0 GB here)" in needs.shortage(parameters, SEVEN, replace(HUGE, disk=5 * GB))
+
+
+def test_the_line_of_a_notebook_has_both_sides():
+    line = needs.line(settings.Analyse(dtype="float16", device="cuda"), SEVEN, T4, "one")
+    assert re.fullmatch(
+        r"needs about [\d.]+ GB of memory \(12.0 GB here\), 1\d.\d GB of GPU memory \(15.0 GB here\), "
+        r"5 MB of disk \(70.0 GB here\)",
+        line,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def test_the_machine_is_no_larger_than_physical_memory_and_than_what_was_promised(tmp_path, monkeypatch):
+    for name in (resources.MEMORY, "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    free = needs.machine(tmp_path / "not" / "there")
+    assert 0 < free.memory <= free.total and free.disk > 0
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "300")
+    assert needs.machine(tmp_path).memory == 300 * 2**20
+    monkeypatch.delenv("SLURM_MEM_PER_NODE")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "2")
+    assert needs.machine(tmp_path).memory == 200 * 2**20
+    monkeypatch.setenv(resources.MEMORY, "1e8")
+    assert needs.machine(tmp_path).memory == needs.machine(tmp_path).total == 10**8
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"memory.max": "1000", "memory.current": "700", "memory.stat": "inactive_file 200\n"}, (1000, 500)),
+        ({"memory.max": "max", "memory.current": "700", "memory.stat": ""}, None),
+        ({}, None),
+    ],
+)
+def test_a_control_group_leaves_its_limit_less_what_is_used_and_not_a_file(tmp_path, files, wanted):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert resources._limit(tmp_path, "memory.max", "memory.current", "inactive_file") == wanted
+
+
+def test_only_visible_gpus_count(monkeypatch):
+    told = "0, GPU-aa, 15000\n1, GPU-bb, 8000\n"
+    monkeypatch.setattr(resources.shutil, "which", lambda name: name)
+    monkeypatch.setattr(resources.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=told))
+    assert resources._gpus(None) == (15000 * 2**20, 8000 * 2**20)
+    assert resources._gpus("1") == resources._gpus("GPU-bb") == (8000 * 2**20,)
+    assert resources._gpus("") == ()
+
+
+def test_auto_is_a_gpu_where_there_is_one():
+    assert needs.device_kind("auto", T4) == needs.device_kind("cuda:1", T4) == "cuda"
+    assert needs.device_kind("auto", HUGE) == needs.device_kind("cpu", T4) == "cpu"
