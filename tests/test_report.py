@@ -38,7 +38,8 @@ def wide(tmp_path_factory):
 
 def test_the_headline_names_the_best_and_doubts_it_against_its_rival(quick):
     words = report.headline(quick)
-    assert words.startswith("**Does it matter?**") and "`prune_finetune` has the lowest perplexity" in words
+    assert words.startswith("**Does it matter?**")
+    assert "of these 3 models, prune_finetune has the lowest perplexity" in words
     assert (
         "prune_finetune came out ahead of finetune_prune at 50%" in words
         and "both were fine-tuned on 1,000 tokens" in words
@@ -133,7 +134,7 @@ def test_a_collapsed_model_is_called_so_and_never_ranked(tmp_path, loss):
     assert set(with_prune["verdict_kind"]) == {"collapsed"} and with_prune["p"].isna().all()
     assert "prune has collapsed at 50%" in with_prune["verdict"].iloc[0]
     words = report.headline(table)
-    assert "nearest rival" in words and "Collapsed: `prune`" in words and "prune came out" not in words
+    assert "The nearest rival: " in words and "Collapsed: `prune`" in words and "prune came out" not in words
     assert "(collapsed)" in report.result_table(table).to_html()
     assert '"text": {"value": "collapsed"}' in json.dumps(report.perplexity_chart(table).to_dict())
 
@@ -186,7 +187,7 @@ def test_the_best_is_the_best_at_equal_measured_sparsity_everywhere(tmp_path):
         "prune_finetune (masked)"
     ]
     words = report.headline(table)
-    assert "`prune_finetune` (masked) has the lowest" in words
+    assert "prune_finetune (masked) has the lowest perplexity" in words
     assert "another: prune_finetune (dense)" in words
     pairs = report.pair_table(table)
     assert set(pairs.loc[pairs["asked"] > 0, "best"]) == {"prune_finetune (masked)"}
@@ -265,7 +266,8 @@ def test_the_answer_is_a_set_and_stands_first(wide):
     assert {found.asked for found in sets if found.metric == "perplexity"} >= {0.3, 0.6}
     (highest,) = [found for found in sets if found.asked == 0.6 and found.metric == "perplexity"]
     (answer, *_) = [line for line in report.headline(wide).split("\n\n") if line.startswith("> ")]
-    assert answer.startswith("> At 60%, the lowest perplexity has ") and "(95% confidence, 2 seeds" in answer
+    assert answer.startswith("> At 60%, ") and "(95% confidence, 2 seeds" in answer
+    assert answer.count("has the lowest perplexity") == 1
     assert highest.members[0] in answer
     html = report.result_table(wide).to_html()
     marked = sum(len(found.members) for found in sets if found.metric == "perplexity")

@@ -44,7 +44,7 @@ def test_several_seeds_give_a_set_of_orderings():
     assert set(found.members) == {"finetune_prune", "prune_finetune"}
     assert (found.metric, found.where, found.n_seeds, found.n) == ("perplexity", "50%", 3, 40)
     says = set_in_words(found)
-    assert says.startswith("At 50%, the lowest perplexity has one of ")
+    assert says.startswith("At 50%, one of ") and " has the lowest perplexity (95%" in says
     assert says.endswith("(95% confidence, 3 seeds, 40 blocks); the other is behind.")
 
 
@@ -101,7 +101,7 @@ def test_tasks_have_sets_of_their_own():
     }
     perplexity, facts = best_sets(table, losses, samples)
     assert facts.metric == "facts" and facts.members == ("finetune_prune",) and facts.n == 300
-    assert "most right answers to facts has finetune_prune (" in set_in_words(facts)
+    assert "finetune_prune has most right answers to facts (" in set_in_words(facts)
     assert perplexity.metric == "perplexity"
 
 

@@ -26,7 +26,7 @@ from pftools.compare.paired import (
 )
 from pftools.compare.pairs import compare_orderings, compare_tasks
 from pftools.compare.sets import PERPLEXITY, BestSet, Spent, best_sets, decisions, set_in_words
-from pftools.compare.verdicts import p_in_words, perplexity_in_words
+from pftools.compare.verdicts import p_in_words, perplexity_in_words, perplexity_verdict
 
 __all__ = [
     "ALPHA",
@@ -48,6 +48,7 @@ __all__ = [
     "holm",
     "p_in_words",
     "perplexity_in_words",
+    "perplexity_verdict",
     "set_in_words",
     "smallest_visible_difference",
     "smallest_visible_ratio",

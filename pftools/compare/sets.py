@@ -230,10 +230,16 @@ def _set_of(
 # In words
 
 
-def set_in_words(found: BestSet) -> str:
-    """The answer in a sentence or two."""
+def set_in_words(found: BestSet, *, value: str = "") -> str:
+    """The answer in a sentence or two.
+
+    Args:
+        found: what `best_sets` finds.
+        value: what the best one reached, told where the set holds it alone.
+    """
     members, others = found.members, len(found.labels) - len(found.members)
-    by = "lowest perplexity" if found.metric == PERPLEXITY else f"most right answers to {found.metric}"
+    best = "the lowest perplexity" if found.metric == PERPLEXITY else f"most right answers to {found.metric}"
+    reached = f", {value}" if value and len(members) == 1 else ""
     unit = "blocks" if found.metric == PERPLEXITY else "questions"
     drawn = f"{found.n_seeds} seeds, " if found.n_seeds > 1 else ""
     if found.looks:
@@ -244,13 +250,14 @@ def set_in_words(found: BestSet) -> str:
     basis = f"95% confidence, {drawn}{found.n:,} {unit}"
     if found.n_seeds == 1:
         return (
-            f"At {found.where}, of these {len(found.labels)} models the {by} on other text of this kind has "
-            f"{_one_of(members)} ({basis}); which ordering is best, one training each cannot say."
+            f"At {found.where}, of these {len(found.labels)} models, {_one_of(members)} has {best} on other "
+            f"{'text' if found.metric == PERPLEXITY else 'questions'} of this kind{reached} ({basis}); "
+            "which ordering is best, one training each cannot say."
         )
     rest = f"; the other {others} are behind" if others > 1 else "; the other is behind" if others else ""
     if len(found.looks) > 1:
         rest = _left_in_words(found)
-    sentence = f"At {found.where}, the {by} has {_one_of(members)} ({basis}){rest}."
+    sentence = f"At {found.where}, {_one_of(members)} has {best}{reached} ({basis}){rest}."
     if found.equivalent and found.margin is not None:
         sentence += f" Those {len(members)} are equivalent within {_margin_in_words(found)}."
     return sentence

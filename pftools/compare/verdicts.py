@@ -11,8 +11,12 @@ from pftools.compare.paired import FEWEST_BLOCKS
 _EQUAL_BUDGETS = 0.001  # a total that is split over several F's loses a token or two
 
 
-def perplexity_verdict(row: Mapping[str, Any]) -> str:
-    """The sentence about a row of `compare_orderings`."""
+def perplexity_verdict(row: Mapping[str, Any], *, brief: bool = False) -> str:
+    """The sentence about a row of `compare_orderings`.
+
+    Args:
+        brief: of a difference that was found, leave out what it means for the orderings.
+    """
     first, second, at = row["first"], row["second"], row["where"]
     if row["verdict_kind"] == "collapsed":
         return _collapsed(row)
@@ -29,7 +33,8 @@ def perplexity_verdict(row: Mapping[str, Any]) -> str:
     )
     budgets = _budgets(row, swapped=swapped)
     if row["verdict_kind"] == "differs":
-        return f"{_ahead(row, better, worse)} at {at} ({numbers}): {row['meaning']}; {budgets}."
+        meaning = "" if brief else f": {row['meaning']}"
+        return f"{_ahead(row, better, worse)} at {at} ({numbers}){meaning}; {budgets}."
     if row["verdict_kind"] == "equivalent":
         return f"{better} and {worse} are equivalent within {row['meaning']} at {at} ({numbers}); {budgets}."
     return (

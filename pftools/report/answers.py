@@ -53,52 +53,45 @@ def _cost(table: pd.DataFrame) -> str:
     """What the finished results took, in a line."""
     spent = study_cost(table)
     return (
-        f"*{spent['steps']} steps took {in_words(spent['seconds'])} of computing, "
-        f"{as_bytes(spent['memory'])} of memory at most and {as_bytes(spent['disk'])} on disk.*"
+        f"*{spent['steps']} step{'s' if spent['steps'] > 1 else ''} took {in_words(spent['seconds'])} of "
+        f"computing, {as_bytes(spent['memory'])} of memory at most and {as_bytes(spent['disk'])} on disk.*"
     )
 
 
 def answers(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    """What can be said of every sparsity that orderings end at, the highest first: (the set that holds the
-    best by perplexity and its numbers, the sets by each task)."""
+    """What can be said of every sparsity that orderings end at, the highest first: (who may be the best by
+    perplexity, how far from dense, and the nearest rival; the sets by each task)."""
     ends = entry_table(final_states(table))
     pairs = pair_table(table)
     levels = sorted(ends["asked"].unique(), reverse=True)
-    sets: dict[tuple[float, bool], list[str]] = {}
+    sets: dict[tuple[float, bool], list[compare.BestSet]] = {}
     for found in best_sets(table):
-        place = (found.asked, found.metric == "perplexity")
-        sets.setdefault(place, []).append(plain(compare.set_in_words(found)))
+        sets.setdefault((found.asked, found.metric == compare.PERPLEXITY), []).append(found)
     return [
         (
-            " ".join([*sets.get((asked, True), []), _answer(ends, pairs, asked)]),
-            sets.get((asked, False), []),
+            _answer(ends, pairs, asked, next(iter(sets.get((asked, True), [])), None)),
+            [plain(compare.set_in_words(found)) for found in sets.get((asked, False), [])],
         )
         for asked in levels
         if asked > 0 or len(levels) == 1
     ]
 
 
-def _answer(ends: pd.DataFrame, pairs: pd.DataFrame, asked: float) -> str:
-    """The best entry at a sparsity, how far it is from dense, and whether its nearest rival is behind."""
+def _answer(ends: pd.DataFrame, pairs: pd.DataFrame, asked: float, found: compare.BestSet | None) -> str:
+    """Who may be the best at a sparsity, how far from dense, and whether the nearest rival is behind."""
     there = ends[ends["asked"] == asked]
     collapsed = _collapsed(there)
     best = compare.best_entry(ends, asked)
     if best is None:
         return f"At {sparsity_words(ends['asked'])[asked]} every model has collapsed: {collapsed}"
-    dense = ends.loc[ends["ordering"] == "base", "perplexity"]
-    against = f" (dense: {perplexity_in_words(dense.iloc[0])})" if len(dense) else ""
-    measured = sparsity_words([*ends["asked"], best["measured"].round(4)])[round(best["measured"], 4)]
-    sentence = (
-        f"At {measured} measured sparsity {_named(best)} has the lowest "
-        f"perplexity, {perplexity_in_words(best['perplexity'])}{against}."
-    )
+    sentence = plain(_best_in_words(ends, best, found))
     rivals = there[(there["level"] == best["level"]) & ~there["collapsed"]].drop(index=best.name)
     if len(rivals):
         nearest = rivals.loc[rivals["perplexity"].idxmin(), "label"]
         two = [best["label"], nearest]
         ours = (pairs["asked"] == asked) & pairs["first"].isin(two) & pairs["second"].isin(two)
-        verdicts = pairs.loc[ours, "verdict"].tolist()
-        sentence += f" Against its nearest rival: {plain(verdicts[0])}" if verdicts else ""
+        verdicts = [compare.perplexity_verdict(row, brief=True) for row in pairs[ours].to_dict("records")]
+        sentence += f" The nearest rival: {plain(verdicts[0])}" if verdicts else ""
     lost = there[(there["level"] != best["level"]) & ~there["collapsed"]]
     if len(lost):
         names = ", ".join(lost["label"])
@@ -106,10 +99,23 @@ def _answer(ends: pd.DataFrame, pairs: pd.DataFrame, asked: float) -> str:
     return f"{sentence} Collapsed: {collapsed}" if collapsed else sentence
 
 
-def _named(entry: pd.Series) -> str:
-    """The entry's label, its ordering in the type of code."""
-    choices = str(entry["label"]).removeprefix(entry["ordering"]).strip()
-    return code(entry["ordering"]) + (f" {plain(choices)}" if choices else "")
+def _best_in_words(ends: pd.DataFrame, best: pd.Series, found: compare.BestSet | None) -> str:
+    """The best entry of a sparsity, its perplexity beside the dense one's; how sure, where it was tested."""
+    asked, words = best["asked"], sparsity_words([*ends["asked"], round(best["measured"], 4)])
+    dense = ends.loc[ends["ordering"] == "base", "perplexity"]
+    value, measured = perplexity_in_words(best["perplexity"]), words[round(best["measured"], 4)]
+    if measured != words[asked]:
+        value += f" at a measured {measured}"
+    if len(dense) and asked > 0:
+        value += f" where the dense model has {perplexity_in_words(dense.iloc[0])}"
+    if found is not None and found.members == (best["label"],):
+        return compare.set_in_words(found, value=value)
+    if found is not None:
+        return f"{compare.set_in_words(found)} The lowest number is that of {best['label']}, {value}."
+    where = sparsity_words(ends["asked"])[asked]
+    if (ends["asked"] == asked).sum() == 1:
+        return f"At {where}, {best['label']} has a perplexity of {value}; there is nothing to compare."
+    return f"At {where}, {best['label']} has the lowest perplexity, {value}."
 
 
 def _collapsed(entries: pd.DataFrame) -> str:

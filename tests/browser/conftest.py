@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -13,6 +14,7 @@ from pftools import report, run_folder, study
 from pftools.report import page as pages
 from tests.made_up import GAIN, seal_study
 
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MANY = [
     "base",
@@ -82,6 +84,12 @@ class Reports(dict):
             path = report.render(file, runs=folder / "runs", output=folder / "report")
         self[name] = report.study_results(file, runs=folder / "runs"), path
         return self[name]
+
+
+def keep(page, name, *, whole=False):
+    """A picture of what a test has opened, for people to look at: the window, or the whole page."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=whole)
 
 
 def fail(plan):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from pftools import report
-from tests.browser.conftest import STUDIES
+from tests.browser.conftest import STUDIES, keep
 
 WIDTHS = (360, 1280, 1600)
 
@@ -49,6 +49,7 @@ def test_a_report_is_quiet_alone_and_as_wide_as_the_screen(browser, reports, nam
             outside = """[...document.querySelectorAll('.chart svg, .key, .matrices, nav')].filter(
                 part => part.getBoundingClientRect().right > innerWidth + 1).length"""
             assert opened.ask(outside) == 0
+            keep(opened.page, f"{name}-{width}", whole=True)
 
 
 def test_the_first_screen_has_answer_doubt_cost_and_the_main_chart(browser, reports):
@@ -57,6 +58,7 @@ def test_the_first_screen_has_answer_doubt_cost_and_the_main_chart(browser, repo
         seen = """[...document.querySelectorAll('.first blockquote, .first figure, .first > div > *')].map(
             part => part.getBoundingClientRect().bottom)"""
         assert max(opened.ask(seen)) <= 800
+        keep(opened.page, "first-screen")
         said = opened.page.locator(".first").inner_text()
         assert "95% confidence" in said and "steps took" in said
 
@@ -188,6 +190,8 @@ def test_words_can_be_read_in_light_and_in_dark(browser, reports, scheme):
     for name in ("finished", "seeds"):
         with Opened(browser, reports[name][1], color_scheme=scheme) as opened:
             assert opened.ask(CONTRAST) == []
+            if scheme == "dark":
+                keep(opened.page, f"{name}-dark", whole=True)
 
 
 def test_everything_has_a_name_for_readers_who_listen(browser, reports):
@@ -217,6 +221,7 @@ def test_on_paper_nothing_is_folded_and_without_a_script_the_drawings_stand(brow
         opened.page.wait_for_function("!document.querySelector('details:not([open])')")
         assert opened.page.locator(".drawing svg").first.is_visible()
         assert not opened.page.locator(".chart").first.is_visible()
+        keep(opened.page, "seeds-print", whole=True)
         opened.page.emulate_media(media="screen")
         opened.page.wait_for_function(f"document.querySelectorAll('details:not([open])').length == {folded}")
     with Opened(browser, path, java_script_enabled=False) as opened:
