@@ -210,7 +210,7 @@ def compare(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="The run folder of a prune or finetune step", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="The run folder of a step", metavar="RUN")],
     folder: Annotated[Path, typer.Argument(help="The folder to write", metavar="FOLDER")],
     dtype: Annotated[str, typer.Option(help="auto (the run's own), float32, bfloat16 or float16")] = "auto",
     adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapter, in PEFT's format")] = False,
@@ -219,9 +219,18 @@ def export(
         bool, typer.Option("--trust-remote-code", help="Let a hub model run its own code")
     ] = False,
 ) -> None:
-    """Write a run's model as a plain Hugging Face folder with a model card, and check its logits."""
-    from pftools import checkpoints
+    """Write a run's model as a plain Hugging Face folder with a model card, and check its logits.
 
+    Of an evaluation: its task results as lm-eval's own output folder.
+    """
+    from pftools import checkpoints, evaluate
+
+    if run_folder.is_finished(run) and run_folder.read_record(run)["step"] == settings.Evaluate.step:
+        if adapter or push:
+            raise PftoolsError(f"{run} is an evaluation and holds no model: leave --adapter and --push out.")
+        path = evaluate.export_results(run, folder)
+        out.print(f"The results are in {path}, as lm-eval writes them.", highlight=False)
+        return
     if adapter:
         path = checkpoints.export_adapter(run, folder, trust_remote_code=trust_remote_code)
         out.print(f"The adapter is in {path}.", highlight=False)

@@ -183,6 +183,10 @@ def _read_jsonl(path: Path, metric: str | None) -> pd.DataFrame:
     return _checked(pd.DataFrame(records), path)
 
 
+class _NoMetric(PftoolsError):
+    """Samples of a task that says of no answer whether it is right, such as a perplexity."""
+
+
 def _lm_eval(records: list[dict[str, Any]], path: Path, metric: str | None) -> pd.DataFrame:
     """The samples of one task and one training, as lm-eval writes them."""
     named = _SAMPLES.fullmatch(path.name)
@@ -191,7 +195,7 @@ def _lm_eval(records: list[dict[str, Any]], path: Path, metric: str | None) -> p
     chosen = metric or next((name for name in _METRICS if name in known), None)
     if chosen is None or chosen not in known:
         wanted = f"no metric {metric!r}" if metric else "neither acc nor exact_match"
-        raise PftoolsError(
+        raise _NoMetric(
             f"{path} has {wanted}: name one of its metrics that is 1 for right and 0 for wrong, "
             f"with --metric ({', '.join(known)})."
         )
@@ -210,7 +214,10 @@ def _lm_eval(records: list[dict[str, Any]], path: Path, metric: str | None) -> p
 
 
 def _read_folder(folder: Path, metric: str | None) -> pd.DataFrame:
-    """Every task's samples below a folder; its subfolders that hold some are trainings."""
+    """Every task's samples below a folder; its subfolders that hold some are trainings.
+
+    Tasks whose answers are neither right nor wrong are left out beside others.
+    """
     files = sorted(folder.rglob("samples_*.jsonl"))
     if not files:
         raise PftoolsError(
@@ -220,8 +227,13 @@ def _read_folder(folder: Path, metric: str | None) -> pd.DataFrame:
     several = len(set(first)) > 1
     tables: list[pd.DataFrame] = []
     seen: dict[tuple[str, str], Path] = {}
+    unjudged: _NoMetric | None = None
     for file, training in zip(files, first):
-        table = _read_jsonl(file, metric).assign(seed=training if several else "0")
+        try:
+            table = _read_jsonl(file, metric).assign(seed=training if several else "0")
+        except _NoMetric as error:
+            unjudged = error
+            continue
         for task in table["task"].unique():
             other = seen.setdefault((task, training), file)
             if other != file:
@@ -230,6 +242,8 @@ def _read_folder(folder: Path, metric: str | None) -> pd.DataFrame:
                     "or give every training a folder of its own."
                 )
         tables.append(table)
+    if unjudged is not None and not tables:
+        raise unjudged
     return pd.concat(tables, ignore_index=True)
 
 

@@ -5,6 +5,7 @@ block_perplexity  `perplexity`, as the pruning papers compute it
 held_out          a text that tells at once what a step did to the model
 prefix_cache      `PrefixCachedLM`: lm-eval's HFLM, with shared prompt beginnings read once
 tasks             `evaluate_tasks`: lm-eval tasks, embedded or by name, and the level of guessing
+lm_eval_files     results as lm-eval's own output folder
 task_names        which tasks there are, and whether one can be judged; without torch
 
 The names below are loaded at first use, so that a plan can check task names without torch.
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         perplexity,
     )
     from pftools.evaluate.held_out import HeldOut, held_out_text
+    from pftools.evaluate.lm_eval_files import export_results, read_samples, write_samples
     from pftools.evaluate.prefix_cache import PrefixCachedLM
     from pftools.evaluate.tasks import TaskResults, evaluate_tasks, scores_as_json, tasks_of
 
@@ -30,18 +32,24 @@ __all__ = [
     "PrefixCachedLM",
     "TaskResults",
     "evaluate_tasks",
+    "export_results",
     "first_token",
     "first_token_in_words",
     "held_out_text",
     "perplexity",
+    "read_samples",
     "scores_as_json",
     "tasks_of",
+    "write_samples",
 ]
 _MODULES = {
     "PerplexityResult": "block_perplexity",
     "perplexity": "block_perplexity",
     "first_token": "block_perplexity",
     "first_token_in_words": "block_perplexity",
+    "export_results": "lm_eval_files",
+    "read_samples": "lm_eval_files",
+    "write_samples": "lm_eval_files",
     "HeldOut": "held_out",
     "held_out_text": "held_out",
     "PrefixCachedLM": "prefix_cache",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ class TaskResults:
             else the same), question (its place), correct (1 or 0; NaN where nothing is right or wrong),
             target, answer (what was written), choice_scores (log-likelihoods, in nats).
         results: lm-eval's own result file, JSON-serialisable.
+        records: {lm-eval's task: its record of every question}, as lm-eval logs them.
         truncated: how many prompts were longer than the model's context, and cut at their beginning.
         reading: {"shared_beginnings": "shared" or "plain", "reason": why not}; empty where nothing was asked.
     """
@@ -61,6 +63,7 @@ class TaskResults:
     scores: pd.DataFrame
     samples: pd.DataFrame
     results: dict[str, Any]
+    records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     truncated: int = 0
     reading: dict[str, str] = field(default_factory=dict)
 
@@ -141,7 +144,8 @@ def evaluate_tasks(
     kept = {name: value for name, value in results.items() if name != "samples"}
     record = strict_json({**kept, "truncated_prompts": truncated, **reading, **begins})
     answers = pd.concat(samples, ignore_index=True)
-    return TaskResults(pd.DataFrame(scores), answers, record, truncated, reading)
+    records = results.get("samples", {})
+    return TaskResults(pd.DataFrame(scores), answers, record, records, truncated, reading)
 
 
 def tasks_of(parameters: Evaluate) -> dict[str, Any]:
@@ -190,7 +194,10 @@ def _ask(lm: PrefixCachedLM, loaded: dict[str, Any], way: _Way) -> dict[str, Any
         fewshot_as_multiturn=way.apply_chat_template,
     )
     settings = {"model": "PrefixCachedLM", **asdict(way), "model_dtype": str(lm.model.dtype)}
-    return {**results, "config": settings, "lm_eval_version": lm_eval.__version__}
+    about = {"config": settings, "lm_eval_version": lm_eval.__version__, "date": time.time()}
+    if way.apply_chat_template:
+        about["chat_template"] = lm.tokenizer.chat_template
+    return {**results, **about}
 
 
 # ----------------------------------------------------------------------------------------------------------
