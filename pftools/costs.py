@@ -1,15 +1,17 @@
-"""What a plan costs: disk from the model's shape, time from what earlier runs took."""
+"""What a plan costs: memory and disk from the model's shape, time from what earlier runs took."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pftools import run_folder, settings
+from pftools import needs, run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.files import as_bytes
 from pftools.model_files import (
@@ -41,6 +43,7 @@ def summary(plan: Plan) -> list[str]:
             f"Disk: about {as_bytes(disk['deltas'])} as deltas; full copies would be "
             f"{as_bytes(disk['copies'])}."
         )
+    lines += says_needs(plan, needs.machine(plan.runs))
     seconds, unknown = estimate_seconds(plan)
     if seconds:
         untold = f", without {', '.join(sorted(unknown))}, of which there is none yet" if unknown else ""
@@ -48,6 +51,47 @@ def summary(plan: Plan) -> list[str]:
             f"Time: about {seconds / 60:.1f} minutes, one step after the other, as past runs took{untold}."
         )
     return lines
+
+
+def says_needs(plan: Plan, here: needs.Machine) -> list[str]:
+    """What the missing steps of each kind need at most, beside what is here, in sentences; with what would
+    help, where it is too little."""
+    largest: dict[str, tuple[int, int]] = {}
+    short: dict[str, str] = {}
+    for step, facts in with_facts(plan):
+        placement = needs.placement_of(step, facts, here)
+        needed = needs.on(here, step, facts, placement)
+        if needed.memory + needed.device > sum(largest.get(step.step, (0, 0))):
+            largest[step.step] = (needed.memory, needed.device)
+            short[step.step] = needs.shortage(step, facts, here, placement)
+    if not largest:
+        return []
+    told = [
+        f"{kind} {as_bytes(memory)}" + (f" and {as_bytes(device)} of GPU memory" if device else "")
+        for kind, (memory, device) in sorted(
+            largest.items(), key=lambda item: list(settings.STEPS).index(item[0])
+        )
+    ]
+    gpu = f" and {as_bytes(min(here.gpus))} of GPU memory" if here.gpus else ""
+    lines = [f"Memory: {', '.join(told)}; here are {as_bytes(here.memory)}{gpu}."]
+    return lines + [f"This may not fit: {sentence}" for sentence in short.values() if sentence]
+
+
+def with_facts(plan: Plan) -> Iterator[tuple[settings.Step, needs.Facts]]:
+    """The parameters of every missing step, and the facts of the model that it starts from."""
+    facts = needs.facts_of(plan.study.model, plan.study.shape)
+    if facts is None:
+        return
+    for step in plan.missing():
+        parameters: Any = step.parameters
+        blocks = plan.steps.get(Path(getattr(parameters, "calibration", "")).name)
+        if blocks is not None:
+            read: Any = blocks.parameters
+            parameters = parameters.model_copy(
+                update={"n_blocks": read.n_blocks, "block_length": read.block_length}
+            )
+        is_run = Path(parameters.model).name in plan.steps
+        yield parameters, replace(facts, is_run=is_run)
 
 
 def estimate_disk(plan: Plan) -> dict[str, int] | None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from pftools import cells, contents, inputs, run_folder, settings
+from pftools import cells, contents, inputs, needs, run_folder, settings
 from pftools.errors import PftoolsError
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
@@ -25,14 +25,15 @@ _MARK = "# Parameters"  # how a parameters cell begins; the first line of paperm
 
 
 def start(kind: type[_Step], namespace: dict[str, Any]) -> tuple[_Step, run_folder.Run]:
-    """`read` the parameters of a step, open its run, and print where it is.
+    """`read` the parameters of a step, open its run, and print where it is and what the step needs.
 
     By hand, the run gets a name of its own when code is executed that is not the notebook's.
 
     Raises:
-        PftoolsError: as `read` and `run_folder.start`.
+        PftoolsError: as `read` and `run_folder.start`; or the step cannot fit this machine.
     """
     parameters = read(kind, namespace)
+    needed = needs.before(parameters)
     own, begun = cells.of_notebook(run_folder.notebook_of(parameters)), len(namespace["In"]) - 1
     run = run_folder.start(parameters, inputs=inputs.visible)
 
@@ -41,7 +42,7 @@ def start(kind: type[_Step], namespace: dict[str, Any]) -> tuple[_Step, run_fold
         return cells.others(executed, own)
 
     run.own_cells = own_cells
-    print(run)
+    print(run, *needed, sep="\n")
     return parameters, run
 
 

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pftools import needs, run_folder, settings
+from pftools import costs, needs, run_folder, settings
+from pftools.errors import PftoolsError
 from pftools.needs import resources
+from pftools.study import Study, plan_study
 from tests.tiny import save_tiny
 
 LLAMA_7B = {
@@ -163,13 +165,64 @@ def test_a_shortage_of_the_disk_is_named_and_nothing_is_said_where_all_fits():
     assert "13.8 GB of disk (5.0 GB here)" in needs.shortage(parameters, SEVEN, replace(HUGE, disk=5 * GB))
 
 
-def test_the_line_of_a_notebook_has_both_sides():
-    line = needs.line(settings.Analyse(dtype="float16", device="cuda"), SEVEN, T4, "one")
-    assert re.fullmatch(
-        r"needs about [\d.]+ GB of memory \(12.0 GB here\), 1\d.\d GB of GPU memory \(15.0 GB here\), "
-        r"5 MB of disk \(70.0 GB here\)",
-        line,
+def llama_7b_folder(folder):
+    (folder / "config.json").write_text(json.dumps(LLAMA_7B))
+    return str(folder)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Sets how much memory this machine has: `here(20 * GB)`."""
+
+    def have(memory):
+        found = replace(HUGE, memory=memory, total=memory)
+        monkeypatch.setattr("pftools.needs.advice.machine", lambda runs: found)
+
+    return have
+
+
+def test_a_notebook_begins_with_both_sides_and_is_refused_where_it_surely_cannot_fit(tmp_path, here):
+    words = {"model": llama_7b_folder(tmp_path), "dtype": "float16", "device": "cpu", "runs": str(tmp_path)}
+    here(100 * GB)
+    (line,) = needs.before(settings.Analyse(**words))
+    memory, disk = r"1\d.\d GB of memory \(100.0 GB here\)", r"5 MB of disk \(1000.0 GB here\)"
+    assert re.fullmatch(f"needs about {memory}, {disk}", line)
+    here(14 * GB)
+    line, warning = needs.before(settings.Analyse(**words))
+    assert warning.startswith("this may not fit: the analyse step needs about 1")
+    here(5 * GB)
+    with pytest.raises(PftoolsError, match=r" \(5.0 GB here\): placement stream would make it fit\."):
+        needs.before(settings.Analyse(**words))
+    here(20 * GB)
+    training = settings.Finetune(**words, block_length=2048)
+    assert "gradient_checkpointing true" in needs.before(training)[1]  # the step sees to that by itself
+    assert needs.before(settings.Analyse(**{**words, "model": "somebody/model-that-is-not-here"})) == []
+
+
+def planned(tmp_path, **words):
+    shape = {name: value for name, value in LLAMA_7B.items() if name != "dtype"}
+    study = {"name": "mine", "model": "somebody/model", "orderings": ["P F"], "shape": shape, "analyse": True}
+    return plan_study(settings.check(Study, {**study, **words}), runs=tmp_path)
+
+
+def test_a_plan_tells_what_its_steps_need_beside_what_is_here_and_what_would_help(tmp_path):
+    plan = planned(tmp_path, dtype="float16", calibrate={"n_blocks": 128, "block_length": 2048})
+    first, *others = costs.says_needs(plan, HUGE)
+    found = re.fullmatch(
+        r"Memory: calibrate ([\d.]+) GB, prune ([\d.]+) GB, finetune ([\d.]+) GB, evaluate ([\d.]+) GB, "
+        r"analyse ([\d.]+) GB; here are 1000.0 GB\.",
+        first,
     )
+    calibrate, prune, _, _, analyse = (float(number) for number in found.groups())
+    assert 13.5 + 2.1 < calibrate < prune and analyse > 2 * 13.5  # two models, since it starts from a run
+    assert others == []
+    first, *others = costs.says_needs(plan, T4)
+    assert first.endswith("; here are 12.0 GB and 15.0 GB of GPU memory.")
+    assert len(others) == 5 and all("placement stream" in line for line in others)
+
+
+def test_a_plan_of_a_model_that_is_not_here_says_nothing_of_memory(tmp_path):
+    assert costs.says_needs(planned(tmp_path, shape={}), HUGE) == []
 
 
 # ------------------------------------------------------------------------------------------------------------

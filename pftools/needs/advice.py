@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pftools import settings
+from pftools.errors import PftoolsError
 from pftools.files import as_bytes
 from pftools.needs.estimate import PLACEMENTS, DeviceKind, Needs, Placement, blocks_of, needs_of
-from pftools.needs.facts import Facts
-from pftools.needs.resources import Machine, device_kind
+from pftools.needs.facts import Facts, facts_of
+from pftools.needs.resources import Machine, device_kind, machine
 
 # Estimates are within a fifth of what is measured, and other programs want some memory, too.
 ROOM = 0.9
+_SURELY = 1.25
+_BY_ITSELF = {"batch_size": 1, "gradient_checkpointing": True}
 _SHORTEST = 128  # tokens of a block, below which halving it is no advice
 
 
@@ -47,6 +50,17 @@ class _Case:
         """Bytes that are missing, of all kinds together; 0: it fits."""
         return sum(int(wanted - _usable(what, there)) for what, wanted, there in self.lacking())
 
+    def at_least(self) -> _Case:
+        """The case with what a step changes by itself when memory runs out."""
+        known = type(self.parameters).model_fields
+        own = {name: value for name, value in _BY_ITSELF.items() if name in known}
+        return replace(self, parameters=self.parameters.model_copy(update=own))
+
+    def is_hopeless(self) -> bool:
+        """Whether more is needed than is there when nothing else runs, by more than an estimate is wrong."""
+        there = {"memory": self.found.total, "disk": self.found.disk}
+        return any(wanted > _SURELY * there.get(what, free) for what, wanted, free in self.lacking())
+
     def changed(self, change: dict[str, Any]) -> _Case:
         if "placement" in change:
             return replace(self, placement=change["placement"])
@@ -60,6 +74,38 @@ def fitting(parameters: settings.Step, facts: Facts, found: Machine) -> Placemen
         if not _Case(parameters, facts, placement, kind, found).lacking():
             return placement
     return "stream"
+
+
+def placement_of(parameters: settings.Step, facts: Facts, found: Machine) -> Placement:
+    """Where a step is placed: as its parameter says, of which `auto` is what `fitting` chooses."""
+    asked: Any = getattr(parameters, "placement", "one")
+    return fitting(parameters, facts, found) if asked == "auto" else asked
+
+
+def on(found: Machine, parameters: settings.Step, facts: Facts, placement: Placement) -> Needs:
+    """What a step needs on a machine."""
+    return _Case(parameters, facts, placement, device_kind(parameters.device, found), found).needs()
+
+
+def before(parameters: settings.Step) -> list[str]:
+    """For the head of a notebook: what its step needs beside what is here, and what to do if that is little.
+
+    Raises:
+        PftoolsError: it cannot fit, whatever the step does by itself when memory runs out.
+    """
+    facts = facts_of(parameters.model)
+    if facts is None:
+        return []
+    found = machine(str(getattr(parameters, "runs", "runs")))
+    placement = placement_of(parameters, facts, found)
+    case = _Case(parameters, facts, placement, device_kind(parameters.device, found), found)
+    lines, too_little = (
+        [f"needs about {_beside(case.compared())}"],
+        shortage(parameters, facts, found, placement),
+    )
+    if too_little and case.at_least().is_hopeless():
+        raise PftoolsError(too_little)
+    return lines + ([f"this may not fit: {too_little}"] if too_little else [])
 
 
 def shortage(
@@ -76,12 +122,6 @@ def shortage(
     if not lacking:
         return ""
     return f"the {parameters.step} step needs about {_beside(lacking)}: {_remedy(case)}."
-
-
-def line(parameters: settings.Step, facts: Facts, found: Machine, placement: Placement) -> str:
-    """What a step needs beside what is there, in a line for the head of its notebook."""
-    case = _Case(parameters, facts, placement, device_kind(parameters.device, found), found)
-    return f"needs about {_beside(case.compared())}"
 
 
 def _beside(compared: list[tuple[str, int, int]]) -> str:
