@@ -21,6 +21,7 @@ from pftools.dithering import dithered
 from pftools.errors import PftoolsError, nearest
 from pftools.files import write_json
 from pftools.layers import measured_sparsity, rows_of
+from pftools.mapped import in_turn, release
 from pftools.masks import MASKS, load_masks, pack, save_masks
 
 MASKED_TYPE = (
@@ -102,6 +103,7 @@ def merge_adapter(model: Model, adapter: Adapter | str | Path, *, merge: str = "
             weight.copy_(
                 updated_weight(weight, a.to(weight.device), b.to(weight.device), adapter.scaling, kind=kind)
             )
+            release(weight)
     return model
 
 
@@ -128,14 +130,15 @@ def _prune_as_trained(model: nn.Module, adapter: Adapter) -> None:
 
 def mask_digest(model: nn.Module, names: Iterable[str]) -> str:
     """sha256 over where the weights of the named modules are zero."""
-    return _digest({name: model.get_parameter(f"{name}.weight") != 0 for name in names})
+    weights = ((name, model.get_parameter(f"{name}.weight")) for name in sorted(names))
+    return _digest(weight != 0 for _, weight in in_turn(weights))
 
 
-def _digest(kept: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over {module name: bool, True = kept}."""
+def _digest(kept: Iterable[torch.Tensor]) -> str:
+    """sha256 over masks, bool, True = kept, in the order of their modules' names."""
     digest = hashlib.sha256()
-    for name in sorted(kept):
-        digest.update(pack(kept[name]).tobytes())
+    for mask in kept:
+        digest.update(pack(mask).tobytes())
     return digest.hexdigest()
 
 
@@ -179,7 +182,7 @@ def _masks_beside(folder: Path, modules: Iterable[str], digest: str) -> dict[str
     """
     try:
         kept = load_masks(folder / MASKS)
-        found = _digest({name: kept[f"{name}.weight"] for name in modules})
+        found = _digest(kept[f"{name}.weight"] for name in sorted(modules))
     except Exception as error:  # safetensors has errors of its own
         raise PftoolsError(
             f"{folder / MASKS} cannot be read ({error or type(error).__name__}): export the adapter again."

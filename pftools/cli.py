@@ -215,6 +215,9 @@ def export(
     dtype: Annotated[str, typer.Option(help="auto (the run's own), float32, bfloat16 or float16")] = "auto",
     adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapter, in PEFT's format")] = False,
     push: Annotated[str, typer.Option(help="Also push to this repository of the hub", metavar="REPO")] = "",
+    placement: Annotated[
+        str, typer.Option(help="one, spread (over several GPUs) or stream (from disk, a layer at a time)")
+    ] = "one",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let a hub model run its own code")
     ] = False,
@@ -235,7 +238,9 @@ def export(
         path = checkpoints.export_adapter(run, folder, trust_remote_code=trust_remote_code)
         out.print(f"The adapter is in {path}.", highlight=False)
     else:
-        path = checkpoints.export(run, folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        path = checkpoints.export(
+            run, folder, dtype=dtype, placement=placement, trust_remote_code=trust_remote_code
+        )
         out.print(f"Exported to {path}; its logits equal the run's.", highlight=False)
     if push:
         out.print(f"Pushed to {checkpoints.push(folder, push)}.", highlight=False)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pftools.errors import PftoolsError
+from pftools.mapped import in_turn
 
 if TYPE_CHECKING:
     import torch
@@ -254,9 +255,9 @@ def uncounted_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def measured_sparsity(model: torch.nn.Module) -> float:
     """Zeros / size over the linear weights of the decoder layers, between 0 and 1: what is there, not what
     was asked."""
-    weights = linear_weights(model).values()
-    zeros = sum(int((weight == 0).sum()) for weight in weights)
-    return zeros / sum(weight.numel() for weight in weights)
+    weights = linear_weights(model)
+    zeros = sum(int((weight == 0).sum()) for _, weight in in_turn(weights.items()))
+    return zeros / sum(weight.numel() for weight in weights.values())
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -269,7 +270,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 
     found = hashlib.sha256()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in in_turn(model.named_parameters()):
             rows = torch.hash_tensor(
                 weight.detach().reshape(len(weight), -1) if weight.dim() else weight[None, None], dim=1
             )

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pftools import checkpoints, reload_check
-from pftools.base_models import load_pretrained
 from pftools.errors import PftoolsError
 from pftools.layers import fingerprint, measured_sparsity
+from pftools.loading import load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +19,12 @@ _FINGERPRINT = "pftools_fingerprint"  # the attribute of a model that remembers 
 
 
 def load_model(
-    name: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    placement: str = "one",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready for evaluation.
 
@@ -29,14 +34,20 @@ def load_model(
         dtype: `auto`, `float32`, `bfloat16` or `float16` (or a torch dtype).
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         trust_remote_code: let a hub model run code of its own.
+        placement: `one`: on the device; `spread`: over several GPUs (and what does not fit there, elsewhere);
+            `stream`: in a file, from which layers are used one by one (see `streamed`).
 
     Raises:
         PftoolsError: no such model, or it cannot be fetched.
     """
     name = str(name)
     if (Path(name) / "run.json").exists():
-        return checkpoints.load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    return load_pretrained(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return checkpoints.load(
+            name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, placement=placement
+        )
+    return load_pretrained(
+        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, placement=placement
+    )
 
 
 def load_for(parameters: Any, *, model: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -53,6 +64,7 @@ def load_for(parameters: Any, *, model: str | None = None) -> tuple[PreTrainedMo
         dtype=parameters.dtype,
         device=parameters.device,
         trust_remote_code=parameters.trust_remote_code,
+        placement="one" if parameters.placement == "auto" else parameters.placement,
     )
     vars(network)[_FINGERPRINT] = fingerprint(network)
     reload_check.remember_zeros(network)

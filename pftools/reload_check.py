@@ -13,7 +13,8 @@ from pftools import run_folder
 from pftools.adapters import Adapter, load_adapter, mask_digest
 from pftools.errors import PftoolsError
 from pftools.layers import linear_weights
-from pftools.masks import MASKS, load_masks
+from pftools.mapped import in_turn, release
+from pftools.masks import MASKS, read_masks, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ _ZEROS = "pftools_zeros"  # the attribute of a model for `remember_zeros`
 
 def remember_zeros(model: PreTrainedModel) -> None:
     """Let a model that was just loaded remember how many zeros each of its weights has."""
-    vars(model)[_ZEROS] = {name: _zeros(weight) for name, weight in linear_weights(model).items()}
+    vars(model)[_ZEROS] = {name: _zeros(weight) for name, weight in in_turn(linear_weights(model).items())}
 
 
 def _zeros(weight: torch.Tensor) -> int:
@@ -39,19 +40,21 @@ def check_prune(run: run_folder.Run, model: PreTrainedModel) -> None:
         PftoolsError: they differ.
     """
     import torch
-    from safetensors.torch import load_file
 
     parameters, before = dict(model.named_parameters()), vars(model).get(_ZEROS, {})
     path = run.path(WEIGHTS)
-    stored = load_file(path) if path.exists() else {}
-    for name, weight in stored.items():
+    stored = set()
+    for name, weight in read_tensors(path) if path.exists() else ():
+        stored.add(name)
         if not torch.equal(weight, parameters[name].detach().cpu()):
             raise _not_as_measured(run, f"its {name} is not the one in memory")
-    for name, mask in load_masks(run.path(MASKS)).items():
+        release(parameters[name])
+    for name, mask in read_masks(run.path(MASKS)):
         weight, kept = parameters[name].detach(), mask.to(parameters[name].device)
         more = name not in stored and _zeros(weight[kept]) > before.get(name, 0)
         if more or bool(weight[~kept].any()):
             raise _not_as_measured(run, f"its masks do not have the zeros of {name} in memory")
+        release(weight)
 
 
 def check_finetune(run: run_folder.Run, merge: str, adapter: Adapter, model: PreTrainedModel) -> None:

@@ -31,6 +31,7 @@ EMBEDDED_MODEL = "smollm2-135m"
 A_PATH = "a path"  # marks parameters that are always paths; others, such as a model, may be one
 FolderPath = Annotated[str, A_PATH]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Placement = Literal["auto", "one", "spread", "stream"]
 Merge = Literal["auto", "masked", "dense"]
 
 
@@ -127,6 +128,9 @@ class Step(Parameters):
         "auto", description="number format; auto: bf16 where the hardware computes in it"
     )
     device: str = local("auto", "auto, cpu, cuda, cuda:1, mps")
+    placement: Placement = local(
+        "auto", "where weights are: one device, spread over several GPUs, streamed from disk; auto: what fits"
+    )
     runs: FolderPath = local("runs", "the folder of run folders")
     trust_remote_code: bool = Field(
         False, description="let a hub model run its own code; off unless you read it"

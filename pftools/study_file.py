@@ -108,6 +108,7 @@ class Study(settings.Parameters):
     description: str = ""
     model: str = Field(settings.Step.model_fields["model"].default, description="as in every step")
     dtype: settings.DtypeName = "auto"
+    placement: settings.Placement = Field("auto", description="where weights are, in every step")
     orderings: list[OrderingEntry] = Field(min_length=1, description="published names or words over P and F")
     sparsities: list[float] = Field([0.5], min_length=1, description="targets; each from 0 up to 1")
     methods: list[str] = Field(["wanda"], min_length=1)
@@ -272,7 +273,7 @@ class Study(settings.Parameters):
                     "sparsities, seeds, ...).",
                     where=(name,),
                 )
-        given = {"model": self.model, "dtype": self.dtype, **section, **planned}
+        given = {"model": self.model, "dtype": self.dtype, "placement": self.placement, **section, **planned}
         return settings.check(kind, given, place=f"{kind.step} in the study {self.name!r}")
 
     def all_seeds(self) -> list[int]:

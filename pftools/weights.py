@@ -16,6 +16,7 @@ import torch
 
 from pftools.errors import PftoolsError
 from pftools.layers import linear_modules
+from pftools.mapped import in_turn, release
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,8 +39,8 @@ def weight_statistics(model: PreTrainedModel) -> pd.DataFrame:
         outside_share_normal, what that share is of normal numbers.
     """
     rows = []
-    for name, module in linear_modules(model).items():
-        weight = module.weight.detach().float()
+    for name, stored in in_turn((name, module.weight) for name, module in linear_modules(model).items()):
+        weight = stored.detach().float()
         rows.append({**_place(name), "sparsity": float((weight == 0).float().mean()), **_moments(weight)})
     return pd.DataFrame(rows)
 
@@ -120,6 +121,9 @@ def _difference(
 ) -> dict[str, float]:
     new = torch.cat([ours[name].weight.detach().float().flatten() for name in names])
     old = torch.cat([theirs[name].weight.detach().float().flatten() for name in names]).to(new.device)
+    for name in names:
+        release(ours[name].weight)
+        release(theirs[name].weight)
     difference = (new - old).abs()
     largest = difference.topk(max(1, math.ceil(difference.numel() * top_percent / 100))).values
     return {

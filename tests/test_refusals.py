@@ -18,7 +18,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from pftools import base_models, evaluate, finetune, layers, prune
+from pftools import evaluate, finetune, layers, loading, prune
 from pftools.cli import app
 from pftools.errors import PftoolsError
 from tests.tiny import save_tiny, tiny_blocks, tiny_llama, tiny_tokenizer
@@ -134,7 +134,7 @@ def test_loading_refuses_what_plan_refuses(tmp_path, kind):
     if kind == "a block of two layers":
         pytest.skip("it can be evaluated; only pruning refuses it")
     with pytest.raises(PftoolsError, match=says):
-        base_models.load_pretrained(str(tmp_path / "model"))
+        loading.load_pretrained(str(tmp_path / "model"))
 
 
 def test_a_plain_model_is_planned(tmp_path):
@@ -152,14 +152,14 @@ def test_a_checkpoint_that_lacks_weights_is_not_filled_up_at_random(tmp_path):
     with pytest.raises(
         PftoolsError, match="lack model.layers.1.mlp.up_proj.weight: the checkpoint is not whole"
     ):
-        base_models.load_pretrained(str(tmp_path / "model"))
+        loading.load_pretrained(str(tmp_path / "model"))
 
 
 def test_a_damaged_file_is_one_sentence(tmp_path):
     path = save_tiny(tmp_path / "model") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(PftoolsError, match="could not be loaded"):
-        base_models.load_pretrained(str(tmp_path / "model"))
+        loading.load_pretrained(str(tmp_path / "model"))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """A frozen base in 8 bit or NF4 (bitsandbytes) while it is trained on.
 
 All linear weights of the decoder layers are quantized, adapted or not, as `load_in_8bit` does it; embeddings
-and head are not. The plain weights wait on the CPU meanwhile, since the merge goes into them.
+and head are not. The plain weights wait on the CPU meanwhile, or in the file of a streamed model, since the
+merge goes into them.
 
 A merged model has the update of a training on a quantized base, entry by entry. It does not have the rounding
 of the base, so its perplexity is not the one in training: `benchmarks/merge.py` measures both.
@@ -19,6 +20,7 @@ from torch import nn
 from pftools.errors import PftoolsError
 from pftools.finetune.update import remember_kept
 from pftools.layers import linear_modules, rows_of
+from pftools.mapped import is_mapped, release
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,19 +46,23 @@ def quantized(
         yield
         return
     check_bitsandbytes(base)
-    device = model.device
     originals = {name: module for name, module in linear_modules(model).items() if name not in plain}
+    homes = {name: module.weight.device for name, module in originals.items()}
     try:
         for name, module in originals.items():
-            new = _bitsandbytes_linear(module, base)
+            device = model.device if is_mapped(module.weight) else homes[name]
+            new = _bitsandbytes_linear(module, base, device)
             if name in keep_masks_of:
-                remember_kept(new, rows_of(module).detach() != 0)
-            module.to("cpu")
+                remember_kept(new, (rows_of(module).detach() != 0).to(device))
             model.set_submodule(name, new)
+            if is_mapped(module.weight):
+                release(module.weight)
+            else:
+                module.to("cpu")
         yield
     finally:
         for name, module in originals.items():
-            model.set_submodule(name, module.to(device))
+            model.set_submodule(name, module if is_mapped(module.weight) else module.to(homes[name]))
 
 
 def check_bitsandbytes(base: str) -> None:
@@ -76,12 +82,12 @@ def check_bitsandbytes(base: str) -> None:
         ) from None
 
 
-def _bitsandbytes_linear(module: Any, base: str) -> nn.Linear:
+def _bitsandbytes_linear(module: Any, base: str, device: torch.device) -> nn.Linear:
     import bitsandbytes as bnb
 
     # bitsandbytes quantizes on the way from the CPU to the device.
     weight = rows_of(module).detach().cpu().clone(memory_format=torch.contiguous_format)
-    shape, bias, device = (weight.shape[1], weight.shape[0]), module.bias, module.weight.device
+    shape, bias = (weight.shape[1], weight.shape[0]), module.bias
     new: nn.Linear
     if base == "8bit":
         new = bnb.nn.Linear8bitLt(*shape, bias=bias is not None, has_fp16_weights=False, threshold=6.0)

@@ -13,7 +13,6 @@ reconstruct   local recovery of a pruned layer
 source        where a model's weights are while it is walked
 walk          the walk through the layers: `prune_model`
 checkpoint    the same walk over a model on disk, a layer at a time: `prune_checkpoint`
-on_disk       the files of that model, read and written
 memory        what to lower when memory runs out
 result        masks and the table of what was done
 

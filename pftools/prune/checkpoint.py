@@ -19,8 +19,8 @@ from pftools.errors import PftoolsError
 from pftools.files import refuse_full, replacing, write_json
 from pftools.layers import linear_weights
 from pftools.masks import MASKS, MaskWriter
+from pftools.on_disk import OnDisk
 from pftools.prune.calls import inference
-from pftools.prune.on_disk import OnDisk
 from pftools.prune.request import Request, check_request
 from pftools.prune.result import PruneResult
 from pftools.prune.walk import prune_layers

@@ -63,7 +63,7 @@ def batch_size_for(model: PreTrainedModel, block_length: int, n_blocks: int) -> 
     """Blocks a forward: as many as keep the widest activation of a layer within the budget of its device, at
     least 1."""
     layer = decoder_layers(model)[1][0]
-    budget = _BATCH_BUDGET if device_of(layer).type in ("cpu", "meta") else _BATCH_BUDGET_ELSEWHERE
+    budget = _BATCH_BUDGET if model.device.type in ("cpu", "meta") else _BATCH_BUDGET_ELSEWHERE
     return max(1, min(n_blocks, budget // (block_length * widest_output(layer))))
 
 

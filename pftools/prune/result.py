@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,16 +19,17 @@ class PruneResult:
     """What `prune_model` returns.
 
     Attributes:
-        masks: {weight name: bool tensor on the CPU, True = kept}; empty where they went to a file.
+        masks: {weight name: bool tensor on the CPU, True = kept}, held as bits; empty where they went to a
+            file.
         layers: a row a weight: layer, module, weight, asked and measured sparsity, score_kept, output_error,
             error_is, zeros_returned (weights that were zero before and no longer are), note, seconds; with
             reconstruction also block_error_before and block_error.
         seconds: wall time of the whole walk.
-        weights: {weight name: tensor}, whole weights where the method changed kept ones; empty for methods
-            that only choose.
+        weights: {weight name: tensor}, whole weights where the method changed kept ones, of a streamed model
+            its own; empty for methods that only choose.
     """
 
-    masks: dict[str, torch.Tensor]
+    masks: MutableMapping[str, torch.Tensor]
     layers: pd.DataFrame
     seconds: float
     weights: dict[str, torch.Tensor] = field(default_factory=dict)

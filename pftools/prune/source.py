@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from pftools.layers import decoder_layers
+from pftools.mapped import release
+from pftools.streamed import source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,10 +30,12 @@ class Source(Protocol):
 
 
 class InMemory:
-    """A model in memory. With a ``device``, each layer is moved there while it is open."""
+    """A model in memory, or streamed. With a ``device``, each layer is moved there while it is open."""
 
-    def __init__(self, model: PreTrainedModel, device: str | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, device: str | torch.device | None = None) -> None:
         self.model, self.device = model, device
+        if device is None and source_of(model) is not None:
+            self.device = model.device
 
     def entrance(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -39,13 +43,19 @@ class InMemory:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         layer = decoder_layers(self.model)[1][index]
-        before = device_of(layer)
+        homes = [(weight, weight.data) for weight in layer.parameters()]
+        buffers = [(module, dict(module._buffers)) for module in layer.modules()]
         if self.device is not None:
             layer.to(self.device)
         try:
             yield layer
         finally:
-            layer.to(before)
+            for weight, home in homes:
+                if weight.device != home.device:
+                    weight.data = home.copy_(weight.data)
+                release(home)
+            for module, before in buffers:
+                module._buffers.update(before)
 
 
 def device_of(layer: nn.Module) -> torch.device:

@@ -26,6 +26,7 @@ from pftools.bars import progress_bar
 from pftools.base_models import check_blocks
 from pftools.errors import PftoolsError
 from pftools.layers import decoder_layers, matrices
+from pftools.masks import PackedMasks
 from pftools.prune import allocation
 from pftools.prune.calls import Batch, copies, inference, record_batches
 from pftools.prune.check import check_replay
@@ -36,6 +37,7 @@ from pftools.prune.request import Request, check_request
 from pftools.prune.result import PruneResult
 from pftools.prune.source import InMemory, Source, device_of
 from pftools.prune.statistics import ActivationStatistics
+from pftools.streamed import source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,14 +100,17 @@ def prune_model(
     started = time.perf_counter()
     if statistics is not None:
         _check_statistics(model, statistics)
-    result = PruneResult({}, pd.DataFrame(), 0.0)
+    masks, weights = PackedMasks(), dict[str, torch.Tensor]()
     rows: list[dict[str, Any]] = []
     with inference(model):
         for done in prune_layers(InMemory(model, device), blocks, request, statistics):
-            result.masks |= done.masks
-            result.weights |= done.weights
+            masks.update(done.masks)
             rows += done.rows
-    return replace(result, layers=pd.DataFrame(rows), seconds=time.perf_counter() - started)
+            if source_of(model) is None:
+                weights |= done.weights
+            else:  # no copies: together they may be more than the memory
+                weights |= {name: model.get_parameter(name).detach() for name in done.weights}
+    return PruneResult(masks, pd.DataFrame(rows), time.perf_counter() - started, weights)
 
 
 def measure_activations(

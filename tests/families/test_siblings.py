@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pftools import layers
-from pftools.base_models import load_pretrained
 from pftools.errors import PftoolsError
 from pftools.evaluate import PrefixCachedLM
 from pftools.finetune import finetune_model, merge_adapter
+from pftools.loading import load_pretrained
 from pftools.masks import load_masks
 from pftools.prune import prune_checkpoint, prune_model
 from tests.families import oracle

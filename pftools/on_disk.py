@@ -23,7 +23,9 @@ INDEX = "model.safetensors.index.json"
 class OnDisk:
     """A model's skeleton without weights, and the files that its weights come from: a `source.Source`."""
 
-    def __init__(self, name: str | Path, dtype: str, device: str, trust_remote_code: bool) -> None:
+    def __init__(
+        self, name: str | Path, dtype: str | torch.dtype, device: str, trust_remote_code: bool
+    ) -> None:
         from transformers import AutoConfig
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.utils import logging
@@ -70,6 +72,15 @@ class OnDisk:
             if first in home
         }
 
+    def parts(self) -> Iterator[set[str]]:
+        """The names of all that is stored, in parts of a layer's size: what is outside of layers, one by one,
+        then layer after layer."""
+        stored = set(self._stored())
+        inside = {name for name in stored if name.startswith(f"{self.prefix}.")}
+        yield from ({name} for name in sorted(stored - inside))
+        for index in range(len(self.layers)):
+            yield {name for name in inside if name.startswith(f"{self.prefix}.{index}.")}
+
     @contextmanager
     def entrance(self) -> Iterator[None]:
         """Context in which all pre-layer weights are loaded: all that is not in the layers or the head."""
@@ -80,7 +91,7 @@ class OnDisk:
             if not name.startswith(f"{self.prefix}.")
             and (value is inward or head is None or value is not head.weight)
         }
-        self._load(outside, "cpu")
+        self.load(outside, "cpu")
         try:
             yield
         finally:
@@ -90,7 +101,7 @@ class OnDisk:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """One layer with its weights, on the device; they are dropped afterwards."""
         names = {name for name in self._stored() if name.startswith(f"{self.prefix}.{index}.")}
-        self._load(names, self.device)
+        self.load(names, self.device)
         layer = self.layers[index].to(self.device)  # its buffers too
         try:
             yield layer.requires_grad_(False)
@@ -101,7 +112,7 @@ class OnDisk:
         """All that a checkpoint of the model holds, by name: parameters, and buffers that are kept."""
         return self.model.state_dict(keep_vars=True)
 
-    def _load(self, names: set[str], device: str) -> None:
+    def load(self, names: set[str], device: str = "cpu") -> None:
         """Give parameters and buffers their values, by transformers' own loader.
 
         Raises:
