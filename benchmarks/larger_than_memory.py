@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -73,8 +72,9 @@ def main():
     parser.add_argument("--limit", type=float, default=3.5, help="GiB of all processes together")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     options = parser.parse_args()
-    from pftools.base_models import embedded_model_folder
     from transformers import AutoTokenizer
+
+    from pftools.base_models import embedded_model_folder
 
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_folder())
     shape = {**SHAPE, "vocab_size": 49_152, "num_hidden_layers": options.layers}

@@ -16,6 +16,7 @@ from torch import nn
 
 from pftools.errors import PftoolsError
 from pftools.layers import linear_modules
+from pftools.memory import ran_out
 
 _TOKENS = 16
 # How far two equal readings may be apart, as a share of the largest number.
@@ -64,9 +65,11 @@ def reading(model: nn.Module, length: int) -> Iterator[None]:
     """A plain forward of rows of ``length`` tokens. What a model raises within becomes one sentence."""
     try:
         yield
-    except (PftoolsError, torch.OutOfMemoryError, MemoryError):
+    except PftoolsError:
         raise
     except Exception as error:  # its own code may fail in any way
+        if ran_out(error):
+            raise
         cause = " ".join(str(error).split())[:150] or type(error).__name__
         raise PftoolsError(
             f"{type(model).__name__} itself cannot read a row of {length} tokens: {cause}"

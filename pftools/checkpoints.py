@@ -21,18 +21,19 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pftools import base_models, contents, reload_check, run_folder
+from pftools import base_models, contents, needs, reload_check, run_folder, settings
 from pftools.adapters import Adapter, add_masks, load_adapter, merge_adapter, set_base
 from pftools.errors import PftoolsError
 from pftools.files import refuse_full, replacing, write_json, write_text
 from pftools.layers import linear_weights, measured_sparsity
 from pftools.loading import load_pretrained
-from pftools.mapped import release
-from pftools.masks import MASKS, load_masks, read_masks, read_tensors, save_masks, save_tensors
+from pftools.mapped import in_turn, release
+from pftools.masks import MASKS, PackedMasks, load_masks, read_masks, read_tensors, save_masks, save_tensors
 from pftools.model_card import adapter_card, model_card
 from pftools.reload_check import ADAPTER, WEIGHTS
+from pftools.settings import Placement
 from pftools.streamed import source_of
 
 if TYPE_CHECKING:
@@ -282,7 +283,13 @@ def _fitting(
     return weight
 
 
-def export_adapter(run: str | Path, folder: str | Path, *, trust_remote_code: bool = False) -> Path:
+def export_adapter(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    placement: Placement = "auto",
+) -> Path:
     """Write the adapter of a finetune run as a folder that PEFT reads, with how it is to be merged.
 
     A masked one comes with its masks, one bit a weight, and a README.
@@ -301,7 +308,7 @@ def export_adapter(run: str | Path, folder: str | Path, *, trust_remote_code: bo
         set_base(partial, base if named else None)
         if load_adapter(partial).masked:
             from_base = not any(_more_than_masks(one) for one in before)
-            masks = _masks_of_parent(run, trust_remote_code=trust_remote_code)
+            masks = _masks_of_parent(run, trust_remote_code=trust_remote_code, placement=placement)
             add_masks(partial, masks, from_base=from_base)
             write_text(partial / "README.md", adapter_card(base, Path(run), before if not from_base else []))
     return folder
@@ -311,17 +318,17 @@ def _more_than_masks(run: Path) -> bool:
     return read_manifest(run)["kind"] != "masks" or WEIGHTS in run_folder.read_record(run)["outputs"]
 
 
-def _masks_of_parent(run: str | Path, *, trust_remote_code: bool) -> dict[str, torch.Tensor]:
+def _masks_of_parent(run: str | Path, **options: Any) -> Mapping[str, torch.Tensor]:
     """{weight name: bool, True = kept} of the model that a run was made from, in the run's dtype."""
-    options = {
-        "dtype": run_folder.read_record(run)["results"].get("dtype", "auto"),
-        "device": "cpu",
-        "trust_remote_code": trust_remote_code,
-    }
+    options["placement"] = _placement(run, options["placement"], "cpu", ".")
+    options |= {"dtype": run_folder.read_record(run)["results"].get("dtype", "auto"), "device": "cpu"}
     parent = parent_of(run)
-    load_parent = load if run_folder.is_finished(parent) else base_models.load_pretrained
+    load_parent = load if run_folder.is_finished(parent) else load_pretrained
     model, _ = load_parent(parent, **options)
-    return {name: weight != 0 for name, weight in linear_weights(model).items()}
+    masks = PackedMasks()
+    for name, weight in in_turn(linear_weights(model).items()):
+        masks[name] = weight != 0
+    return masks
 
 
 def export(
@@ -331,7 +338,7 @@ def export(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    placement: str = "one",
+    placement: Placement = "auto",
 ) -> Path:
     """Write the model of a run as a plain Hugging Face folder with a model card, and check it.
 
@@ -344,6 +351,7 @@ def export(
 
     folder = Path(folder)
     refuse_full(folder)
+    placement = _placement(run, placement, device, folder.parent)
     model, tokenizer = load(
         run, dtype=dtype, device=device, trust_remote_code=trust_remote_code, placement=placement
     )
@@ -366,6 +374,12 @@ def export(
             if not torch.equal(model(tokens).logits, again(tokens).logits):
                 raise PftoolsError(f"the export of {run} failed its check: its logits differ from the run's.")
     return folder
+
+
+def _placement(run: str | Path, asked: Placement, device: str, room: str | Path) -> Placement:
+    """Where a run's model is while it is written; what `auto` comes to is decided as for an analysis."""
+    given = {"model": str(run), "placement": asked, "device": device, "runs": str(room)}
+    return needs.resolve(settings.check(settings.Analyse, given))
 
 
 def _write_model(model: PreTrainedModel, folder: Path) -> None:

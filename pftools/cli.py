@@ -216,8 +216,8 @@ def export(
     adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapter, in PEFT's format")] = False,
     push: Annotated[str, typer.Option(help="Also push to this repository of the hub", metavar="REPO")] = "",
     placement: Annotated[
-        str, typer.Option(help="one, spread (over several GPUs) or stream (from disk, a layer at a time)")
-    ] = "one",
+        settings.Placement, typer.Option(help="Where the weights are meanwhile; auto: what fits")
+    ] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let a hub model run its own code")
     ] = False,
@@ -235,7 +235,9 @@ def export(
         out.print(f"The results are in {path}, as lm-eval writes them.", highlight=False)
         return
     if adapter:
-        path = checkpoints.export_adapter(run, folder, trust_remote_code=trust_remote_code)
+        path = checkpoints.export_adapter(
+            run, folder, placement=placement, trust_remote_code=trust_remote_code
+        )
         out.print(f"The adapter is in {path}.", highlight=False)
     else:
         path = checkpoints.export(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pftools import checkpoints, reload_check
+from pftools import checkpoints, needs, reload_check
 from pftools.errors import PftoolsError
 from pftools.layers import fingerprint, measured_sparsity
 from pftools.loading import load_pretrained
@@ -64,7 +64,7 @@ def load_for(parameters: Any, *, model: str | None = None) -> tuple[PreTrainedMo
         dtype=parameters.dtype,
         device=parameters.device,
         trust_remote_code=parameters.trust_remote_code,
-        placement="one" if parameters.placement == "auto" else parameters.placement,
+        placement=needs.resolve(parameters),
     )
     vars(network)[_FINGERPRINT] = fingerprint(network)
     reload_check.remember_zeros(network)

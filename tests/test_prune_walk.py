@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pftools import checkpoints, prune
+from pftools import checkpoints, on_disk, prune
 from pftools.errors import PftoolsError
 from pftools.layers import linear_weights, measured_sparsity
 from pftools.models import load_model
@@ -245,9 +245,9 @@ def test_only_one_layer_of_a_checkpoint_is_in_memory(tmp_path, monkeypatch):
         held.append([not any(weight.is_meta for weight in each.parameters()) for each in model.model.layers])
         return real(layer, index, *rest)
 
-    init = prune.on_disk.OnDisk.__init__
+    init = on_disk.OnDisk.__init__
     monkeypatch.setattr(
-        prune.on_disk.OnDisk,
+        on_disk.OnDisk,
         "__init__",
         lambda self, *args: (init(self, *args), held.append(self.model))[0],
     )

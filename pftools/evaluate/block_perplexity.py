@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pftools.bars import progress_bar
 from pftools.base_models import check_blocks
 from pftools.causal import check_causal, reading, without_cache
 from pftools.errors import PftoolsError
+from pftools.memory import in_halves
 
 # Nats a token. The exponential of more is no float; a model that loses as much has collapsed anyway.
 _MOST = 700.0
@@ -100,11 +102,11 @@ def perplexity(
             progress_bar(total=len(blocks), desc="perplexity", unit="block", disable=not progress) as bar,
         ):
             for batch in blocks.split(batch_size):
-                losses.append(_block_losses(model, batch.to(model.device)))
+                losses += in_halves(partial(_block_losses, model), batch, of="blocks of the perplexity")
                 bar.update(len(batch))
     finally:
         model.train(training)
-    block_nll = torch.cat(losses)
+    block_nll = torch.stack(losses)
     if not torch.isfinite(block_nll).all():
         first = int((~torch.isfinite(block_nll)).nonzero()[0])
         raise PftoolsError(
@@ -114,13 +116,14 @@ def perplexity(
     return PerplexityResult(math.exp(min(float(block_nll.mean()), _MOST)), block_nll)
 
 
-def _block_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+def _block_losses(model: Any, batch: torch.Tensor) -> list[torch.Tensor]:
     """Mean loss of each row, float64 on the CPU; the log-softmax is float32, a few rows at a time."""
+    batch = batch.to(model.device)
     with reading(model, batch.shape[1]):
         logits = model(input_ids=batch, **without_cache(model)).logits
     rows = max(1, _LOGITS_BUDGET // logits[0].numel())
-    losses = []
+    losses: list[torch.Tensor] = []
     for part, tokens in zip(logits.split(rows), batch.split(rows)):
         nll = F.cross_entropy(part[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-        losses.append(nll.view(len(tokens), -1).double().mean(dim=1).cpu())
-    return torch.cat(losses)
+        losses += nll.view(len(tokens), -1).double().mean(dim=1).cpu()
+    return losses

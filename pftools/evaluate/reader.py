@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from pftools.causal import check_causal, reading
 from pftools.errors import PftoolsError
 from pftools.evaluate.beginnings import Group, Row
 from pftools.evaluate.forwards import Beginning, Forwards, alike_up_to, tolerance
+from pftools.memory import OutOfMemory, in_halves, ran_out
 
 # What bounds the memory of a forward: tokens read, bytes of keys and values (beginning + rest, over all
 # rows), and logits kept. Fixed numbers, not what happens to be free: another batch would round differently.
@@ -88,8 +90,13 @@ class Reader:
         try:
             found = self._shared(group, differs, kind)
             return found or self._plain(group, differs, kind)
-        except torch.OutOfMemoryError:
-            raise _too_long(group.longest.tokens) from None
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            raise OutOfMemory(
+                f"one prompt of {len(group.longest.tokens)} tokens does not fit the device's memory: use a "
+                "smaller model, placement 'stream', or device 'cpu'."
+            ) from None
 
     def _check_model(self, group: Group) -> None:
         if not self._is_causal:
@@ -150,9 +157,11 @@ class Reader:
             return
         try:
             off = differs(beginning, group)
-        except (PftoolsError, torch.OutOfMemoryError):
+        except PftoolsError:
             raise
         except Exception as error:  # a model may do anything with a cache that it does not expect
+            if ran_out(error):
+                raise
             cause = (str(error).splitlines() or [""])[0]
             what = "go on from its cache" if beginning.caches else "write a reply"
             raise _Differs(f"the model does not {what}: {type(error).__name__}, {cause}") from None
@@ -229,15 +238,8 @@ class Reader:
     def halving(
         self, work: Callable[[Beginning, list[Row]], list[Answer]], beginning: Beginning, batch: list[Row]
     ) -> list[Answer]:
-        """``work`` on a batch; where the device's memory is too small for it, on its halves."""
-        try:
-            return work(beginning, batch)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise _too_long(batch[0].tokens) from None
-        middle = len(batch) // 2
-        first = self.halving(work, beginning, batch[:middle])
-        return first + self.halving(work, beginning, batch[middle:])
+        """``work`` on a batch; where the memory is too small for it, on its halves."""
+        return in_halves(partial(work, beginning), batch, of="prompts")
 
     def last_logits(self, beginning: Beginning, batch: list[Row]) -> list[torch.Tensor]:
         """The logits that each row is asked for, float32 (row.needed, vocabulary)."""
@@ -259,10 +261,3 @@ class Reader:
             return self.forwards.logits(inputs, beginning.cache_for(len(inputs)), keep=keep)
         with reading(self._model, inputs.shape[1]):
             return self.forwards.logits(inputs, keep=keep)
-
-
-def _too_long(tokens: tuple[int, ...]) -> PftoolsError:
-    return PftoolsError(
-        f"one prompt of {len(tokens)} tokens does not fit the device's memory: "
-        "use a smaller model, or device 'cpu'."
-    )

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from pftools.finetune.quantize import quantized
 from pftools.finetune.recipe import Recipe, Training, prepare, says_left_out
 from pftools.finetune.rows import IGNORED, Rows, training_order
 from pftools.layers import linear_weights
+from pftools.memory import OutOfMemory, forget, ran_out, relieve
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -86,22 +87,16 @@ def finetune_model(
     if training.recipe.targets == "all-linear" and training.left_out:
         logging.getLogger(__name__).warning(says_left_out(training.left_out, model))
     with _folder(output) as folder:
-        checkpoint = _checkpoint_to_go_on_from(folder / "trainer", training.identity(rows))
         keep_masks_of = training.targets if training.masked else ()
         with quantized(model, training.recipe.base, keep_masks_of=keep_masks_of, plain=training.plain):
-            with adapted(model, training) as peft_model:
-                watch = _Watch(training.steps, progress)
-                arguments = _arguments(peft_model, training, rows, folder, save_every, track)
-                trainer = _trainer(peft_model, training, rows, arguments, [watch, *callbacks])
-                started = time.perf_counter()
-                with _gradients(model):
-                    trainer.train(resume_from_checkpoint=checkpoint)
-                seconds = time.perf_counter() - started
-                adapter = read_adapter(peft_model, training)
-                if output is not None:
-                    peft_model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-                    if training.masked:
-                        mark_masked(folder / "adapter", training.zeros)
+            while True:
+                try:
+                    trainer, adapter, seconds = _train(
+                        model, training, rows, folder, save_every, track, [_Watch(progress), *callbacks]
+                    )
+                    break
+                except (RuntimeError, MemoryError) as error:
+                    training = _smaller(training, model, error)
     losses = _losses(trainer.state.log_history)
     seen = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
     trainable = sum(factor.numel() for pair in adapter.factors.values() for factor in pair)
@@ -119,6 +114,58 @@ def finetune_model(
         "left_out": sum(training.left_out.values()) / linear,
     }
     return FinetuneResult(adapter, losses, Path(output) / "adapter" if output is not None else None, summary)
+
+
+def _train(
+    model: PreTrainedModel,
+    training: Training,
+    rows: Rows,
+    folder: Path,
+    save_every: int,
+    track: str,
+    callbacks: list[TrainerCallback],
+) -> tuple[Trainer, Adapter, float]:
+    """Train to the end, from the last checkpoint if there is one, and save the adapter in ``folder/adapter``.
+
+    Returns:
+        the trainer, the adapter, and the seconds of the training.
+    """
+    checkpoint = _checkpoint_to_go_on_from(folder / "trainer", training.identity(rows))
+    with adapted(model, training) as peft_model:
+        arguments = _arguments(peft_model, training, rows, folder, save_every, track)
+        trainer = _trainer(peft_model, training, rows, arguments, callbacks)
+        started = time.perf_counter()
+        with _gradients(model):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started
+        peft_model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        if training.masked:
+            mark_masked(folder / "adapter", training.zeros)
+        return trainer, read_adapter(peft_model, training), seconds
+
+
+def _smaller(training: Training, model: PreTrainedModel, error: BaseException) -> Training:
+    """The same training with less memory: fewer rows a forward, then gradient checkpointing.
+
+    Raises:
+        OutOfMemory: there is no less; or ``error``, where it is another.
+    """
+    if not ran_out(error):
+        raise error
+    forget(error)
+    rows = training.rows_per_forward
+    if rows > 1:
+        fewer = next(size for size in range(rows - 1, 0, -1) if training.rows_per_step % size == 0)
+        relieve("rows of the training", fewer)
+        return replace(training, rows_per_forward=fewer)
+    if not training.recipe.gradient_checkpointing and model.supports_gradient_checkpointing:
+        relieve("gradient checkpointing was switched on")
+        return replace(training, recipe=replace(training.recipe, gradient_checkpointing=True))
+    held = {"plain": "base='nf4'", "8bit": "base='nf4'"}.get(training.recipe.base, "a smaller rank")
+    raise OutOfMemory(
+        "out of memory with one row a forward and gradient checkpointing: use a shorter block_length, "
+        f"{held} or fewer targets."
+    )
 
 
 def _arguments(
@@ -278,10 +325,11 @@ def _losses(history: list[dict[str, float]]) -> pd.DataFrame:
 class _Watch(TrainerCallback):
     """The progress bar, and the guard against losses that are not numbers."""
 
-    def __init__(self, max_steps: int, progress: bool) -> None:
-        self.bar = progress_bar(total=max_steps, desc="fine-tuning", unit="step", disable=not progress)
+    def __init__(self, progress: bool) -> None:
+        self.bar = progress_bar(desc="fine-tuning", unit="step", disable=not progress)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.total = state.max_steps
         self.bar.update(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -7,7 +7,7 @@ needs.fitting(settings.Prune(), facts, needs.machine("runs"))
 No weight is read and no torch is loaded. `benchmarks/needs.py` holds the estimates beside measured peaks.
 """
 
-from pftools.needs.advice import before, fitting, on, placement_of, shortage
+from pftools.needs.advice import before, fitting, on, placement_of, resolve, shortage
 from pftools.needs.estimate import PLACEMENTS, DeviceKind, Needs, Placement, needs_of
 from pftools.needs.facts import Facts, facts_of, facts_of_shapes
 from pftools.needs.resources import Machine, device_kind, machine
@@ -28,5 +28,6 @@ __all__ = [
     "needs_of",
     "on",
     "placement_of",
+    "resolve",
     "shortage",
 ]

@@ -78,8 +78,7 @@ def fitting(parameters: settings.Step, facts: Facts, found: Machine) -> Placemen
 
 def placement_of(parameters: settings.Step, facts: Facts, found: Machine) -> Placement:
     """Where a step is placed: as its parameter says, of which `auto` is what `fitting` chooses."""
-    asked: Any = getattr(parameters, "placement", "one")
-    return fitting(parameters, facts, found) if asked == "auto" else asked
+    return fitting(parameters, facts, found) if parameters.placement == "auto" else parameters.placement
 
 
 def on(found: Machine, parameters: settings.Step, facts: Facts, placement: Placement) -> Needs:
@@ -106,6 +105,14 @@ def before(parameters: settings.Step) -> list[str]:
     if too_little and case.at_least().is_hopeless():
         raise PftoolsError(too_little)
     return lines + ([f"this may not fit: {too_little}"] if too_little else [])
+
+
+def resolve(parameters: settings.Step) -> Placement:
+    """`placement_of`, on this machine; `auto` is `one` where the model's files are not here yet."""
+    if parameters.placement != "auto":
+        return parameters.placement
+    facts = facts_of(parameters.model)
+    return placement_of(parameters, facts, machine(parameters.runs)) if facts else "one"
 
 
 def shortage(

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from pftools.causal import ahead, pair_of, reads_ahead, tolerance, without_cache
 from pftools.errors import PftoolsError
 from pftools.layers import decoder_layers
+from pftools.memory import ran_out
 from pftools.prune.calls import LayerCall, body_of, hidden_of, record, returned_by_layers
 from pftools.prune.inputs import InputMeter
 from pftools.prune.memory import naming_the_levers
@@ -98,11 +99,11 @@ class _Check:
             try:
                 with meter:
                     replayed = self.calls[index].to(self.hidden.device)(layer, self.hidden)
-            except torch.OutOfMemoryError:
-                raise
             except PftoolsError:
                 raise
             except Exception as error:
+                if ran_out(error):
+                    raise
                 cause = " ".join(str(error).split())[:120]
                 raise self.refusal(f"layer {index} cannot be run alone ({cause})") from error
             finally:

@@ -8,35 +8,32 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from pftools.errors import PftoolsError
 from pftools.layers import matrices
+from pftools.memory import OutOfMemory, ran_out
 from pftools.prune.inputs import widest_output
-
-_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @contextmanager
-def naming_the_levers(place: str, layer: nn.Module, blocks: torch.Size, batch_size: int) -> Iterator[None]:
-    """Turn an allocation that fails within into a PftoolsError that says what to lower, and how far.
+def naming_the_levers(
+    place: str, layer: nn.Module, blocks: torch.Size, batch_size: int, *, harmless: bool = False
+) -> Iterator[None]:
+    """Turn an allocation that fails within into an `OutOfMemory` that says what to lower, and how far.
 
     Args:
         blocks: (n_blocks, block_length) of the tokens that are walked through the layers.
+        harmless: whether nothing is changed within.
     """
     try:
         yield
-    except (
-        MemoryError,
-        RuntimeError,
-    ) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU allocator's
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
-            sign in str(error) for sign in _SIGNS
-        ):
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
             raise
         failure = error
-    else:
-        return
     failure.__traceback__ = None  # its frames hold the tensors of the forward that failed
-    raise PftoolsError(_advice(place, layer, blocks, batch_size)) from failure
+    found = OutOfMemory(_advice(place, layer, blocks, batch_size))
+    found.harmless = harmless
+    raise found from failure
 
 
 def _advice(place: str, layer: nn.Module, blocks: torch.Size, batch_size: int) -> str:

@@ -27,6 +27,7 @@ from pftools.base_models import check_blocks
 from pftools.errors import PftoolsError
 from pftools.layers import decoder_layers, matrices
 from pftools.masks import PackedMasks
+from pftools.memory import OutOfMemory, smaller
 from pftools.prune import allocation
 from pftools.prune.calls import Batch, copies, inference, record_batches
 from pftools.prune.check import check_replay
@@ -41,6 +42,8 @@ from pftools.streamed import source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_READ = "calibration blocks"  # what is read in batches, for the record of a run
 
 
 def prune_model(
@@ -138,7 +141,11 @@ def measure_activations(
     check_blocks(model, blocks)
     batch_size = batch_size or batch_size_for(model, blocks.shape[1], len(blocks))
     with inference(model):
-        return measure_layers(InMemory(model, device), blocks, batch_size, progress=progress)
+        while True:
+            try:
+                return measure_layers(InMemory(model, device), blocks, batch_size, progress=progress)
+            except OutOfMemory as error:
+                batch_size = smaller(error, batch_size, of=_READ)
 
 
 def _check_statistics(model: nn.Module, statistics: ActivationStatistics) -> None:
@@ -160,7 +167,21 @@ def _check_statistics(model: nn.Module, statistics: ActivationStatistics) -> Non
 def prune_layers(
     source: Source, blocks: torch.Tensor, request: Request, statistics: ActivationStatistics | None
 ) -> Iterator[PrunedLayer]:
-    """Prune layer after layer; each is yielded while it is still open."""
+    """Prune layer after layer; each is yielded while it is still open.
+
+    Where memory runs out before anything was changed, batches are halved.
+    """
+    while True:
+        try:
+            yield from _prune_layers(source, blocks, request, statistics)
+            return
+        except OutOfMemory as error:
+            request = replace(request, batch_size=smaller(error, request.batch_size, of=_READ))
+
+
+def _prune_layers(
+    source: Source, blocks: torch.Tensor, request: Request, statistics: ActivationStatistics | None
+) -> Iterator[PrunedLayer]:
     if request.allocation == "owl" and statistics is None:
         statistics = measure_layers(source, blocks, request.batch_size, progress=request.progress)
     request = replace(request, sparsities=_allocate(source, request, statistics))
@@ -182,7 +203,7 @@ def measure_layers(
     last = len(decoder_layers(source.model)[1]) - 1
     for index, place, layer in _open_layers(source, "measuring", progress):
         meter = InputMeter(layer)
-        with naming_the_levers(place, layer, blocks.shape, batch_size):
+        with naming_the_levers(place, layer, blocks.shape, batch_size, harmless=True):
             run_layer(layer, index, batches, replace=index < last, meter=meter)
         statistics.add(place, layer, meter.finish(place))
     return statistics
@@ -200,12 +221,13 @@ def _walk(source: Source, blocks: torch.Tensor, request: Request) -> Iterator[Pr
     for index, place, layer in _open_layers(source, "pruning", request.progress):
         last, run = index == n_layers - 1, partial(run_layer, layer, index)
         meter = _meter_for(layer, request, blocks.numel())
-        with naming_the_levers(place, layer, blocks.shape, request.batch_size):
+        with naming_the_levers(place, layer, blocks.shape, request.batch_size, harmless=index == 0):
             if on_dense or mends:
                 run(dense, replace=mends or not last, meter=meter if on_dense else None)
             if meter and not on_dense:
                 run(batches, replace=False, meter=meter)
             measured = meter.finish(place) if meter else Measured()
+        with naming_the_levers(place, layer, blocks.shape, request.batch_size):
             done = prune_layer(layer, index, place, measured, request, blocks.numel())
             if mends:
                 recover_layer(layer, index, place, done, batches, dense, steps=request.reconstruct_steps)

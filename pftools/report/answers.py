@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from pftools import compare
@@ -90,7 +92,8 @@ def _answer(ends: pd.DataFrame, pairs: pd.DataFrame, asked: float, found: compar
         nearest = rivals.loc[rivals["perplexity"].idxmin(), "label"]
         two = [best["label"], nearest]
         ours = (pairs["asked"] == asked) & pairs["first"].isin(two) & pairs["second"].isin(two)
-        verdicts = [compare.perplexity_verdict(row, brief=True) for row in pairs[ours].to_dict("records")]
+        rows: list[Any] = pairs[ours].to_dict("records")
+        verdicts = [compare.perplexity_verdict(row, brief=True) for row in rows]
         sentence += f" The nearest rival: {plain(verdicts[0])}" if verdicts else ""
     lost = there[(there["level"] != best["level"]) & ~there["collapsed"]]
     if len(lost):

@@ -22,17 +22,18 @@ def circumstances() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    torch = sys.modules.get("torch")  # a step that needs no torch does not load it for this
+    on_gpu = torch and torch.cuda.is_available()
     return {
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "machine": _machine(),
+        **({"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if torch and on_gpu else {}),
+        "machine": _machine(torch.cuda.get_device_name() if torch and on_gpu else None),
         "versions": versions,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def _machine() -> dict[str, Any]:
-    torch = sys.modules.get("torch")  # a step that needs no torch does not load it for this
-    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
+def _machine(gpu: str | None) -> dict[str, Any]:
     return {
         "platform": f"{platform.system()} {platform.release()}",
         "processor": platform.machine(),

@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import BaseFileLock
 
+from pftools import memory
 from pftools.errors import PftoolsError
 from pftools.files import sealed_sha256, share
 from pftools.run_folder import attempt as attempts
@@ -156,6 +157,7 @@ class Run:
             "inputs": self.read,
             **({"own_cells": self.made_by} if self.made_by else {}),
             "results": results,
+            **({"relieved": smaller} if (smaller := memory.relieved()) else {}),
             "outputs": {name: sealed_sha256(self.attempt / name) for name in files},
             "seconds": round(time.monotonic() - self.started, 2),
             **circumstances(),
