@@ -183,6 +183,7 @@ def here(monkeypatch):
 
 def test_a_notebook_begins_with_both_sides_and_is_refused_where_it_surely_cannot_fit(tmp_path, here):
     words = {"model": llama_7b_folder(tmp_path), "dtype": "float16", "device": "cpu", "runs": str(tmp_path)}
+    words["placement"] = "one"
     here(100 * GB)
     (line,) = needs.before(settings.Analyse(**words))
     memory, disk = r"1\d.\d GB of memory \(100.0 GB here\)", r"5 MB of disk \(1000.0 GB here\)"
@@ -216,6 +217,9 @@ def test_a_plan_tells_what_its_steps_need_beside_what_is_here_and_what_would_hel
     calibrate, prune, _, _, analyse = (float(number) for number in found.groups())
     assert 13.5 + 2.1 < calibrate < prune and analyse > 2 * 13.5  # two models, since it starts from a run
     assert others == []
+    with_auto = costs.says_needs(plan, T4)
+    assert len(with_auto) == 2 and "the finetune step needs" in with_auto[1]  # the others are streamed
+    plan = planned(tmp_path, dtype="float16", placement="one", calibrate=plan.study.calibrate)
     first, *others = costs.says_needs(plan, T4)
     assert first.endswith("; here are 12.0 GB and 15.0 GB of GPU memory.")
     assert len(others) == 5 and all("placement stream" in line for line in others)

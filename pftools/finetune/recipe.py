@@ -18,6 +18,7 @@ from pftools.finetune.reads import read_by_model
 from pftools.finetune.rows import Rows
 from pftools.layers import linear_modules, linear_weights
 from pftools.settings import TARGETS
+from pftools.streamed import source_of
 from pftools.suitable import unsuitable
 
 if TYPE_CHECKING:
@@ -130,6 +131,11 @@ def prepare(recipe: Recipe, model: PreTrainedModel, rows: Rows) -> Training:
     if why := unsuitable(model.config.to_dict()):
         raise PftoolsError(f"{type(model).__name__} {why}: give a causal language model with plain weights.")
     check_causal(model, rows.input_ids[0])
+    if recipe.base == "plain" and source_of(model) is not None and model.device.type != "cpu":
+        raise PftoolsError(
+            "a streamed model is trained on a quantized base, since a GPU would have to read the plain one "
+            "again for every gradient: use base='nf4' or '8bit'."
+        )
     if recipe.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise PftoolsError(
             f"{type(model).__name__} has no gradient checkpointing: train with gradient_checkpointing=False "
