@@ -1,7 +1,9 @@
 """Verdicts over trainings and text: levels, intervals, sets, looks and power, against other
 implementations and simulations."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -276,3 +278,82 @@ def test_shifting_moves_the_mean_only():
         found.shifted(1.0), Estimate
     )
     assert found.shifted(2.0).half_width() == found.half_width()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the documentation says of the simulations
+
+
+def _percent(values, digits=0):
+    low, high = (f"{value:.{digits}%}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def test_the_documentation_says_what_the_simulations_found():
+    root = Path(__file__).parents[1]
+    stored = json.loads((root / "benchmarks" / "results" / "verdicts-cpu.json").read_text())
+    found = {name.removeprefix("verdicts: "): entry["measured"] for name, entry in stored.items()}
+    assert all(entry["settings"]["studies"] == 1000 for entry in stored.values())
+    words = {
+        name: (root / name).read_text() for name in ("README.md", "docs/statistics.md", "docs/measured.md")
+    }
+    page = " ".join(words["docs/statistics.md"].split())
+    pairs, answers = found["pairs of losses"], found["pairs of answers"]
+    losses = {seeds: pairs["worst"][seeds] for seeds in ("3 seeds", "more seeds")}
+    accuracies = {seeds: answers["worst"][seeds] for seeds in losses}
+
+    def worst(seeds, what, who="crossed"):
+        return [f"{one[seeds][who][what]:.1%}" for one in (losses, accuracies)]
+
+    few, more = "3 seeds", "more seeds"
+    alone = [f"{losses[seeds]['blocks alone']['false']:.0%}" for seeds in (few, more)]
+    assert f"| 8% | {worst(few, 'false')[0]} of losses, {worst(few, 'false')[1]} of accuracies |" in page
+    assert f"| 6% | {', '.join(worst(more, 'false'))} |" in page and f"| | {', '.join(alone)} |" in page
+    assert f"| 94% | {', '.join(worst(more, 'coverage'))} |" in page
+    assert f"| 94% | **{worst(few, 'coverage')[0]}**, {worst(few, 'coverage')[1]} |" in page
+    looked = f"{found['looks']['least often held']:.1%}"
+    set_ = f"{found['sets']['least often held']['kit']:.1%}"
+    assert f"| 95% | **{set_}** |" in page and f"| 95% | {looked} |" in page
+    again = found["again"]
+    assert "{}, {} and {}".format(*(f"{value:.1%}" for value in again["coverage of pairs"].values())) in page
+    assert "{} and {}".format(*(f"{value:.1%}" for value in again["sets hold the best"].values())) in page
+    cells = {**pairs["cells"], **answers["cells"]}
+    still = {name: cell for name, cell in cells.items() if "seed deviation 0.0" in name}
+    for end, row in {
+        "shared 1.0": "losses, all of the blocks' variance shared by the seeds",
+        "shared 0.5": "losses, half of it shared",
+        "shared 0.0": "losses, nothing shared",
+        "deviation 0.0": "accuracies",
+    }.items():
+        powers = [
+            _percent(
+                [
+                    cell["crossed"]["power"]
+                    for name, cell in still.items()
+                    if name.startswith(f"{seeds} seeds") and name.endswith(end)
+                ]
+            )
+            for seeds in (3, 5, 10)
+        ]
+        assert f"| {row} | {' | '.join(powers)} |" in page
+    for who in ("blocks alone", "questions alone"):
+        assert _percent([cell[who]["power"] for cell in still.values() if who in cell]) in page
+    looks = found["looks"]["cells"]
+
+    def saved(start):
+        return _percent([cell["seeds saved"] for name, cell in looks.items() if name.startswith(start)])
+
+    assert (
+        f"{saved('2 orderings 2.0')} of the trainings of two orderings and {saved('8 orderings 2.0')}" in page
+    )
+    assert _percent([cell["seeds saved"] for name, cell in looks.items() if "0.0 apart" in name]) in page
+    n_cells = sum(len(found[claim]["cells"]) for claim in found if claim != "again")
+    measured = " ".join(words["docs/measured.md"].split())
+    assert f"{n_cells} cells of 1,000 studies" in measured and f"at least {set_}, and in {looked}" in measured
+    assert f"{saved('8 orderings 2.0')} of the trainings" in measured
+    often, seldom = worst(few, "false")[0], worst(more, "false")[0]
+    assert (
+        f"{seldom} of simulated studies with 5 or more seeds and {often} with 3" in words["README.md"]
+        and f"gives up to {alone[0]}" in words["README.md"]
+    )
+    assert worst(few, "coverage")[0] in measured
