@@ -11,6 +11,7 @@ charts     perplexity, tasks, pairs, sparsity, costs
 inside     which weights were pruned, what changed where
 settings   what decided the numbers
 live       charts made ready for a page
+templates  the sheet that pages are written on
 notebooks  executed notebooks as pages
 page       the notebook as a page, with those of all steps beside it
 """

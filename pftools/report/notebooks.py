@@ -11,13 +11,12 @@ from pftools import cells as sources
 from pftools import files, run_folder
 from pftools.files import as_bytes
 from pftools.redaction import redact
-from pftools.report import cells_html
+from pftools.report import cells_html, templates
 from pftools.report.lineage import in_words
 from pftools.run_folder.attempt import NOTEBOOK, attempts
 from pftools.study import Plan, PlannedStep
 
 _HERE = Path(__file__).parent
-_TEMPLATE, _STYLE = _HERE / "step.html", _HERE / "page.css"
 
 
 def write_pages(plan: Plan, folder: Path) -> set[str]:
@@ -53,13 +52,12 @@ def notebook_of(step: PlannedStep) -> Path | None:
 
 
 def _state(notebook: Path) -> str:
-    code = b"".join(path.read_bytes() for path in (_TEMPLATE, _STYLE, *sorted(_HERE.glob("*.py"))))
+    code = b"".join(path.read_bytes() for path in (*templates.FILES, *sorted(_HERE.glob("*.py"))))
     return hashlib.sha256(code + notebook.read_bytes()).hexdigest()
 
 
 def _page(plan: Plan, step: PlannedStep, notebook: Path, state: str, exporter: cells_html.Exporter) -> str:
     import nbformat
-    from jinja2 import Environment
     from pygments.formatters import HtmlFormatter
 
     executed = nbformat.read(notebook, as_version=4)
@@ -71,16 +69,17 @@ def _page(plan: Plan, step: PlannedStep, notebook: Path, state: str, exporter: c
     code_style = (
         f"{plain.sub('', light)}\n@media screen and (prefers-color-scheme: dark) {{ {plain.sub('', dark)} }}"
     )
-    template = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return templates.filled(
+        "step.html",
+        templates.text_of("page.css"),
+        templates.text_of("step.css"),
+        code_style,
         run=step.name,
         study=plan.study.name,
         label=step.label,
         parents=step.parents,
         facts=_facts(step),
         state=state,
-        style=_STYLE.read_text(encoding="utf-8"),
-        code_style=code_style,
         body=exporter(shown),
     )
 

@@ -20,13 +20,12 @@ from pftools import figures as drawings
 from pftools import files
 from pftools.errors import PftoolsError
 from pftools.redaction import redact
-from pftools.report import cells_html, live, matrix, notebooks
+from pftools.report import cells_html, live, matrix, notebooks, templates
 from pftools.steps import NOTEBOOKS, kernel_options
 from pftools.study import Plan, load_study, plan_study, run_state
 
 _NOTEBOOK = "06_compare_orderings.ipynb"
 _HERE = Path(__file__).parent
-_TEMPLATE, _STYLE, _SCRIPT = _HERE / "page.html", _HERE / "page.css", _HERE / "page.js"
 
 
 def render(
@@ -83,7 +82,7 @@ def _state(study: str | Path, plan: Plan) -> str:
         found.update(record.read_bytes() if record.exists() else run_state(step.folder).encode())
     found.update(repr(plan.outdated()).encode())
     package = _HERE.parent
-    code = [NOTEBOOKS / _NOTEBOOK, _TEMPLATE, _STYLE, _SCRIPT]
+    code = [NOTEBOOKS / _NOTEBOOK, *templates.FILES]
     for name in ("report", "compare", "inference", "figures"):
         code += sorted((package / name).glob("*.py"))
     for file in code:
@@ -107,8 +106,6 @@ def _executed(study: str | Path, parameters: dict[str, str]) -> Any:
 
 def _html(notebook: Any, name: str, state: str, orderings: list[str]) -> str:
     """The notebook's words and outputs, without its code, in a page of our own."""
-    from jinja2 import Environment
-
     cells = [cell for cell in notebook.cells if "lesson" not in cells_html.tags_of(cell)]
     for number, cell in enumerate(cells):
         cells_html.tidy(cell, f"cell{number}")
@@ -121,8 +118,10 @@ def _html(notebook: Any, name: str, state: str, orderings: list[str]) -> str:
     answer, chart = (exporter([cell]) for cell in first)
     body = cells_html.with_ids("\n".join(_part(exporter, cell) for cell in [*others, how]))
     alive = "data-says=" in chart + body
-    template = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return templates.filled(
+        "page.html",
+        templates.text_of("page.css"),
+        _colours(orderings),
         name=name,
         state=state,
         title=title,
@@ -131,10 +130,9 @@ def _html(notebook: Any, name: str, state: str, orderings: list[str]) -> str:
         body=body,
         sections=cells_html.sections(body),
         key=_key(orderings),
-        style=_STYLE.read_text(encoding="utf-8") + _colours(orderings),
         dark=json.dumps(live.dark_colours()),
         vega=live.script() if alive else "",
-        script=_SCRIPT.read_text(encoding="utf-8"),
+        script=templates.text_of("page.js"),
     )
 
 
