@@ -42,7 +42,7 @@ lint: $(VENV)/ready
 	$(BIN)/lint-imports --no-logo
 
 notebooks: $(VENV)/ready
-	$(BIN)/jupyter lab notebooks
+	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_plan_study.ipynb
 
 gallery: $(VENV)/ready
 	$(BIN)/python docs/gallery/make.py

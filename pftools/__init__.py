@@ -5,6 +5,7 @@ The helper package behind the notebooks. A module is one idea, and imports only 
 
     cli, doctor                             commands
     report, widgets                         render a study, steer it by hand
+    choosers                                widgets that are pictures where there is no kernel
     study                                   run a plan, read its results
     local, slurm                            execute many steps, here or on a cluster
     steps, progress                         execute one; say how far a plan is

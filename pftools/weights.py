@@ -1,7 +1,8 @@
 """What pruning and fine-tuning did to the weights, layer by layer: the study's weight analysis.
 
-Three tables: statistics of the linear weights, statistics of an adapter's two matrices, and the difference
-between a model and the one that it was made from. All are computed in float32, a matrix at a time.
+Tables: statistics of the linear weights, statistics of an adapter's two matrices and its effective ranks, and
+the difference between a model and the one that it was made from, or its base. All are computed in float32, a
+matrix at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 import torch
 
+from pftools.adapters import load_adapter
 from pftools.errors import PftoolsError
 from pftools.layers import linear_modules
 from pftools.mapped import in_turn, release
@@ -75,6 +77,42 @@ def adapter_statistics(folder: str | Path) -> pd.DataFrame:
         .sort_values(["layer", "place", "module", "matrix"], ignore_index=True)
         .drop(columns="place")
     )
+
+
+def effective_ranks(folder: str | Path) -> pd.DataFrame:
+    """How many directions an adapter's update takes: a row an adapted weight.
+
+    Args:
+        folder: a PEFT adapter folder (LoRA, masked LoRA or HiRA).
+
+    Returns:
+        Columns layer, module, group, rank (of the adapter) and effective_rank (of its product BA, before a
+        mask or, with HiRA, the weight multiplies it).
+
+    Raises:
+        PftoolsError: as of `adapters.load_adapter`.
+    """
+    rows = [
+        {**_place(name), "rank": len(a), "effective_rank": effective_rank(a, b)}
+        for name, (a, b) in load_adapter(folder).factors.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def effective_rank(a: torch.Tensor, b: torch.Tensor) -> float:
+    """exp of the entropy of BA's squared singular values, as shares of their sum; 0 where BA is 0.
+
+    It lies between 1 and the rank: the number of directions among which the update's squared norm is shared
+    (Roy and Vetterli 2007 define it so, with singular values that are not squared). BA itself is never
+    formed: with B = Q R and A^T = Q' R', its singular values are those of R R'^T.
+
+    Args:
+        a: (rank, columns). b: (rows, rank).
+    """
+    right, left = (torch.linalg.qr(factor.double(), mode="r").R for factor in (a.T, b))
+    squares = torch.linalg.svdvals(left @ right.T).square()
+    total = squares.sum()
+    return float(torch.special.entr(squares / total).sum().exp()) if total > 0 else 0.0
 
 
 def weight_differences(

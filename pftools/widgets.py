@@ -17,7 +17,9 @@ import yaml
 from transformers import TrainerCallback
 
 from pftools import costs, files
+from pftools.choosers import Pictured
 from pftools.errors import PftoolsError
+from pftools.notebook import project_folder
 from pftools.orderings import PUBLISHED, parse_ordering
 from pftools.shipped import shipped_studies
 from pftools.study import Plan, load_study, plan_study, run_state
@@ -65,50 +67,53 @@ class LiveLoss(TrainerCallback):
             self._shown.update(HTML(""))  # the finished curve follows in a cell of its own
 
 
-def ordering_explorer(ordering: str = "iter_pf", sparsity: float = 0.5) -> ipywidgets.VBox:
+class OrderingExplorer(Pictured):
     """A box to type an ordering into, a slider for the sparsity, and the steps that they stand for.
 
-    Without a live kernel (in a rendered notebook) the first picture stays.
+    Attributes:
+        fields: {name: control} of ordering, sparsity and schedule.
+        said: the steps in letters, or what is wrong with the word.
+        stairs: the drawing, SVG.
     """
-    from IPython.display import SVG, display
 
-    word = ipywidgets.Combobox(
-        value=ordering,
-        options=list(PUBLISHED),
-        ensure_option=False,
-        description="ordering",
-        continuous_update=True,
-    )
-    target = ipywidgets.FloatSlider(
-        value=sparsity, min=0, max=0.9, step=0.05, description="sparsity", readout_format=".0%"
-    )
-    schedule = ipywidgets.ToggleButtons(options=["linear", "cubic"], description="schedule")
-    drawn, said = ipywidgets.Output(), ipywidgets.HTML()
+    def __init__(self, ordering: str = "iter_pf", sparsity: float = 0.5) -> None:
+        word = ipywidgets.Combobox(
+            value=ordering,
+            options=list(PUBLISHED),
+            ensure_option=False,
+            description="ordering",
+            continuous_update=True,
+        )
+        target = ipywidgets.FloatSlider(
+            value=sparsity, min=0, max=0.9, step=0.05, description="sparsity", readout_format=".0%"
+        )
+        schedule = ipywidgets.ToggleButtons(options=["linear", "cubic"], description="schedule")
+        self.fields = {"ordering": word, "sparsity": target, "schedule": schedule}
+        self.said, self.stairs = ipywidgets.HTML(), ipywidgets.HTML()
+        for field in self.fields.values():
+            field.observe(lambda _: self._draw(), "value")
+        super().__init__([*self.fields.values(), self.said, self.stairs])
+        self._draw()
 
-    def draw(_: Any = None) -> None:
+    def _draw(self) -> None:
+        from pftools import figures
+
+        word, target, schedule = (field.value for field in self.fields.values())
         try:
-            steps = parse_ordering(word.value).steps(target.value, schedule=schedule.value)
+            steps = parse_ordering(word).steps(target, schedule=schedule)
         except PftoolsError as error:
-            said.value = f"<span style='color:#b3541e'>{escape(str(error))}</span>"
+            self.said.value = f"<span style='color:#b3541e'>{escape(str(error))}</span>"
             return
-        said.value = f"<code>{' '.join(step.kind for step in steps) or 'no step: the model as it is'}</code>"
-        drawn.clear_output(wait=True)
-        with drawn:
-            display(SVG(_stairs(steps)))
+        letters = " ".join(step.kind for step in steps) or "no step: the model as it is"
+        self.said.value = f"<code>{letters}</code>"
+        self.stairs.value = figures.as_svg(figures.ordering_chart(steps))
 
-    for control in (word, target, schedule):
-        control.observe(draw, "value")
-    draw()
-    return ipywidgets.VBox([word, target, schedule, said, drawn])
+    def still(self) -> dict[str, Any]:
+        """The stairs."""
+        return {"image/svg+xml": self.stairs.value}
 
 
-def _stairs(steps: tuple[Any, ...]) -> str:
-    from pftools import figures
-
-    return figures.as_svg(figures.ordering_chart(steps))
-
-
-class StudyPlanner(ipywidgets.VBox):
+class StudyPlanner(Pictured):
     """Plan a study by hand: what it costs is told as it is typed; then save, start, watch and stop it.
 
     Args:
@@ -118,6 +123,7 @@ class StudyPlanner(ipywidgets.VBox):
     Attributes:
         fields: {name: control} of name, model, orderings, sparsities, methods, seeds and tokens; a list has
             commas between.
+        said, states, report: what the study costs, where its steps are, and its report once it is finished.
     """
 
     _LISTS = {"orderings": str, "sparsities": float, "methods": str, "seeds": int}
@@ -138,7 +144,7 @@ class StudyPlanner(ipywidgets.VBox):
             kind = ipywidgets.IntText if name == "tokens" else ipywidgets.Text
             written = ", ".join(map(str, value)) if isinstance(value, list) else value
             self.fields[name] = kind(value=written, description=name, layout={"width": "96%"})
-        self.said, self.states = ipywidgets.HTML(), ipywidgets.HTML()
+        self.said, self.states, self.report = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self.save = ipywidgets.Button(description="Save", tooltip="write the study file")
         self.start = ipywidgets.Button(description="Start", tooltip="save, and run the missing steps")
         self.stop = ipywidgets.Button(description="Stop", disabled=True, tooltip="what is finished is kept")
@@ -148,8 +154,12 @@ class StudyPlanner(ipywidgets.VBox):
         for field in self.fields.values():
             field.observe(lambda _: self.tell(), "value")
         buttons = ipywidgets.HBox([self.save, self.start, self.stop])
-        super().__init__([*self.fields.values(), self.said, buttons, self.states])
+        super().__init__([*self.fields.values(), self.said, buttons, self.states, self.report])
         self.tell()
+
+    def still(self) -> dict[str, Any]:
+        """What the study would cost."""
+        return {"text/html": f"<p>{self.said.value}</p>"}
 
     def words(self) -> dict[str, Any]:
         """The study as its file would say it.
@@ -202,13 +212,19 @@ class StudyPlanner(ipywidgets.VBox):
         return self.file
 
     def _command(self) -> list[str]:
-        run = "from pftools.cli import main; main()"
+        # A kernel ignores the signal that stops a program, and so would what it starts.
+        run = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        run += "; from pftools.cli import main; main()"
         return [sys.executable, "-c", run, "run", str(self.file), "--runs", self._runs]
 
     def _begin(self) -> None:
         self.write()
         self._process = subprocess.Popen(
-            self._command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            self._command(),
+            cwd=project_folder(),  # where its report goes, too
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         self.start.disabled, self.stop.disabled = True, False
         threading.Thread(target=self._watch, args=(self._process,), daemon=True).start()
@@ -223,8 +239,17 @@ class StudyPlanner(ipywidgets.VBox):
             self.states.value = _states(plan)
             time.sleep(1)
         self.states.value = _states(plan)
+        if process.returncode == 0:
+            self.report.value = _framed(project_folder() / "reports" / plan.study.name / "index.html")
         self._process = None
         self.start.disabled, self.stop.disabled = False, True
+
+
+def _framed(page: Path) -> str:
+    """A report's page in a frame of its own, which needs no server."""
+    inside = escape(page.read_text(encoding="utf-8"))
+    frame = f'<iframe title="The report" srcdoc="{inside}" style="width: 100%; height: 720px"></iframe>'
+    return f"The report is <code>{escape(str(page))}</code>.<br>{frame}"
 
 
 def _states(plan: Plan) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from safetensors.torch import save_file
 from scipy import stats
 
 from pftools import run_folder, study
@@ -23,6 +25,7 @@ WORDS: dict[str, Any] = {
     "finetune": {"block_length": 10},
 }
 N_BLOCKS, N_QUESTIONS = 30, 120
+SHAPES = {"model.layers.0.self_attn.q_proj.weight": (3, 5), "model.layers.1.mlp.up_proj.weight": (4, 7)}
 
 
 def published_harm(row: PlannedRow) -> float:
@@ -108,3 +111,30 @@ def _seal_evaluation(
         tasks=tasks,
         dtype="float32",
     )
+
+
+def fill_weights(runs: Path) -> None:
+    """What sealed analyses and finetune runs hold: tables of two weights, and adapters of rank 2."""
+    for number, run in enumerate(sorted(runs.glob("analyse-*"))):
+        place = {"layer": [0, 1], "module": ["q_proj", "up_proj"]}
+        pd.DataFrame({**place, "sparsity": 0.5, "std": 0.1 * (number + 1), "kurtosis": 3.0}).to_parquet(
+            run / "weights.parquet"
+        )
+        if number % 2:
+            pd.DataFrame({**place, "relative": [0.1, 0.2], "on_zeros": [0.0, 0.4]}).to_parquet(
+                run / "differences.parquet"
+            )
+            pd.DataFrame({**place, "distance": [0.2, 0.4]}).to_parquet(run / "distance.parquet")
+    for number, run in enumerate(sorted(runs.glob("finetune-*"))):
+        _save_adapter(run / "adapter", torch.Generator().manual_seed(number))
+
+
+def _save_adapter(folder: Path, generator: torch.Generator) -> None:
+    factors = {}
+    for name, (rows, columns) in SHAPES.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        factors[f"{module}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+        factors[f"{module}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4, "r": 2}))

@@ -20,6 +20,9 @@ def test_a_page_has_words_code_numbers_and_pictures_and_no_widget(tmp_path):
             "display_data", {"image/svg+xml": svg, gallery.LIVE: {}, "text/plain": "chart"}
         ),
         nbformat.v4.new_output("display_data", {gallery.WIDGET: {}, "text/plain": "VBox(children=())"}),
+        nbformat.v4.new_output(
+            "display_data", {gallery.WIDGET: {}, "text/html": "<p>as it was</p>", "text/plain": "VBox()"}
+        ),
     ]
     cells = [
         nbformat.v4.new_markdown_cell("# 2 · Prune"),
@@ -28,6 +31,6 @@ def test_a_page_has_words_code_numbers_and_pictures_and_no_widget(tmp_path):
     page = gallery.write("02_prune", nbformat.v4.new_notebook(cells=cells), tmp_path)
     text = page.read_text()
     assert "# 2 · Prune" in text and "prune()" in text and "perplexity 12.3" in text
-    assert "progress" not in text and "VBox" not in text
+    assert "progress" not in text and "VBox" not in text and "as it was" in text
     (picture,) = (tmp_path / "02_prune").iterdir()
     assert f"(02_prune/{picture.name})" in text and "drawn" in picture.read_text()

@@ -4,15 +4,13 @@ import re
 from html import unescape
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pftools import masks, report, weights
-from pftools.report import inside
-from tests.made_up import GAIN, seal_study
-
-SHAPES = {"model.layers.0.self_attn.q_proj.weight": (3, 5), "model.layers.1.mlp.up_proj.weight": (4, 7)}
+from pftools.report import inside, lineage
+from tests.made_up import GAIN, SHAPES, fill_weights, seal_study
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +25,7 @@ def analysed(tmp_path_factory):
             name: torch.rand(shape, generator=generator) > 0.5 for name, shape in SHAPES.items()
         }
         masks.save_masks(run / masks.MASKS, kept[run.name])
-    for number, run in enumerate(sorted((folder / "runs").glob("analyse-*"))):
-        place = {"layer": [0, 1], "module": ["q_proj", "up_proj"]}
-        pd.DataFrame({**place, "sparsity": 0.5, "std": 0.1 * (number + 1), "kurtosis": 3.0}).to_parquet(
-            run / "weights.parquet"
-        )
-        if number % 2:
-            pd.DataFrame({**place, "relative": [0.1, 0.2], "on_zeros": [0.0, 0.4]}).to_parquet(
-                run / "differences.parquet"
-            )
+    fill_weights(folder / "runs")
     return report.study_results(file, runs=folder / "runs"), kept
 
 
@@ -73,7 +63,9 @@ def test_the_layers_of_analysed_models_are_drawn_an_ordering_a_line(analysed):
         "Spread, layer by layer",
         "Tails, layer by layer",
         "What the last step changed",
+        "Distance from the base",
         "Change on zeros",
+        "Effective rank of the last adapter",
     ]
     for chart in charts.values():
         assert "Mean over layers" in chart["description"]
@@ -81,6 +73,24 @@ def test_the_layers_of_analysed_models_are_drawn_an_ordering_a_line(analysed):
     assert {row["label"] for row in rows} == {"base", *GAIN} and len(rows) == 2 * len(
         {row["label"] for row in rows}
     )
+
+
+def test_the_effective_rank_of_an_ordering_is_that_of_its_last_adapter(analysed):
+    table, _ = analysed
+    layers = report.layers_of(table)
+    tuned = layers[layers["ordering"].isin(["finetune_prune", "prune_finetune"])]
+    assert set(tuned["seed"]) == {0, 1} and tuned["effective_rank"].between(1, 2).all()
+    assert layers.loc[layers["ordering"].isin(["base", "prune"]), "effective_rank"].isna().all()
+    models = dict(zip(zip(table["ordering"], table["seed"]), table["model"]))
+    for (ordering, seed), rows in tuned.groupby(["ordering", "seed"]):
+        (run, *_) = [run for run in lineage.runs_behind(models[ordering, seed]) if "finetune" in run.name]
+        factors = load_file(run / "adapter" / "adapter_model.safetensors")
+        for row in rows.itertuples():
+            place = f"layers.{row.layer}."
+            (a,) = [factors[name].double() for name in factors if place in name and "lora_A" in name]
+            (b,) = [factors[name].double() for name in factors if place in name and "lora_B" in name]
+            shares = torch.linalg.svdvals(b @ a)[:2] ** 2 / (b @ a).norm() ** 2
+            assert row.effective_rank == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())))
 
 
 def inside_title(chart):

@@ -100,3 +100,32 @@ def test_adapter_statistics_read_a_peft_folder(tmp_path):
     ).all()
     with pytest.raises(PftoolsError, match="no adapter"):
         weights.adapter_statistics(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(40, 30, 6), (3, 50, 8), (7, 7, 1)])
+def test_the_effective_rank_is_that_of_the_product(rows, columns, rank):
+    generator = torch.Generator().manual_seed(rank)
+    a = torch.randn(rank, columns, generator=generator) * torch.logspace(0, -2, rank)[:, None]
+    b = torch.randn(rows, rank, generator=generator)
+    squares = np.linalg.svd((b.double() @ a.double()).numpy(), compute_uv=False) ** 2
+    shares = squares[squares > 0] / squares.sum()
+    found = weights.effective_rank(a, b)
+    assert found == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-6)
+    assert 1 - 1e-9 <= found <= min(rows, columns, rank) + 1e-9
+
+
+def test_effective_ranks_at_their_ends():
+    evenly, once = torch.eye(4, 9), torch.ones(4, 9)
+    assert weights.effective_rank(evenly, torch.eye(5, 4)) == pytest.approx(4)
+    assert weights.effective_rank(once, torch.randn(5, 4)) == pytest.approx(1)
+    assert weights.effective_rank(evenly, torch.zeros(5, 4)) == 0
+
+
+def test_effective_ranks_are_of_every_adapted_weight(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    table = weights.effective_ranks(tmp_path)
+    assert len(table) == 4 and set(table["module"]) == {"q_proj", "up_proj"} and set(table["rank"]) == {4}
+    assert table["effective_rank"].between(1, 4).all()

@@ -45,15 +45,22 @@ def main(study: Path = STUDY, runs: str = "runs", folder: Path = HERE) -> list[P
         return [write(name, nbformat.read(path, 4), folder) for name, path in sorted(executed.items())]
 
 
+def still(data: dict[str, Any]) -> dict[str, Any]:
+    """An output, by media type, for a page without a script: of a chart, or a widget, its drawing."""
+    kept = {kind: shown for kind, shown in data.items() if kind not in (LIVE, WIDGET)}
+    return {} if WIDGET in data and set(kept) == {"text/plain"} else kept
+
+
 def write(name: str, notebook: Any, folder: Path) -> Path:
     """One executed notebook as Markdown, with its pictures in `<name>/` beside it."""
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            kept = [output for output in cell.outputs if output.get("name") != "stderr"]
-            cell.outputs = [output for output in kept if WIDGET not in output.get("data", {})]
-            for output in cell.outputs:  # a page has no script: of a chart its drawing
-                output.get("data", {}).pop(LIVE, None)
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "data" in output:
+                    output.data = still(output.data)
+            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
     resources: dict[str, Any] = {"output_files_dir": name, "unique_key": "picture"}
     body, resources = MarkdownExporter().from_notebook_node(notebook, resources)
     for place, content in resources["outputs"].items():

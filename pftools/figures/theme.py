@@ -131,6 +131,7 @@ def _theme() -> alt.theme.ThemeConfig:
 # both.
 LIVE = "application/vnd.vegalite.v5+json"
 _SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
+_EMBEDDED = {"embedOptions": {"renderer": "svg", "actions": False}}
 
 
 def _both(spec: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -138,7 +139,7 @@ def _both(spec: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, Any
     import vl_convert
 
     svg = vl_convert.vegalite_to_svg(spec, vl_version=".".join(alt.SCHEMA_VERSION.split(".")[:2]))
-    return {LIVE: {**spec, "$schema": _SCHEMA}, "image/svg+xml": svg}, {}
+    return {LIVE: {**spec, "$schema": _SCHEMA, "usermeta": _EMBEDDED}, "image/svg+xml": svg}, {}
 
 
 alt.renderers.register("pftools", _both)

@@ -27,7 +27,7 @@ from pftools.report.charts import (
     sparsity_chart,
     task_charts,
 )
-from pftools.report.inside import overlap_matrix, weight_charts
+from pftools.report.inside import layer_chart, layer_values, layers_of, overlap_matrix, weight_charts
 from pftools.report.lineage import entry_costs
 from pftools.report.matrix import verdict_matrix
 from pftools.report.page import render
@@ -64,6 +64,9 @@ __all__ = [
     "final_states",
     "guessing_table",
     "headline",
+    "layer_chart",
+    "layer_values",
+    "layers_of",
     "lost_zeros",
     "missing_table",
     "ordering_names",

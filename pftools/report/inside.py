@@ -1,17 +1,16 @@
 """What the orderings of a study did inside the weights: which were pruned, and what changed where.
 
-Masks are read from the prune runs behind a model; everything else from the analyses, which a study runs where
-it says `analyse: true`.
+Masks are read from the prune runs behind a model, adapters from its finetune runs; everything else from the
+analyses, which a study runs where it says `analyse: true`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ import pandas as pd
 from pftools import run_folder
 from pftools.compare import sparsity_words
 from pftools.masks import MASKS
+from pftools.reload_check import ADAPTER
 from pftools.report.lineage import runs_behind
 from pftools.report.matrix import STYLE, square
 from pftools.report.results import entry_table, final_states, ordering_names, plan_of
@@ -48,12 +48,25 @@ _LAYERS_OF = {
         "Norm of the difference from the model before, over that model's norm, averaged over modules.",
         False,
     ),
+    "distance": (
+        "Distance from the base",
+        "Norm of the difference from the base model, over that model's norm, averaged over modules.",
+        False,
+    ),
     "on_zeros": (
         "Change on zeros",
         "Share of the last step's squared change on weights that were zero: a dense merge fills them.",
         True,
     ),
+    "effective_rank": (
+        "Effective rank of the last adapter",
+        "Over how many directions its update is spread, averaged over modules; 1 is a single one.",
+        False,
+    ),
 }
+
+
+_ANALYSED = ("weights.parquet", "differences.parquet", "distance.parquet")
 
 
 def overlap_matrix(table: pd.DataFrame) -> str:
@@ -134,49 +147,71 @@ def _bits(path: Path) -> dict[str, tuple[np.ndarray, int]]:
 
 
 def weight_charts(table: pd.DataFrame) -> list[alt.LayerChart]:
-    """What the analyses found, a line an ordering over the layers; empty where the study has none."""
+    """What is known of the weights, a line an ordering over the layers; empty where nothing is."""
+    layers = layers_of(table)
+    charts = [layer_chart(table, layers, value) for value in layer_values(layers)]
+    return [chart for chart in charts if chart is not None]
+
+
+def layer_values(layers: pd.DataFrame) -> list[str]:
+    """The columns of `layers_of` that can be drawn, in the order of the report."""
+    return [value for value in _LAYERS_OF if value in layers]
+
+
+def layer_chart(table: pd.DataFrame, layers: pd.DataFrame, value: str) -> alt.LayerChart | None:
+    """A column of `layers_of`, a line an ordering: means over modules and seeds. None: it is all zeros."""
     from pftools import figures
 
-    found = pd.DataFrame(list(_analysed(table)))
-    if not len(found):
-        return []
-    charts = []
-    for value, (title, subtitle, percent) in _LAYERS_OF.items():
-        if value not in found or not found[value].notna().any() or not found[value].abs().max():
-            continue
-        rows = found.dropna(subset=[value])
-        by_layer = rows.groupby(["ordering", "label", "layer"], sort=False)[value].mean().reset_index()
-        means = by_layer.groupby("label", sort=False)[value].mean()
-        described = "; ".join(f"{label} {mean:.3g}" for label, mean in means.items())
-        chart = figures.orderings_by_layer(
-            by_layer, value, title=title, subtitle=subtitle, orderings=ordering_names(table), percent=percent
-        )
-        charts.append(chart.properties(description=f"{title}. Mean over layers: {described}."))
-    return charts
+    title, subtitle, percent = _LAYERS_OF[value]
+    rows = layers.dropna(subset=[value])
+    if not rows[value].abs().max() > 0:
+        return None
+    by_layer = rows.groupby(["ordering", "label", "layer"], sort=False)[value].mean().reset_index()
+    means = by_layer.groupby("label", sort=False)[value].mean()
+    described = "; ".join(f"{label} {mean:.3g}" for label, mean in means.items())
+    chart = figures.orderings_by_layer(
+        by_layer, value, title=title, subtitle=subtitle, orderings=ordering_names(table), percent=percent
+    )
+    return chart.properties(description=f"{title}. Mean over layers: {described}.")
 
 
-def _analysed(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """A row a weight of every analysed model at the highest sparsity, and of the dense one: one seed each."""
+def layers_of(table: pd.DataFrame) -> pd.DataFrame:
+    """What is known of the weights of every model at the highest sparsity, and of the dense one.
+
+    Returns:
+        A row a model, layer and module: ordering, label, seed, layer, module, and the means over that
+        module's weights which charts are made of. Empty where there is neither analysis nor adapter.
+    """
     ends = final_states(table)
     kept = ends[(ends["asked"] == ends["asked"].max()) | (ends["asked"] == 0)]
-    models = dict(zip(kept["run"], kept["model"]))
+    models, seeds = dict(zip(kept["run"], kept["model"])), dict(zip(kept["run"], kept["seed"]))
     analyses = {
         step.parameters.model: step.folder
         for step in plan_of(table).steps.values()
         if step.parameters.step == "analyse" and run_folder.is_finished(step.folder)
     }
-    for _, entry in entry_table(kept).iterrows():
-        folder = analyses.get(models[entry["runs"][0]])
-        if folder is None:
-            continue
-        weights = pd.read_parquet(folder / "weights.parquet")
-        if (folder / "differences.parquet").exists():
-            changes = pd.read_parquet(folder / "differences.parquet")
-            new = [name for name in ("relative", "on_zeros") if name in changes]
-            weights = weights.merge(changes[["layer", "module", *new]], on=["layer", "module"], how="left")
-        for row in weights.to_dict("records"):
-            yield {
-                "ordering": entry["ordering"],
-                "label": entry["label"],
-                **{str(k): v for k, v in row.items()},
-            }
+    found = [
+        known.assign(ordering=entry["ordering"], label=entry["label"], seed=seeds[run])
+        for _, entry in entry_table(kept).iterrows()
+        for run in entry["runs"]
+        for known in [_known_of(models[run], analyses.get(models[run]))]
+    ]
+    return pd.concat(found, ignore_index=True) if any(map(len, found)) else pd.DataFrame()
+
+
+def _known_of(model: str, analysis: Path | None) -> pd.DataFrame:
+    """Of one model, a row a layer and module: what its analysis and its last adapter tell."""
+    files = [analysis / name for name in _ANALYSED] if analysis is not None else []
+    parts = [_means(pd.read_parquet(file)) for file in files if file.exists()]
+    adapter = next((path for run in runs_behind(model) if (path := run / ADAPTER).is_dir()), None)
+    if adapter is not None:
+        from pftools.weights import effective_ranks
+
+        parts.append(_means(effective_ranks(adapter)))
+    return pd.concat(parts, axis=1).reset_index() if parts else pd.DataFrame()
+
+
+def _means(weights: pd.DataFrame) -> pd.DataFrame:
+    """What is drawn, by layer and module: experts are many weights of one name."""
+    drawn = [value for value in _LAYERS_OF if value in weights]
+    return weights.groupby(["layer", "module"], sort=False)[drawn].mean()

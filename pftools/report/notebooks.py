@@ -105,13 +105,13 @@ def _with_parameters(cells: list[Any], parameters: dict[str, Any]) -> list[Any]:
         if "injected-parameters" in tags:
             continue
         if "parameters" in tags:
-            cell.source = "\n".join(_given(line, parameters) for line in cell.source.splitlines())
+            cell.source = "\n".join(given(line, parameters) for line in cell.source.splitlines())
         if cell.cell_type == "markdown" or cell.source.strip():
             shown.append(cell)
     return shown
 
 
-def _given(line: str, parameters: dict[str, Any]) -> str:
+def given(line: str, parameters: dict[str, Any]) -> str:
     """A line `name = value  # comment` with the value that the step was given."""
     (name, *_) = sources.assigned(line) or {""}
     if name not in parameters:
