@@ -127,7 +127,8 @@ def wanda(
         reached: dict[str, torch.Tensor] = {}
         for piece in watched(model, parameters, blocks.split(batch_size)):
             if piece.name not in counted:
-                naive.left.add(piece.name)
+                if sum(size > 1 for size in parameters[piece.name].shape) > 1:  # a vector is no matrix
+                    naive.left.add(piece.name)
                 continue
             weight = parameters[piece.name].data
             mask = naive.masks.setdefault(piece.name, torch.ones(weight.shape, dtype=torch.bool))
