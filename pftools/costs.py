@@ -149,58 +149,78 @@ def estimate_seconds(plan: Plan) -> tuple[float, set[str]]:
 
 
 def first_times(plan: Plan) -> str:
-    """A sentence about the time of a plan without past runs, by a second's timing of the model here."""
-    shapes = shapes_of(plan.study)
-    if not shapes:
+    """A sentence about the time of a plan without past runs, by some seconds' timing of the model here."""
+    config = plan.study.shape or read_config(plan.study.model)
+    if not config:
         return f"Time: not known yet, as no file of {plan.study.model!r} is here."
-    seconds = estimate_first_seconds(plan, _seconds_a_token(plan.study, shapes))
+    try:
+        seconds = estimate_first_seconds(plan, **_speed(plan.study, config))
+    except PftoolsError as error:
+        return f"Time: not known yet, as the model could not be timed here ({error})."
     return (
-        f"Time: very roughly {max(1, round(seconds / 60))} minutes, one step after the other, by a second's "
-        "timing of the model's products here; the next plan tells it from runs."
+        f"Time: very roughly {max(1, round(seconds / 60))} minutes, one step after the other, by some "
+        "seconds' timing of a layer of the model, as busy as this machine is now; the next plan tells it "
+        "from runs."
     )
 
 
-def _seconds_a_token(study: Study, shapes: Shapes) -> float:
+def _speed(study: Study, config: dict[str, Any]) -> dict[str, float]:
+    """`timing.Speed` of the study's model here, as JSON."""
     device = study.parameters(settings.Evaluate).device
-    asked = json.dumps({"shapes": shapes, "dtype": study.dtype, "device": device})
+    asked = json.dumps({"config": config, "dtype": study.dtype, "device": device})
     command = [sys.executable, "-m", "pftools.timing"]
     done = subprocess.run(command, input=asked, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise PftoolsError(f"the model could not be timed here ({last}): choose another dtype or device.")
-    return float(done.stdout)
+        raise PftoolsError(last.rpartition("PftoolsError: ")[2].strip().rstrip("."))
+    speed: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return speed
 
 
-def estimate_first_seconds(plan: Plan, seconds_a_token: float) -> float:
+def estimate_first_seconds(plan: Plan, seconds_a_token: float, busy: float = 1.0) -> float:
     """Seconds of the missing steps by the tokens that they read.
 
     Args:
         plan: the plan.
-        seconds_a_token: of a forward pass.
+        seconds_a_token: of a forward pass, as busy as the machine is now.
+        busy: how many times as long as on a free machine work takes now.
     """
-    return sum(_STEP_SECONDS + seconds_a_token * _forwards(step.parameters) for step in plan.missing())
+    return sum(
+        _STEP_SECONDS * busy + seconds_a_token * _forwards(step.parameters, plan) for step in plan.missing()
+    )
 
 
-_STEP_SECONDS = 8  # a process, a kernel, and a small model read from the disk
+_STEP_SECONDS = 12  # a process, a kernel, libraries, and a small model read from the disk: 12 to 16 measured
+_TRAINING = 4  # forwards that a token costs that is trained on: 3.3 measured in fp32, 4.7 in bf16
 _QUESTION_TOKENS = 40  # with its answers; what questions share is read once
 _ALL_QUESTIONS, _ALL_TOKENS = 5000, 100_000
+_SAMPLED_BLOCKS = 8  # whose activations 02_prune shows
 
 
-def _forwards(parameters: settings.Step) -> float:
-    """Tokens that a step reads, a backward pass counted as one more forward and a half."""
+def _forwards(parameters: settings.Step, plan: Plan) -> float:
+    """Tokens that a step reads, counted by what they cost in forward passes."""
     if isinstance(parameters, settings.Calibrate):
         return parameters.n_blocks * parameters.block_length
-    if isinstance(parameters, settings.Prune):  # with the calibration's blocks: two passes
+    if isinstance(parameters, settings.Prune):
         held_out = 2 * parameters.held_out_blocks * parameters.block_length
-        return 2 * parameters.n_blocks * parameters.block_length + held_out
+        return _calibration_tokens(parameters, plan) + held_out
     if isinstance(parameters, settings.Finetune):
         held_out = 2 * parameters.held_out_blocks * parameters.block_length
-        return 2.5 * (parameters.tokens or 0) + held_out
+        return _TRAINING * (parameters.tokens or 0) + held_out
     if isinstance(parameters, settings.Evaluate):
         questions = len(parameters.tasks) * (parameters.limit or _ALL_QUESTIONS)
         text = (parameters.n_blocks or 0) * parameters.block_length or _ALL_TOKENS
         return text + questions * _QUESTION_TOKENS
     return 0
+
+
+def _calibration_tokens(parameters: settings.Prune, plan: Plan) -> int:
+    """What pruning reads of the calibration's blocks, or of its own: each twice, and a sample."""
+    step = plan.steps.get(Path(parameters.calibration).name)
+    source = step.parameters if step else parameters
+    assert isinstance(source, settings.Calibrate | settings.Prune)
+    sampled = 0 if parameters.inputs == "dense" else min(_SAMPLED_BLOCKS, source.n_blocks)
+    return (2 * source.n_blocks + sampled) * source.block_length
 
 
 def _past_seconds(root: Path) -> dict[tuple[str, ...], list[float]]:

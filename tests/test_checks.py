@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
 
-from pftools import settings
+from pftools import costs, settings, timing
 from pftools.checks import check_plan
 from pftools.costs import estimate_disk, estimate_first_seconds, first_times
 from pftools.errors import PftoolsError
@@ -204,10 +205,49 @@ def test_true_is_no_number(kind, given, says):
 
 
 def test_a_first_run_is_estimated_without_past_runs(checked):
-    plan = checked(evaluate="{block_length: 64, n_blocks: 10, tasks: [facts], limit: 5}")
-    few = estimate_first_seconds(plan, 0.001)
-    assert estimate_first_seconds(plan, 0.01) > few > 0
-    assert "Time: very roughly" in first_times(plan)
+    plan = checked(
+        calibrate="{block_length: 64, n_blocks: 3}",
+        prune="{held_out_blocks: 2}",
+        evaluate="{block_length: 64, n_blocks: 10, tasks: [facts], limit: 5}",
+    )
+    per_step = estimate_first_seconds(plan, 0.0)
+    assert estimate_first_seconds(plan, 0.0, busy=3.0) == pytest.approx(3 * per_step)
+    kinds = {step.parameters.step: step.parameters for step in plan.steps.values()}
+    forwards = {
+        "calibrate": 3 * 64,
+        "prune": (2 * 3 + 3) * 64 + 2 * 2 * kinds["prune"].block_length,  # of the calibration's blocks
+        "finetune": 4 * kinds["finetune"].tokens + 2 * 8 * kinds["finetune"].block_length,
+        "evaluate": 10 * 64 + 5 * 40,
+    }
+    expected = sum(forwards[step.parameters.step] for step in plan.steps.values())
+    assert estimate_first_seconds(plan, 1.0) - per_step == pytest.approx(expected)
+    assert re.fullmatch(r"Time: very roughly \d+ minutes, one step after .*", first_times(plan))
+
+
+@pytest.mark.parametrize(
+    ("settings_of", "says"),
+    [
+        ({"model_type": "model-of-next-year"}, "could not be timed here .*model-of-next-year"),
+        (
+            {"hidden_size": 9 * 10**5, "intermediate_size": 10**7},
+            r"could not be timed here .*one layer takes .* GB",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_timed_is_said(checked, monkeypatch, settings_of, says):
+    plan = checked()
+    told = {**read_config(settings.EMBEDDED_MODEL), **settings_of}
+    monkeypatch.setattr(costs, "read_config", lambda name: told)
+    assert re.search(says, first_times(plan))
+
+
+def test_a_layer_and_the_head_are_timed_for_the_whole_model():
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 260}
+    one, many = (
+        timing.speed({**tiny, "num_hidden_layers": layers}, dtype="float32", device="cpu")
+        for layers in (1, 200)
+    )
+    assert many.seconds_a_token > 5 * one.seconds_a_token > 0 and min(one.busy, many.busy) >= 1
 
 
 def test_the_embedded_model_is_known_before_it_is_fetched(tmp_path, monkeypatch):
