@@ -26,7 +26,7 @@ The helper package behind the notebooks. A module is one idea, and imports only 
     run_folder, orderings                   run folders; words of P and F
     redaction, settings                     secrets stay out of what is kept; validated parameters
     criteria                                how much a weight matters
-    contents, files, shipped, cells         digests; atomic writes; what comes along; what a cell sets
+    contents, files, shipped, cells, colab  digests; atomic writes; what comes along; what a cell sets; Colab
     yaml_file, records, chat, splits        files with their lines; documents; conversations; splits
     errors                                  errors in one sentence
 

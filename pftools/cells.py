@@ -13,6 +13,7 @@ from typing import Any
 
 from pftools.errors import PftoolsError
 
+COLAB = "# On Colab"  # how the cell begins that installs pftools there, and does nothing elsewhere
 # Calls that set names, or may, where the source does not show them.
 _HIDDEN_CALLS = ("exec", "eval", "globals", "locals", "vars", "get_ipython")
 
@@ -115,7 +116,7 @@ _LOOKING = ("display", "len", "list", "max", "min", "print", "repr", "round", "s
 
 
 def of_notebook(path: Path) -> tuple[str, ...]:
-    """The code that a notebook executes, a text a cell.
+    """The code that a notebook executes, a text a cell, without what installs pftools on Colab.
 
     Of its parameters cell that is what is no plain `name = value`, as papermill sets the values anew.
 
@@ -134,8 +135,8 @@ def _of_notebook(path: Path, size: int, modified: int) -> tuple[str, ...]:
     found: list[str] = []
     try:
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if cell["cell_type"] == "code":
-                source = "".join(cell["source"]).strip()
+            source = "".join(cell["source"]).strip()
+            if cell["cell_type"] == "code" and not source.startswith(COLAB):
                 is_parameters = "parameters" in cell["metadata"].get("tags", ())
                 found.append(_beside_values(source) if is_parameters else source)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -173,7 +174,8 @@ def others(executed: Iterable[str], own: Iterable[str]) -> str:
     """The digest of the cells among ``executed`` that are not ``own`` and do more than look; empty: none."""
     known = {source.strip() for source in own}
     found = [source.strip() for source in executed]
-    found = [source for source in found if source and source not in known and not only_looks(source)]
+    found = [source for source in found if source not in known and not only_looks(source)]
+    found = [source for source in found if not source.startswith(COLAB)]
     return digest(found) if found else ""
 
 

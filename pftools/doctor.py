@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pftools.colab import on_colab
+from pftools.run_folder import without_locks
 from pftools.shipped import NOTEBOOKS
 
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lm-eval", "papermill", "altair", "jupyterlab")
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lm-eval", "papermill", "altair")
 
 
 def findings() -> Iterator[tuple[bool, str, str]]:
@@ -27,6 +29,8 @@ def findings() -> Iterator[tuple[bool, str, str]]:
     yield True, "Python", sys.version.split()[0]
     for name in _PACKAGES:
         yield _package(name)
+    if not on_colab():  # which is a notebook server of its own
+        yield _package("jupyterlab")
     yield _notebooks()
     yield _device()
     yield _memory()
@@ -98,22 +102,10 @@ def _data() -> tuple[bool, str, str]:
 
 def _locks() -> tuple[bool, str, str]:
     """Whether processes can lock files here, by which two drivers of one folder of runs see each other."""
-    import tempfile
-
-    from filelock import FileLock
-
-    try:
-        with (
-            tempfile.TemporaryDirectory(dir=".") as folder,
-            FileLock(Path(folder) / "lock", fallback_to_soft=False),
-        ):
-            return True, "file locks", "work in this folder"
-    except OSError as error:
-        return (
-            False,
-            "file locks",
-            f"{error.strerror} in this folder: give --runs a folder on another file system",
-        )
+    why = without_locks(Path())
+    if not why:
+        return True, "file locks", "work in this folder"
+    return False, "file locks", f"{why} in this folder: run one machine at a time on it"
 
 
 def _slurm() -> tuple[bool, str, str]:

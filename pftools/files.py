@@ -57,7 +57,7 @@ def share(folder: Path) -> None:
     mode = probe.stat().st_mode
     probe.unlink()
     for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode != mode:  # a drive may know one
             path.chmod(mode)
 
 

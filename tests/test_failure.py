@@ -454,12 +454,39 @@ def test_a_record_that_was_cut_short_is_damaged_not_finished(parameters):
             run_folder.start(parameters)
 
 
-def test_a_file_system_without_locks_is_refused(parameters, monkeypatch):
+@pytest.fixture
+def mounted(monkeypatch, tmp_path):
+    """The folder of runs takes no locks, as a mounted drive; the machine's own disk does."""
     import fcntl
 
-    def no_lock(*_):
-        raise OSError(38, "Function not implemented")
+    flock, outside = fcntl.flock, tmp_path / "own disk"
+    outside.mkdir()
 
-    monkeypatch.setattr(fcntl, "flock", no_lock)
+    def only_outside(file, operation):
+        number = file if isinstance(file, int) else file.fileno()
+        if not os.readlink(f"/proc/self/fd/{number}").startswith(str(outside)):
+            raise OSError(95, "Operation not supported")
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", only_outside)
+    monkeypatch.setattr("tempfile.tempdir", str(outside))
+    run_folder.attempt._lock_folder.cache_clear()
+    yield outside
+    run_folder.attempt._lock_folder.cache_clear()
+
+
+def test_a_drive_without_locks_is_worked_on_with_locks_beside_it(parameters, mounted, capsys):
+    folder = run_folder.folder_of(parameters)
+    run = run_folder.start(parameters)
+    assert "takes no file locks (Operation not supported)" in capsys.readouterr().err
+    assert run_folder.is_locked(folder) and list(mounted.glob("pftools-locks/*/*"))
+    run.path("result.txt").write_text("one")
+    run.seal(["result.txt"])
+    assert run_folder.is_whole(folder) and not run_folder.is_locked(folder)
+    assert run_folder.start(parameters).already_finished and capsys.readouterr().err == ""  # said once
+
+
+def test_a_cluster_without_locks_is_refused(parameters, mounted, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(PftoolsError, match="cannot be locked"):
         run_folder.start(parameters)

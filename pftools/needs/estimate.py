@@ -34,6 +34,9 @@ BASELINE = {
 # CUDA's libraries and context: in memory, and on the device. Not measured here.
 CUDA_MEMORY, CUDA_DEVICE = 1500 * _MB, 500 * _MB
 
+# What a training holds on a CPU, over what its tensors take: the allocator keeps pieces of what is freed.
+_HEAP = 1.2
+
 # What bounds the forwards of each step, as the modules that read have it.
 _TOKENS_A_FORWARD = 4096  # perplexity and training
 _QUESTION_TOKENS = {"cpu": 4096, "cuda": 16_384}  # evaluate.reader
@@ -206,8 +209,8 @@ class _Step:
         model = self._model() * (2 if parameters.show_dense_cost else 1)
         updates = parameters.method in settings.UPDATING_METHODS or parameters.reconstruct_steps
         in_memory = self.placement != "stream"
-        yield _Phase(model + self._held_out())
         masks = facts.linear if in_memory else self.per_layer
+        yield _Phase(model + self._held_out(), masks)  # after pruning
         kept = self.d * (facts.linear if in_memory else self.per_layer) if updates else 0
         streams = 2 if parameters.reconstruct_steps else 1
         walk = (
@@ -255,7 +258,8 @@ class _Step:
         # The float32 copy of the logits, their log-softmax and its gradient.
         loss = tokens * facts.vocabulary * (14 if self.kind == "cuda" and self.d == 2 else 12)
         backward = tokens * self.d * 3 * facts.widest + facts.largest * (2 * self.d + 4)
-        computes = self._base() + 16 * adapter + extra + kept + max(loss, backward)
+        at_once = extra + kept + max(loss, backward)
+        computes = self._base() + 16 * adapter + at_once * (_HEAP if self.kind == "cpu" else 1)
         yield _Phase(computes, self._plain_beside())
         yield _Phase(self._model() + 12 * adapter + 12 * facts.largest)
 
@@ -297,7 +301,7 @@ class _Step:
         into_attention = any(_in_attention(name) and width == facts.hidden for name, width in inputs.items())
         into_mlp = any(not _in_attention(name) and width == facts.hidden for name, width in inputs.items())
         out_of_mlp = facts.widest in inputs.values()
-        own = 4 * facts.queries  # queries and outputs; keys and values are repeated for every head
+        own = 2 * facts.queries + 2 * facts.keys
         inner = (3 if facts.gated else 1) + out_of_mlp
         numbers = facts.hidden * (into_attention + into_mlp) + own + inner * facts.widest
         # PEFT's own layers cast their input to float32, each for itself.

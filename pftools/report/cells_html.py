@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pftools.colab import without_badge
 from pftools.report.live import figure
 
 _HEADING = re.compile(r"<h([1-6])( [^>]*)?>(.*?)</h\1>", re.DOTALL)
@@ -61,6 +62,7 @@ def sections(html: str) -> list[tuple[str, str]]:
 def tidy(cell: Any, prefix: str) -> None:
     """Charts become part of the page; what the kernel warns of belongs to a notebook, not to a report."""
     if cell.cell_type != "code":
+        cell.source = without_badge(cell.source)
         return
     cell.outputs = [
         output for output in cell.outputs if output.output_type != "stream" or output.get("name") == "stdout"

@@ -102,7 +102,7 @@ def _with_parameters(cells: list[Any], parameters: dict[str, Any]) -> list[Any]:
     shown = []
     for cell in cells:
         tags = cells_html.tags_of(cell)
-        if "injected-parameters" in tags:
+        if "injected-parameters" in tags or cell.source.startswith(sources.COLAB):
             continue
         if "parameters" in tags:
             cell.source = "\n".join(given(line, parameters) for line in cell.source.splitlines())

@@ -30,6 +30,7 @@ from pftools.run_folder.attempt import (
     sweep,
     unneeded,
     was_interrupted,
+    without_locks,
 )
 from pftools.run_folder.record import (
     KEY_LENGTH,
@@ -77,4 +78,5 @@ __all__ = [
     "unneeded",
     "verify",
     "was_interrupted",
+    "without_locks",
 ]

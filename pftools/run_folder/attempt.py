@@ -2,19 +2,25 @@
 
 One lock a run: who holds it makes the run. It is a lock of the operating system (flock; over NFS and Lustre
 where they are mounted with locks), which lets go when its owner dies, however it dies. Where a lock file was
-removed by hand, the later attempt removes the folder of the earlier one, which then stops.
+removed by hand, the later attempt removes the folder of the earlier one, which then stops. A mounted drive
+that takes no locks, as on Colab, has them on the machine's own disk: then only its own processes see each
+other, and that is said.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 import shutil
 import socket
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +179,41 @@ def recover(folder: Path) -> None:
 
 
 def _lock_path(folder: Path) -> Path:
-    return folder.parent / ".locks" / folder.name
+    inside = folder.parent / ".locks"
+    return (_lock_folder(inside.resolve()) if inside.is_dir() else inside) / folder.name
+
+
+@lru_cache(maxsize=16)
+def _lock_folder(inside: Path) -> Path:
+    """Where the locks of a folder of runs are: in it, or on the machine's own disk where it takes none.
+
+    In a job of a cluster there is no such way out, as other machines work on the same folder.
+    """
+    why = without_locks(inside)
+    if not why or "SLURM_JOB_ID" in os.environ:
+        return inside
+    print(
+        f"{inside.parent} takes no file locks ({why}): the processes of this machine see each other, but "
+        "start no second machine on this folder.",
+        file=sys.stderr,
+        flush=True,
+    )
+    mark = hashlib.sha256(str(inside).encode()).hexdigest()[:12]
+    outside = Path(tempfile.gettempdir()) / "pftools-locks" / mark
+    outside.mkdir(parents=True, exist_ok=True)
+    return outside
+
+
+def without_locks(folder: Path) -> str:
+    """Why files in a folder cannot be locked, in the system's words; empty: they can."""
+    probe = folder / f".probe-{secrets.token_hex(4)}"
+    try:
+        with FileLock(probe, fallback_to_soft=False):
+            return ""
+    except OSError as error:
+        return error.strerror or "no locks"
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def lock_of(folder: Path, **options: Any) -> BaseFileLock:
