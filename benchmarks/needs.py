@@ -91,7 +91,7 @@ if __name__ == "__main__":
     words = {"dtype": options.dtype, "finetune": {**STUDY["finetune"], "base": options.base}}
     for name in options.models:
         with tempfile.TemporaryDirectory() as scratch:
-            found = measured(name, words, "one", Path(scratch))
+            found = measured(name, words, options.placement, Path(scratch))
         report(
             f"{name}, {options.dtype}, {options.base} base: memory is estimated to within a fifth",
             found,

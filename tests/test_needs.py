@@ -23,8 +23,8 @@ LLAMA_7B = {
 }
 SEVEN = needs.facts_of_shapes(LLAMA_7B)
 GB = 10**9
-HUGE = needs.Machine(memory=1000 * GB, total=1000 * GB, gpus=(), disk=1000 * GB)
-T4 = needs.Machine(memory=12 * GB, total=12 * GB, gpus=(15 * GB,), disk=70 * GB)
+HUGE = needs.Machine(memory=1000 * GB, total=1000 * GB, gpus=(), disk=1000 * GB, scratch=1000 * GB)
+T4 = needs.Machine(memory=12 * GB, total=12 * GB, gpus=(15 * GB,), disk=15 * GB, scratch=70 * GB)
 STEPS = list(settings.STEPS.values())
 
 
@@ -64,7 +64,8 @@ def test_streaming_needs_less_and_a_gpu_holds_what_a_cpu_would(kind, device):
     one, stream = (needed(kind, placement=p, device=device, **words) for p in ("one", "stream"))
     held = "device" if device == "cuda" else "memory"
     assert getattr(one, held) > 2 * SEVEN.total > getattr(stream, held) > 0
-    assert one.disk == stream.disk > 0
+    assert one.disk == stream.disk > 0 == one.scratch
+    assert stream.scratch == 2 * (SEVEN.linear if device == "cuda" else SEVEN.total)
     assert (one.device > 0) == (device == "cuda")
 
 
@@ -74,6 +75,8 @@ def test_the_weights_are_there_once_and_twice_where_two_models_are():
     assert 0.95 < (pair - one) / (2 * SEVEN.total) < 1.2
     cost = needed(settings.Prune, show_dense_cost=True).memory - needed(settings.Prune).memory
     assert cost == 2 * SEVEN.total
+    streamed = needed(settings.Analyse, parent="somebody/model", placement="stream")
+    assert streamed.scratch == 2 * 2 * SEVEN.total
 
 
 def test_a_quantized_base_is_smaller_and_where_it_is_not_streamed_its_plain_weights_wait_beside_it():

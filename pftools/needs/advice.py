@@ -40,7 +40,9 @@ class _Case:
         """(what, bytes needed, bytes there)"""
         needed, gpus = self.needs(), self.found.gpus
         gpu = [("GPU memory", needed.device, min(gpus))] if needed.device and gpus else []
-        return [("memory", needed.memory, self.found.memory), *gpu, ("disk", needed.disk, self.found.disk)]
+        scratch = [("scratch", needed.scratch, self.found.scratch)] if needed.scratch else []
+        memory = ("memory", needed.memory, self.found.memory)
+        return [memory, *gpu, ("disk", needed.disk, self.found.disk), *scratch]
 
     def lacking(self) -> list[tuple[str, int, int]]:
         """`compared`, of what there is too little of."""
@@ -58,7 +60,7 @@ class _Case:
 
     def is_hopeless(self) -> bool:
         """Whether more is needed than is there when nothing else runs, by more than an estimate is wrong."""
-        there = {"memory": self.found.total, "disk": self.found.disk}
+        there = {"memory": self.found.total}
         return any(wanted > _SURELY * there.get(what, free) for what, wanted, free in self.lacking())
 
     def changed(self, change: dict[str, Any]) -> _Case:
@@ -68,12 +70,12 @@ class _Case:
 
 
 def fitting(parameters: settings.Step, facts: Facts, found: Machine) -> Placement:
-    """The fastest placement that fits; `stream`, which needs least, where none does."""
+    """The fastest placement that fits; where none does, the one that lacks least."""
     kind = device_kind(parameters.device, found)
-    for placement in _possible(kind, found):
-        if not _Case(parameters, facts, placement, kind, found).lacking():
-            return placement
-    return "stream"
+    return min(
+        _possible(kind, found),
+        key=lambda placement: _Case(parameters, facts, placement, kind, found).missing(),
+    )
 
 
 def placement_of(parameters: settings.Step, facts: Facts, found: Machine) -> Placement:
@@ -137,7 +139,7 @@ def _beside(compared: list[tuple[str, int, int]]) -> str:
 
 
 def _usable(what: str, there: int) -> float:
-    return there if what == "disk" else ROOM * there
+    return there if what in ("disk", "scratch") else ROOM * there
 
 
 def _remedy(case: _Case) -> str:

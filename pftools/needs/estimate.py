@@ -64,12 +64,19 @@ _DEFAULT_BLOCKS = 400  # of a whole test split
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes at most: of memory, of the device's own memory (0 on a CPU; of each, where there are several),
-    and written to disk."""
+    """Bytes at most.
+
+    Attributes:
+        memory: of the machine.
+        device: of the device's own, 0 on a CPU; of each, where there are several.
+        disk: written where runs are.
+        scratch: of a file in the user's cache while the step runs.
+    """
 
     memory: int
     device: int
     disk: int
+    scratch: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,12 +103,11 @@ def needs_of(
     phases = list(step.phases())
     baseline = BASELINE[parameters.step]
     if device_kind == "cpu":
-        return Needs(
-            int(baseline + max(phase.computes + phase.waits for phase in phases)), 0, int(step.disk())
-        )
-    memory = baseline + CUDA_MEMORY + max(phase.waits for phase in phases)
-    device = CUDA_DEVICE + max(phase.computes for phase in phases)
-    return Needs(int(memory), int(device), int(step.disk()))
+        memory, device = baseline + max(phase.computes + phase.waits for phase in phases), 0.0
+    else:
+        memory = baseline + CUDA_MEMORY + max(phase.waits for phase in phases)
+        device = CUDA_DEVICE + max(phase.computes for phase in phases)
+    return Needs(int(memory), int(device), int(step.disk()), int(step.scratch()))
 
 
 def number_bytes(parameters: settings.Step, facts: Facts, kind: DeviceKind) -> int:
@@ -156,16 +162,24 @@ class _Step:
     # The model
 
     def _model(self) -> float:
-        """Weights where the step computes: all, a part, or embeddings, head, norms and two layers."""
+        """Weights where the step computes: all of them, or a part.
+
+        A streamed model has the matrix in use in memory, and the layer that runs; on a GPU also all that is
+        not in layers.
+        """
         if self.placement == "stream":
-            return self.d * (self.facts.outside + 2 * self.per_layer)
+            embeddings = self.facts.vocabulary * self.facts.hidden
+            outside = self.facts.outside if self.kind == "cuda" else max(0, embeddings - self.per_layer)
+            return self.d * (outside + 2 * self.per_layer)
         return self.d * self.facts.total / (self.gpus if self.placement == "spread" else 1)
 
     def _loading(self) -> _Phase:
-        """The model, and one weight as it is on disk; deltas a weight at a time."""
-        largest = max(self.facts.largest, self.facts.vocabulary * self.facts.hidden)
-        read = largest * (self.facts.stored + (self.d if self.facts.stored != self.d else 0))
-        return _Phase(self._model(), read + (self.facts.linear if self.facts.is_run else 0))
+        """The model, and what is read as it is on disk: a matrix, or a layer; deltas a matrix at a time."""
+        read = max(self.facts.largest, self.facts.vocabulary * self.facts.hidden)
+        if self.placement == "stream":
+            read = max(read, self.per_layer)
+        read *= self.facts.stored + (self.d if self.facts.stored != self.d else 0)
+        return _Phase(self._model(), read + (self.facts.linear / 8 if self.facts.is_run else 0))
 
     # ------------------------------------------------------------------------------------------------------
     # Parts
@@ -206,12 +220,11 @@ class _Step:
     def _prune(self) -> Iterator[_Phase]:
         parameters, facts = self.parameters, self.facts
         n_blocks, length = blocks_of(parameters)
-        model = self._model() * (2 if parameters.show_dense_cost else 1)
+        model = self._model() * self._models()
         updates = parameters.method in settings.UPDATING_METHODS or parameters.reconstruct_steps
-        in_memory = self.placement != "stream"
-        masks = facts.linear if in_memory else self.per_layer
+        masks = facts.linear / 8
         yield _Phase(model + self._held_out(), masks)  # after pruning
-        kept = self.d * (facts.linear if in_memory else self.per_layer) if updates else 0
+        kept = self.d * facts.linear if updates and self.placement != "stream" else 0
         streams = 2 if parameters.reconstruct_steps else 1
         walk = (
             self._walk_forward(n_blocks, length) + (streams - 1) * n_blocks * length * facts.hidden * self.d
@@ -221,9 +234,9 @@ class _Step:
             self._solve() if updates else 0,
             self._mend() if parameters.reconstruct_steps else 0,
         )
-        yield _Phase(model + walk + work, masks + kept)
+        yield _Phase(model + walk + work, masks + self.per_layer + kept)
         # Before sealing, what was written is read again and compared.
-        yield _Phase(model + facts.largest * self.d, 2 * masks + 2 * kept)
+        yield _Phase(model + facts.largest * self.d, 2 * masks + self.per_layer + 2 * kept)
 
     def _scores(self) -> float:
         """Of the matrices that share an input: float32 copies, scores and choices; of one, what is sorted."""
@@ -339,7 +352,7 @@ class _Step:
     def _analyse(self) -> Iterator[_Phase]:
         largest = self.facts.largest
         yield _Phase(self._model() + largest * (4 * 3 + 2))
-        if self.facts.is_run or self.parameters.parent:
+        if self._models() == 2:
             models = 2 * self._model()
             group = max(
                 sum(
@@ -353,6 +366,19 @@ class _Step:
 
     # ------------------------------------------------------------------------------------------------------
     # Disk
+
+    def _models(self) -> int:
+        """How many models the step holds at a time."""
+        parameters = self.parameters
+        if parameters.step == "analyse":
+            return 2 if self.facts.is_run or parameters.parent else 1
+        return 2 if getattr(parameters, "show_dense_cost", False) else 1
+
+    def scratch(self) -> float:
+        """Bytes of the files that hold a streamed model."""
+        if self.placement != "stream":
+            return 0
+        return self._models() * self.d * (self.facts.total if self.kind == "cpu" else self.facts.linear)
 
     def disk(self) -> float:
         """Bytes that the run keeps, and what a training writes on its way."""

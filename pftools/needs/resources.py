@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pftools.base_models import cache_folder
+
 MEMORY = "PFTOOLS_MEMORY"  # the environment variable that says how many bytes pftools may use
 
 
@@ -23,20 +25,20 @@ class Machine:
         total: that it could use if it were alone.
         gpus: free on each GPU that is visible.
         disk: free where runs are written.
+        scratch: free in the user's cache.
     """
 
     memory: int
     total: int
     gpus: tuple[int, ...]
     disk: int
+    scratch: int
 
 
 def machine(runs: str | Path = "runs") -> Machine:
     """What this machine has for a step whose run is written into ``runs``, which need not be there yet."""
     import psutil
 
-    place = Path(runs).expanduser().absolute()
-    place = next(part for part in (place, *place.parents) if part.exists())
     physical, held = psutil.virtual_memory(), psutil.Process().memory_info().rss
     limits = [(physical.total, physical.available), *_limits()]
     promised = list(_promised())
@@ -44,8 +46,14 @@ def machine(runs: str | Path = "runs") -> Machine:
         memory=min([free + held for _, free in limits] + promised),
         total=min([total for total, _ in limits] + promised),
         gpus=_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")),
-        disk=shutil.disk_usage(place).free,
+        disk=_free(Path(runs)),
+        scratch=_free(cache_folder()),
     )
+
+
+def _free(folder: Path) -> int:
+    place = folder.expanduser().absolute()
+    return shutil.disk_usage(next(part for part in (place, *place.parents) if part.exists())).free
 
 
 def device_kind(device: str, found: Machine) -> Literal["cpu", "cuda"]:
