@@ -4,7 +4,7 @@ million weights and of SmolLM2, in all five kinds of steps.
 Each step is executed as always, its notebook in a kernel of its own, whose peak resident set is in the run's
 record. A model is written to disk, and removed afterwards.
 
-    python benchmarks/needs.py [--models llama-50m ...] [--dtype float32] [--base plain] [--store]
+    python benchmarks/needs.py [--models llama-50m ...] [--placement one] [--base plain] [--store]
 """
 
 from __future__ import annotations
@@ -87,13 +87,18 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--base", default="plain", help="how the frozen weights are held: plain, 8bit, nf4")
+    parser.add_argument("--placement", default="one", choices=["one", "stream"])
     options = parser.parse_args()
-    words = {"dtype": options.dtype, "finetune": {**STUDY["finetune"], "base": options.base}}
+    words = {
+        "dtype": options.dtype,
+        "placement": options.placement,
+        "finetune": {**STUDY["finetune"], "base": options.base},
+    }
     for name in options.models:
         with tempfile.TemporaryDirectory() as scratch:
             found = measured(name, words, options.placement, Path(scratch))
         report(
-            f"{name}, {options.dtype}, {options.base} base: memory is estimated to within a fifth",
+            f"Memory within a fifth: {name}, {options.placement}, {options.dtype}, {options.base} base",
             found,
             script=__file__,
             device="cpu",

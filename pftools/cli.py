@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pftools import checks, costs, run_folder, settings
+from pftools import checks, costs, needs, run_folder, settings
 from pftools import study as studies
-from pftools.errors import PftoolsError
+from pftools.errors import PftoolsError, nearest
 from pftools.files import as_bytes, size_of
 
 app = typer.Typer(
@@ -44,8 +44,17 @@ def main() -> None:
 
 
 @app.command()
-def plan(study: StudyFile, runs: Runs = _RUNS) -> None:
+def plan(
+    study: StudyFile,
+    runs: Runs = _RUNS,
+    on: Annotated[
+        str, typer.Option(help="Also tell what it takes on a device that is not here, by its datasheet: t4")
+    ] = "",
+) -> None:
     """Show the steps of a study, what is shared, what earlier runs hold, and what it will cost."""
+    device = needs.DEVICES.get(on)
+    if on and device is None:
+        raise PftoolsError(f"--on is {on!r}: {nearest(on, needs.DEVICES)}.")
     planned = _plan(study, runs)
     checks.check_plan(planned)
     outdated = planned.outdated()
@@ -66,6 +75,10 @@ def plan(study: StudyFile, runs: Runs = _RUNS) -> None:
     out.print(table)
     for line in [*costs.summary(planned), *outdated.values()]:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
+    if device is not None:
+        out.print(f"On {device.name}, by its datasheet:")
+        for line in costs.paper_lines(planned, device):
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
     _print_sensitivity(planned)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def says_needs(plan: Plan, here: needs.Machine) -> list[str]:
         needed = needs.on(here, step, facts, placement)
         if needed.memory + needed.device > sum(largest.get(step.step, (0, 0))):
             largest[step.step] = (needed.memory, needed.device)
-            short[step.step] = needs.shortage(step, facts, here, placement)
+            short[step.step] = needs.shortage(step, facts, here)
     if not largest:
         return []
     told = [
@@ -75,6 +76,67 @@ def says_needs(plan: Plan, here: needs.Machine) -> list[str]:
     gpu = f" and {as_bytes(min(here.gpus))} of GPU memory" if here.gpus else ""
     lines = [f"Memory: {', '.join(told)}; here are {as_bytes(here.memory)}{gpu}."]
     return lines + [f"This may not fit: {sentence}" for sentence in short.values() if sentence]
+
+
+def on_paper(plan: Plan, device: needs.Device) -> list[dict[str, Any]]:
+    """What the missing steps of a plan need and take on a device that is not here, by its datasheet.
+
+    Returns:
+        A row a kind of step: step, steps (how many), placement, memory, gpu, scratch (bytes at most), seconds
+        (of one), hours (of all), note (what would make it fit, or what it would take held whole).
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for step, facts in with_facts(plan):
+        placement = needs.placement_of(step, facts, device.machine)
+        needed = needs.on(device.machine, step, facts, placement)
+        seconds = needs.seconds_on(device, step, facts, placement)
+        new = {"step": step.step, "steps": 0, "memory": 0, "gpu": 0, "scratch": 0, "hours": 0.0}
+        row = rows.setdefault(step.step, new)
+        row |= {
+            "steps": row["steps"] + 1,
+            "placement": placement,
+            "memory": max(row["memory"], needed.memory),
+            "gpu": max(row["gpu"], needed.device),
+            "scratch": max(row["scratch"], needed.scratch),
+            "note": needs.shortage(step, facts, device.machine) or _held_whole(step, facts, device),
+            "hours": row["hours"] + seconds / 3600,
+        }
+        row["seconds"] = 3600 * row["hours"] / row["steps"]
+    return [rows[kind] for kind in settings.STEPS if kind in rows]
+
+
+def _held_whole(step: settings.Step, facts: needs.Facts, device: needs.Device) -> str:
+    """What a streamed evaluation would need and take with the whole model on the GPU, a row at a time."""
+    if not isinstance(step, settings.Evaluate) or needs.placement_of(step, facts, device.machine) == "one":
+        return ""
+    alone = step.model_copy(update={"batch_size": 1})
+    needed = needs.on(device.machine, alone, facts, "one")
+    minutes = needs.seconds_on(device, alone, facts, "one") / 60
+    return (
+        f"with placement one and batch_size 1, an evaluation needs {as_bytes(needed.device)} of GPU memory "
+        f"and takes {minutes:.0f} minutes."
+    )
+
+
+def paper_lines(plan: Plan, device: needs.Device) -> list[str]:
+    """`on_paper` as a Markdown table, with what would help and the sessions that it takes, in sentences."""
+    rows, hours = on_paper(plan, device), 0.0
+    lines = [
+        "| step | steps | placement | GPU memory | memory | scratch | minutes a step | hours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        hours += row["hours"]
+        sizes = " | ".join(f"{row[name] / 1e9:.1f} GB" for name in ("gpu", "memory", "scratch"))
+        lines.append(
+            f"| {row['step']} | {row['steps']} | {row['placement']} | {sizes} | {row['seconds'] / 60:.0f} "
+            f"| {row['hours']:,.1f} |"
+        )
+    sessions = math.ceil(hours / device.session_hours)
+    many = f"{sessions:,} sessions" if sessions > 1 else "one session"
+    lines += ["", f"In all {hours:,.1f} hours: {many} of {device.session_hours:g} hours."]
+    lines += [f"{row['note'][:1].upper()}{row['note'][1:]}" for row in rows if row["note"]]
+    return lines
 
 
 def with_facts(plan: Plan) -> Iterator[tuple[settings.Step, needs.Facts]]:

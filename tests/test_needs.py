@@ -10,7 +10,8 @@ import pytest
 from pftools import costs, needs, run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.needs import resources
-from pftools.study import Study, plan_study
+from pftools.shipped import DATA
+from pftools.study import Study, load_study, plan_study
 from tests.tiny import save_tiny
 
 LLAMA_7B = {
@@ -225,7 +226,8 @@ def test_a_plan_tells_what_its_steps_need_beside_what_is_here_and_what_would_hel
     plan = planned(tmp_path, dtype="float16", placement="one", calibrate=plan.study.calibrate)
     first, *others = costs.says_needs(plan, T4)
     assert first.endswith("; here are 12.0 GB and 15.0 GB of GPU memory.")
-    assert len(others) == 5 and all("placement stream" in line for line in others)
+    assert len(others) == 5 and sum("placement stream would" in line for line in others) == 4
+    assert "finetune" in others[2] and "placement" not in others[2]  # a GPU does not stream a plain base
 
 
 def test_a_plan_of_a_model_that_is_not_here_says_nothing_of_memory(tmp_path):
@@ -277,3 +279,63 @@ def test_only_visible_gpus_count(monkeypatch):
 def test_auto_is_a_gpu_where_there_is_one():
     assert needs.device_kind("auto", T4) == needs.device_kind("cuda:1", T4) == "cuda"
     assert needs.device_kind("auto", HUGE) == needs.device_kind("cpu", T4) == "cpu"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# On paper: a device that is not here
+
+ON_T4 = needs.DEVICES["t4"]
+
+
+def shipped(name, runs):
+    return plan_study(load_study(DATA / f"studies/{name}.yaml"), runs=runs)
+
+
+@pytest.mark.parametrize("name", ["colab_t4", "published"])
+def test_the_tables_of_the_documentation_are_what_the_plan_says(name, tmp_path):
+    lines = costs.paper_lines(shipped(name, tmp_path), ON_T4)
+    page = (DATA.parent / "docs/colab.md").read_text()
+    assert "\n".join(lines) in page, "write into docs/colab.md what `pftools plan STUDY --on t4` prints"
+
+
+def test_the_study_for_colab_fits_a_free_session(tmp_path):
+    rows = costs.on_paper(shipped("colab_t4", tmp_path), ON_T4)
+    assert sum(row["hours"] for row in rows) < 0.8 * ON_T4.session_hours
+    for row in rows:
+        assert row["placement"] == "stream" and row["gpu"] < 14 * GB and row["memory"] < 10 * GB
+        assert row["scratch"] < ON_T4.machine.scratch
+    assert not any("would make it fit" in row["note"] for row in rows)
+
+
+def seconds(kind, placement="one", **words):
+    return needs.seconds_on(ON_T4, kind(dtype="float16", **words), SEVEN, placement)
+
+
+def test_a_training_takes_its_operations_at_a_third_of_the_datasheet():
+    words = {"base": "nf4", "gradient_checkpointing": True, "held_out_blocks": 0}
+    more = seconds(settings.Finetune, **words, tokens=2_000_000) - seconds(
+        settings.Finetune, **words, tokens=1_000_000
+    )
+    assert more == pytest.approx(3 * 1e6 * 2 * SEVEN.total / (0.35 * 65e12), rel=0.05)
+    padded = seconds(settings.Finetune, **words, tokens=100_000, packing=False, block_length=2048)
+    assert padded > 10 * (seconds(settings.Finetune, **words, tokens=100_000, block_length=2048) - 100)
+
+
+def test_a_streamed_model_reads_its_weights_for_each_forward():
+    words = {"tasks": [], "block_length": 2048, "batch_size": 1}
+    more = seconds(settings.Evaluate, "stream", **words, n_blocks=20) - seconds(
+        settings.Evaluate, "stream", **words, n_blocks=10
+    )
+    assert more == pytest.approx(10 * 2 * SEVEN.linear / 200e6, rel=0.01)
+    whole = seconds(settings.Evaluate, **words, n_blocks=20) - seconds(
+        settings.Evaluate, **words, n_blocks=10
+    )
+    assert whole < more / 20
+
+
+def test_a_gpu_does_not_stream_a_plain_base_and_nf4_with_a_streamed_model_is_the_way_out():
+    parameters = settings.Finetune(dtype="float16", batch_size=1, gradient_checkpointing=True)
+    found = replace(ON_T4.machine, gpus=(8 * GB,))
+    assert needs.fitting(parameters, SEVEN, found) == "one"
+    assert "base nf4 would make it fit" in needs.shortage(parameters, SEVEN, found)
+    assert needs.fitting(parameters.model_copy(update={"base": "nf4"}), SEVEN, found) == "stream"

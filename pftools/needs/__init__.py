@@ -8,12 +8,15 @@ No weight is read and no torch is loaded. `benchmarks/needs.py` holds the estima
 """
 
 from pftools.needs.advice import before, fitting, on, placement_of, resolve, shortage
+from pftools.needs.datasheet import DEVICES, Device, seconds_on
 from pftools.needs.estimate import PLACEMENTS, DeviceKind, Needs, Placement, needs_of
 from pftools.needs.facts import Facts, facts_of, facts_of_shapes
 from pftools.needs.resources import Machine, device_kind, machine
 
 __all__ = [
+    "DEVICES",
     "PLACEMENTS",
+    "Device",
     "DeviceKind",
     "Facts",
     "Machine",
@@ -28,6 +31,7 @@ __all__ = [
     "needs_of",
     "on",
     "placement_of",
+    "seconds_on",
     "resolve",
     "shortage",
 ]

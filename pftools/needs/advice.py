@@ -64,16 +64,16 @@ class _Case:
         return any(wanted > _SURELY * there.get(what, free) for what, wanted, free in self.lacking())
 
     def changed(self, change: dict[str, Any]) -> _Case:
-        if "placement" in change:
-            return replace(self, placement=change["placement"])
-        return replace(self, parameters=self.parameters.model_copy(update=change))
+        parameters = self.parameters.model_copy(update=change)
+        placement = placement_of(parameters, self.facts, self.found)
+        return replace(self, parameters=parameters, placement=placement)
 
 
 def fitting(parameters: settings.Step, facts: Facts, found: Machine) -> Placement:
     """The fastest placement that fits; where none does, the one that lacks least."""
     kind = device_kind(parameters.device, found)
     return min(
-        _possible(kind, found),
+        _possible(parameters, kind, found),
         key=lambda placement: _Case(parameters, facts, placement, kind, found).missing(),
     )
 
@@ -123,10 +123,12 @@ def shortage(
     """Why a step will not fit, and what would make it fit, by how much; empty: it fits.
 
     Args:
-        placement: that was asked for; None: the one that `fitting` chooses.
+        placement: in place of the one that the parameters ask for.
     """
-    kind = device_kind(parameters.device, found)
-    case = _Case(parameters, facts, placement or fitting(parameters, facts, found), kind, found)
+    if placement is not None:
+        parameters = parameters.model_copy(update={"placement": placement})
+    placement = placement_of(parameters, facts, found)
+    case = _Case(parameters, facts, placement, device_kind(parameters.device, found), found)
     lacking = case.lacking()
     if not lacking:
         return ""
@@ -165,9 +167,14 @@ def _remedy(case: _Case) -> str:
     return f"{', '.join(saves)}; {verdict}"
 
 
-def _possible(kind: DeviceKind, found: Machine) -> tuple[Placement, ...]:
-    several = kind == "cuda" and len(found.gpus) > 1
-    return tuple(placement for placement in PLACEMENTS if placement != "spread" or several)
+def _possible(parameters: Any, kind: DeviceKind, found: Machine) -> tuple[Placement, ...]:
+    """Placements that a step can have: a GPU does not train on a plain base that it would have to stream."""
+    left_out = set()
+    if kind != "cuda" or len(found.gpus) < 2:
+        left_out.add("spread")
+    if kind == "cuda" and getattr(parameters, "base", "") == "plain":
+        left_out.add("stream")
+    return tuple(placement for placement in PLACEMENTS if placement not in left_out)
 
 
 def _words(change: dict[str, Any]) -> str:
@@ -180,7 +187,8 @@ def _changes(case: _Case) -> Iterator[dict[str, Any]]:
     """Settings that take less memory, of those that the step has."""
     parameters = case.parameters
     known = type(parameters).model_fields
-    yield from ({"placement": other} for other in _possible(case.kind, case.found) if other != case.placement)
+    others = _possible(parameters, case.kind, case.found)
+    yield from ({"placement": other} for other in others if other != case.placement)
     if getattr(parameters, "base", "nf4") != "nf4":
         yield {"base": "nf4"}
     if not getattr(parameters, "gradient_checkpointing", True):

@@ -37,27 +37,45 @@ CUDA_MEMORY, CUDA_DEVICE = 1500 * _MB, 500 * _MB
 # What a training holds on a CPU, over what its tensors take: the allocator keeps pieces of what is freed.
 _HEAP = 1.2
 
+
+@dataclass(frozen=True)
+class Task:
+    """About how much a task reads, for tokenizers of 32,000 words and more.
+
+    Attributes:
+        examples: tokens of the examples before a question.
+        question: tokens of a question and its answers.
+        questions: how many.
+        groups: of questions that share their examples.
+        new: tokens of a reply that is written; 0: answers are scored.
+    """
+
+    examples: int
+    question: int
+    questions: int
+    groups: int = 1
+    new: int = 0
+
+
 # What bounds the forwards of each step, as the modules that read have it.
 _TOKENS_A_FORWARD = 4096  # perplexity and training
 _QUESTION_TOKENS = {"cpu": 4096, "cuda": 16_384}  # evaluate.reader
 _CACHE_BYTES = {"cpu": 2e9, "cuda": 4e9}
 _WALK_NUMBERS = {"cpu": 1_000_000, "cuda": 32_000_000}  # prune.inputs
 _LOGITS = 50_000_000  # evaluate.block_perplexity
-# {task: (tokens of the examples before a question, tokens of a question, questions)}, about, for tokenizers
-# of 32,000 words and more.
 _TASKS = {
-    "facts": (0, 12, 120),
-    "reading": (0, 30, 400),
-    "mmlu": (700, 80, 14_037),
-    "mmlu_published": (700, 80, 14_037),
-    "bbh_logical_deduction_five_objects": (800, 200, 245),
-    "bbh_logical_deduction_five_objects_published": (0, 200, 245),
-    "belebele_eng_Latn": (0, 200, 895),
-    "belebele_eng_Latn_published": (1000, 200, 895),
-    "freebaseqa": (0, 25, 600),
-    "freebaseqa_published": (0, 25, 600),
+    "facts": Task(0, 12, 120),
+    "reading": Task(0, 30, 400),
+    "mmlu": Task(700, 80, 14_037, groups=57),
+    "mmlu_published": Task(700, 80, 14_037, groups=57, new=1),
+    "bbh_logical_deduction_five_objects": Task(800, 200, 245),
+    "bbh_logical_deduction_five_objects_published": Task(0, 200, 245, new=3),
+    "belebele_eng_Latn": Task(0, 200, 895),
+    "belebele_eng_Latn_published": Task(1000, 200, 895, new=1),
+    "freebaseqa": Task(0, 25, 600, new=32),
+    "freebaseqa_published": Task(0, 25, 600, new=50),
 }
-_OTHER_TASK = (700, 80, 5000)
+_OTHER_TASK = Task(700, 80, 5000)
 _OBJECTS = 40  # bytes that a token takes in lists of Python, with the text that it came from
 _DEFAULT_BLOCKS = 400  # of a whole test split
 
@@ -118,6 +136,11 @@ def number_bytes(parameters: settings.Step, facts: Facts, kind: DeviceKind) -> i
     if dtype == "auto":
         return 2 if kind == "cuda" or _cpu_has_bf16() else 4
     return 4 if dtype == "float32" else 2
+
+
+def task_of(name: str) -> Task:
+    """How much a task reads; a guess, where it is not one of ours."""
+    return _TASKS.get(name, _OTHER_TASK)
 
 
 def _cpu_has_bf16() -> bool:
@@ -330,13 +353,13 @@ class _Step:
         yield _Phase(model + self._perplexity(n_blocks, length, parameters.batch_size))
         yield _Phase(model + length * facts.vocabulary * self.d, 12 * length * facts.vocabulary)
         for name in parameters.tasks:
-            yield self._questions(*_TASKS.get(name, _OTHER_TASK))
+            yield self._questions(task_of(name))
 
-    def _questions(self, examples: int, question: int, questions: int) -> _Phase:
+    def _questions(self, task: Task) -> _Phase:
         """A batch of questions after the cache of their examples, which are read once."""
         parameters, facts = self.parameters, self.facts
-        if parameters.num_fewshot == 0:
-            examples = 0
+        question, questions = task.question + task.new, task.questions
+        examples = 0 if parameters.num_fewshot == 0 else task.examples
         rows = parameters.batch_size or max(1, _QUESTION_TOKENS[self.kind] // question)
         a_token = 2 * facts.keys * facts.layers * self.d
         cached = 0.0
