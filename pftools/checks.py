@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pftools import corpora, settings
+from pftools import contents, corpora, settings
 from pftools.costs import estimate_disk, shapes_of
 from pftools.data_root import data_root
 from pftools.errors import PftoolsError
@@ -75,8 +75,10 @@ def _check_corpus(study: Study, section: str, *, split: str | None = None) -> No
     root = data_root(data)
     if corpus in _HUB_CORPORA and not (root and (root / corpus).is_dir()):
         return
+    if contents.data_set_of(corpus):
+        return
     try:
-        if _size(Path(corpus)) <= _MOST_READ:
+        if _size(Path(contents.place_and_column(corpus)[0])) <= _MOST_READ:
             corpora.documents(corpus, split=read, data=data)
     except PftoolsError as error:
         raise PftoolsError(f"{study.place(section, 'corpus')}: {error}") from None

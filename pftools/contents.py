@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from pftools.errors import PftoolsError
@@ -27,9 +28,38 @@ _PIECE, _PIECES = 64 * 2**10, 256
 _PLACES = ("models", "model", "checkpoints", "runs", "data", "corpora", "texts", "outputs")
 
 
-def is_path(reference: str) -> bool:
-    """Whether a corpus is named by a path."""
-    return "/" in reference or reference.startswith("~") or is_readable(reference)
+def place_and_column(corpus: str) -> tuple[str, str]:
+    """A corpus's file, folder or data set, and its column: `my/rows.csv:story` is (my/rows.csv, story).
+
+    The column is empty where none is named, as in the path of a file whose own name holds a colon."""
+    place, colon, column = corpus.rpartition(":")
+    if not (colon and place and re.fullmatch(r"[^/\\]+", column)) or _is_there(corpus):
+        return corpus, ""
+    return place, column
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, or an unknown user after ~
+        return False
+
+
+def data_set_of(corpus: str) -> tuple[str, str | None] | None:
+    """(id, configuration) of a data set of the hub, `owner/name:column`; None: the corpus is none.
+
+    With a configuration it is `owner/name/configuration:column`. What is there as a path is none."""
+    place, column = place_and_column(corpus)
+    found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:/([\w.-]+))?", place)
+    if not column or not found or is_readable(place) or _is_there(place):
+        return None
+    return found[1], found[2]
+
+
+def is_path(corpus: str) -> bool:
+    """Whether a corpus is named by a path; a data set of the hub looks alike where nothing is there."""
+    place, _ = place_and_column(corpus)
+    return "/" in place or place.startswith("~") or is_readable(place)
 
 
 def looks_like_path(reference: str, folder: Path) -> bool:

@@ -5,6 +5,10 @@
   `train.jsonl`.
 - a path to one file, which is split by its documents. What files may be is told in `records`.
 - `wikitext2` and `c4`: from the data root where it has them, else from the hub.
+- `owner/name:column`: a column of a data set of the hub, `owner/name/configuration:column` where it has
+  several. One with a single split is split by its documents.
+
+A file or folder may be followed by `:column`, too, where its text is not in the column `text`.
 
 Rows of conversations (see `chat`) are written by the model's chat template, one after the other.
 
@@ -22,7 +26,7 @@ from pftools import contents, pydocs, run_folder
 from pftools.chat import Conversation, tokens_of
 from pftools.data_root import data_root, read_split
 from pftools.errors import PftoolsError, nearest
-from pftools.records import TEXT_ENDINGS, column_of, is_readable, kind_of, texts_of
+from pftools.records import TEXT_ENDINGS, column_of, documents_of, is_readable, kind_of, texts_of
 from pftools.splits import SPLITS, pieces, split_documents
 
 if TYPE_CHECKING:
@@ -176,24 +180,54 @@ def documents(corpus: str, *, split: str, data: str | Path | None = None) -> lis
 
 def _documents_of(corpus: str, split: str, data: str | Path | None) -> list[str]:
     path = _local_path(corpus, data_root(data))
-    if path is None and corpus in _HUB:
-        return _from_hub(corpus, split, data)
+    place, column = contents.place_and_column(corpus)
+    if path is None and place in _HUB:
+        return _from_hub(place, column or "text", split, data)
+    if path is None and (data_set := contents.data_set_of(corpus)):
+        return _of_data_set(*data_set, column, split)
     if path is None:
         raise PftoolsError(_unknown(corpus, data_root(data)))
     if path.is_dir():
-        return texts_of(_file_for(path, split))
-    whole = texts_of(path)
+        return texts_of(_file_for(path, split), column)
+    whole = texts_of(path, column)
     if not any(document.strip() for document in whole):
         raise PftoolsError(f"{path} is empty: give a file with text in it.")
-    is_text = kind_of(path) in TEXT_ENDINGS
-    parts = split_documents(pieces(whole[0]) if is_text else whole, str(path))
+    if kind_of(path) in TEXT_ENDINGS:
+        return _part(pieces(whole[0]), split, f"{path}", "is one file", "paragraphs")
+    return _part(whole, split, f"{path}", "is one file")
+
+
+def _part(whole: list[str], split: str, place: str, why: str, kind: str = "documents") -> list[str]:
+    """A split of what has none, and a warning that says so."""
+    parts = split_documents(whole, place)
     told = ", ".join(f"{len(parts[name])} {name}" for name in SPLITS)
-    warnings.warn(
-        f"{path} is one file, so its {'paragraphs' if is_text else 'documents'} are split into parts that "
-        f"share none: {told}.",
-        stacklevel=2,
-    )
+    warnings.warn(f"{place} {why}, so its {kind} are split into parts that share none: {told}.", stacklevel=3)
     return parts[split]
+
+
+def _of_data_set(name: str, configuration: str | None, column: str, split: str) -> list[str]:
+    """The documents of a data set of the hub; each of its splits is fetched whole, once."""
+    place = f"{name}/{configuration}" if configuration else name
+    try:
+        import datasets
+
+        found = dict(datasets.load_dataset(name, configuration))
+    except Exception as error:  # the hub and its data sets fail in many ways (offline, gated, no such name)
+        cause = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise PftoolsError(
+            f"{place!r} is no file or folder here, and as a data set of the hub it could not be loaded "
+            f"({type(error).__name__}: {cause}): mend the name, or fetch it into the hub's cache where there "
+            "is network."
+        ) from error
+    if len(found) == 1:
+        (only,) = found
+        return _part(
+            documents_of(list(found[only]), column, place), split, place, f"has the split {only} alone"
+        )
+    wanted = "train" if split == "calibration" and "calibration" not in found else split
+    if wanted not in found:
+        raise PftoolsError(f"the data set {place} has no {split} split: it holds {', '.join(found)}.")
+    return documents_of(list(found[wanted]), column, f"the {wanted} split of {place}")
 
 
 def file_of(corpus: str, split: str, data: str | Path | None = None) -> Path | None:
@@ -207,7 +241,10 @@ def file_of(corpus: str, split: str, data: str | Path | None = None) -> Path | N
 
 def _unknown(corpus: str, root: Path | None) -> str:
     if contents.is_path(corpus):
-        return f"there is no corpus {corpus!r}: give the path of a file or of a folder that is there."
+        return (
+            f"there is no corpus {corpus!r}: give the path of a file or of a folder that is there, or a data "
+            "set of the hub with its column, as owner/name:text."
+        )
     known = {"pydocs", *_HUB}
     if root and root.is_dir():
         known |= {folder.name for folder in root.iterdir() if folder.is_dir()}
@@ -241,15 +278,16 @@ def _file_for(folder: Path, split: str) -> Path:
 
 
 def _local_path(corpus: str, root: Path | None) -> Path | None:
-    candidates = [Path(corpus).expanduser()] if contents.is_path(corpus) else []
+    place, _ = contents.place_and_column(corpus)
+    candidates = [Path(place).expanduser()] if contents.is_path(corpus) else []
     if root:
-        candidates.append(root / corpus)
+        candidates.append(root / place)
     return next((path for path in candidates if path.exists()), None)
 
 
-def _from_hub(corpus: str, split: str, data: str | Path | None) -> list[str]:
+def _from_hub(corpus: str, column: str, split: str, data: str | Path | None) -> list[str]:
     name = "train" if split == "calibration" else split
     try:
-        return column_of(read_split(corpus, name, data=data), "text", f"the {name} split of {corpus}")
+        return column_of(read_split(corpus, name, data=data), column, f"the {name} split of {corpus}")
     except PftoolsError as error:
         raise PftoolsError(f"{error} Without network, the corpus 'pydocs' is inside every Python.") from error

@@ -69,6 +69,8 @@ def _of_corpus(corpus: str, split: str, data: str) -> str | None:
     if corpus == "pydocs":
         return _of_pydocs()
     path = corpora.file_of(corpus, split, data)
+    if data_set := contents.data_set_of(corpus):
+        return contents.hub_revision("datasets", data_set[0])
     return contents.digest(str(path)) if path else _of_data_set(corpus)
 
 

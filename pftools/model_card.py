@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pftools import run_folder
+from pftools import contents, run_folder
 from pftools.data_root import DATA_SETS
 from pftools.settings import EMBEDDED_MODEL, STEPS
 
@@ -32,11 +32,11 @@ def model_card(base: str, chain: list[Path], sparsity: float) -> str:
     records = [run_folder.read_record(folder) for folder in chain]
     name, licence = _origin(base)
     corpora = {record["parameters"].get("corpus") for record in records} - {None}
-    hub = [DATA_SETS[corpus].hub for corpus in sorted(corpora) if corpus in DATA_SETS]
+    hub = [source for corpus in sorted(corpora) if (source := _on_the_hub(corpus))]
     data = ModelCardData(
         base_model=name,
         license=licence,
-        datasets=[source["path"] for source in hub if source] or None,
+        datasets=list(dict.fromkeys(hub)) or None,
         metrics=["perplexity"],
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -108,6 +108,14 @@ tokenizer.save_pretrained("merged")
 def _asked(records: list[dict[str, Any]]) -> str:
     asked = [record["parameters"]["sparsity"] for record in records if record["step"] == "prune"]
     return f"{asked[-1]:.2%} was asked, and " if asked else ""
+
+
+def _on_the_hub(corpus: str) -> str | None:
+    """The id of the data set that a corpus is; None: it is none of the hub."""
+    if corpus in DATA_SETS:
+        return DATA_SETS[corpus].hub.get("path")
+    found = contents.data_set_of(corpus)
+    return found[0] if found else None
 
 
 def _origin(base: str) -> tuple[str | None, str | None]:

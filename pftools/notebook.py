@@ -156,7 +156,8 @@ def _from_the_project(kind: type[BaseModel], given: dict[str, Any]) -> dict[str,
             continue
         names_an_input = name in getattr(kind, "parents", ()) and value != settings.EMBEDDED_MODEL
         names_an_input |= name == "corpus" and contents.is_path(value)
-        if settings.A_PATH in field.metadata or (names_an_input and (project / value).exists()):
+        place = contents.place_and_column(value)[0] if name == "corpus" else value
+        if settings.A_PATH in field.metadata or (names_an_input and (project / place).exists()):
             found[name] = str(project / Path(value).expanduser())
     return given | found
 

@@ -149,7 +149,8 @@ class _Blocks(Step):
     """Steps that read blocks of tokens."""
 
     corpus: str = Field(
-        "pydocs", description="pydocs, wikitext2, c4, a data-root folder, a file or folder of text"
+        "pydocs",
+        description="pydocs, wikitext2, c4, a data-root folder, a file or folder of text, owner/name:column",
     )
     block_length: int = Field(512, ge=2, description="tokens a block")
     batch_size: int | None = local(None, "blocks a forward; None: chosen by size", ge=1)

@@ -375,15 +375,20 @@ def locate(reference: str, folder: Path, kind: _Located) -> str:
     Raises:
         PftoolsError: it looks like a path, and nothing is there.
     """
+    whole, column = reference, ""
+    if kind == "corpus":
+        reference, column = _place_and_column(reference, folder)
     try:
         path = (folder / Path(reference).expanduser()).absolute()
         there = path.exists()
     except (OSError, RuntimeError, ValueError):  # too long, or an unknown user after ~
         path, there = folder / reference, False
     if reference == settings.EMBEDDED_MODEL or (kind == "corpus" and not contents.is_path(reference)):
-        return reference
+        return whole
     if there:
-        return os.path.normpath(path)
+        return os.path.normpath(path) + (f":{column}" if column else "")
+    if kind == "corpus" and contents.data_set_of(whole):
+        return whole
     if kind in ("data root", "folder of tasks") or contents.looks_like_path(reference, folder):
         here = Path(reference).expanduser()
         hint = f" (from here it is {os.path.relpath(here, folder)!r})" if here.exists() else ""
@@ -391,4 +396,11 @@ def locate(reference: str, folder: Path, kind: _Located) -> str:
             f"there is no {kind} {reference!r}, which is {os.path.normpath(path)}: paths count from the "
             f"folder of the study file; mend the path{hint}."
         )
-    return reference
+    return whole
+
+
+def _place_and_column(corpus: str, folder: Path) -> tuple[str, str]:
+    """`contents.place_and_column`, where paths count from a folder."""
+    if (folder / Path(corpus).expanduser()).exists():
+        return corpus, ""
+    return contents.place_and_column(corpus)

@@ -280,3 +280,122 @@ def test_the_split_of_a_file_hangs_on_its_documents_alone():
     sizes = {split: len(found) / len(documents) for split, found in parts.items()}
     for split, share in splits._SHARES.items():
         assert abs(sizes[split] - share) < 0.02, sizes
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Columns, and data sets of the hub
+
+STORIES = [{"story": tale, "question": f"What is {tale}?", "answer": "It rains."} for tale in TALES]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".csv", ".tsv", ".json", ".parquet"])
+def test_another_column_is_named_after_a_colon(tmp_path, ending):
+    table, plain = pd.DataFrame(STORIES), ending.removesuffix(".gz")
+    content = {
+        ".jsonl": table.to_json(orient="records", lines=True),
+        ".json": table.to_json(orient="records"),
+        ".csv": table.to_csv(index=False),
+        ".tsv": table.to_csv(index=False, sep="\t"),
+        ".parquet": parquet_of(STORIES),
+    }[plain]
+    content = gzip.compress(content.encode()) if ending.endswith(".gz") else content
+    path = written(tmp_path, f"rows{ending}", content)
+    (tmp_path / "tales").mkdir()
+    written(tmp_path / "tales", f"train{ending}", content)
+    assert corpora.documents(f"{tmp_path}/tales:story", split="train") == TALES
+    with pytest.warns(UserWarning, match="is one file"):
+        assert set(corpora.documents(f"{path}:story", split="train")) < set(TALES)
+    with pytest.raises(PftoolsError, match="row 1, has no column text: it has story, question, answer"):
+        corpora.documents(path, split="train")
+    with pytest.raises(PftoolsError, match="row 1, has no column stroy: it has story"):
+        corpora.documents(f"{path}:stroy", split="train")
+    with pytest.raises(PftoolsError, match="columns story, answer are no conversation"):
+        corpora.documents(f"{path}:story,answer", split="train")
+
+
+def test_columns_of_a_conversation_are_one_and_a_text_has_none(tmp_path):
+    rows = [{"text": "x", "instruction": tale, "output": "Yes."} for tale in TALES]
+    path = written(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="is one file"):
+        found = corpora.documents(f"{path}:instruction,output", split="test")
+    assert found[0].messages[1] == {"role": "assistant", "content": "Yes."}
+    with pytest.raises(PftoolsError, match="is a text without columns: leave ':text' out"):
+        corpora.documents(written(tmp_path, "a.txt", PARAGRAPHS) + ":text", split="test")
+    odd = written(tmp_path, "rows:text", "")
+    with pytest.raises(PftoolsError, match="is of a kind that is not read"):
+        corpora.documents(odd, split="test")  # a file whose own name holds a colon
+
+
+def on_the_hub(monkeypatch, **splits):
+    """Data sets as `datasets` gives them; returns what was asked of it."""
+    import datasets
+
+    asked = []
+
+    def load(name, configuration=None):
+        asked.append((name, configuration))
+        return datasets.DatasetDict(
+            {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+        )
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    return asked
+
+
+def test_a_data_set_of_the_hub_is_named_with_its_column(monkeypatch, tokenizer):
+    asked = on_the_hub(monkeypatch, train=STORIES, validation=STORIES[:4], test=STORIES[4:9])
+    assert corpora.documents("some.one/tales:story", split="validation") == TALES[:4]
+    assert corpora.documents("some.one/tales:story", split="calibration") == TALES
+    assert corpora.documents("some.one/tales/dark:question", split="test")[0] == f"What is {TALES[4]}?"
+    assert asked == [("some.one/tales", None)] * 2 + [("some.one/tales", "dark")]
+    blocks = corpora.token_blocks(
+        tokenizer, "some.one/tales:story", split="test", n_blocks=2, block_length=16
+    )
+    assert tokenizer.decode(blocks.flatten()) == "\n\n".join(TALES[4:9])[:32]
+    with pytest.raises(PftoolsError, match="row 1, has no column text: it has story, question, answer"):
+        corpora.documents("some.one/tales:text", split="test")
+
+
+def test_a_data_set_with_one_split_is_split_by_its_documents(monkeypatch):
+    on_the_hub(monkeypatch, train=STORIES)
+    with pytest.warns(
+        UserWarning, match="some.one/tales has the split train alone, so its documents are split"
+    ):
+        parts = [corpora.documents("some.one/tales:story", split=split) for split in corpora.SPLITS]
+    assert sorted(sum(parts, [])) == sorted(TALES)
+    on_the_hub(monkeypatch, train=STORIES, dev=STORIES)
+    with pytest.raises(PftoolsError, match="some.one/tales has no test split: it holds train, dev"):
+        corpora.documents("some.one/tales:story", split="test")
+
+
+def test_a_data_set_that_is_not_to_be_had_is_one_sentence(monkeypatch):
+    def refuse(*_):
+        raise ConnectionError("Couldn't reach 'some.one/tales' on the Hub (offline).\nMore lines.")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(
+        PftoolsError, match="no file or folder here, and .*ConnectionError.*offline.*mend"
+    ) as found:
+        corpora.documents("some.one/tales:story", split="test")
+    assert "\n" not in str(found.value)
+    with pytest.raises(PftoolsError, match="there is no corpus 'some.one/tales': .* as owner/name:text"):
+        corpora.documents("some.one/tales", split="test")
+
+
+@pytest.mark.parametrize(
+    "corpus", ["some.one/tales:story", "some.one/tales/dark:a,b", "tales.jsonl:story", "pydocs"]
+)
+def test_a_study_keeps_columns_and_paths_count_from_its_folder(tmp_path, monkeypatch, corpus):
+    from pftools import contents, run_folder, settings
+    from pftools.study_file import locate
+
+    written(tmp_path, "tales.jsonl", "\n".join(map(json.dumps, STORIES)))
+    found = locate(corpus, tmp_path, "corpus")
+    assert found == (f"{tmp_path}/{corpus}" if corpus.startswith("tales") else corpus)
+    assert contents.place_and_column(found)[1] == corpus.partition(":")[2]
+    keys = {run_folder.run_key(settings.Calibrate(corpus=name)) for name in (found, f"{found[:-1]}x")}
+    assert len(keys) == 2, "the column is part of the key"
+    with pytest.raises(PftoolsError, match="there is no corpus 'a/b/c'"):
+        locate("a/b/c", tmp_path, "corpus")
+    with pytest.raises(PftoolsError, match="there is no corpus 'my.jsonl', which is"):
+        locate("my.jsonl:story", tmp_path, "corpus")

@@ -43,7 +43,8 @@ def run_key(parameters: Step, *, own_cells: str = "") -> str:
     for name in parameters.parents:
         decisive[name] = _by_contents(decisive[name])
     if contents.is_path(corpus := decisive.get("corpus", "")):
-        decisive["corpus"] = _held(corpus)
+        place, column = contents.place_and_column(corpus)
+        decisive["corpus"] = f"{_held(place)}:{column}" if column else _held(place)
     if include := decisive.get("include"):  # task files, of which any may be part of another
         decisive["include"] = contents.digest_of_tree(include) or include
     code = own_cells or cells.digest(cells.of_notebook(notebook_of(parameters)))
