@@ -1,11 +1,16 @@
 """Progress bars inside of a step: in a notebook they are drawn, in batch their last state is kept in a file.
 
-The process of the step reads that file, and writes what it says into the step's log.
+The process of the step reads that file, and writes what it says into the step's log. In a notebook that is
+open, what is slow and has no bar, such as the reading of a model, is told by a clock (`watch_cells`).
 """
 
 from __future__ import annotations
 
+import contextvars
 import os
+import threading
+import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,8 @@ from typing import Any
 from pftools import run_folder
 
 LATEST = "progress.txt"  # the file in the folder of an attempt
+_QUIET = 5.0  # seconds without a sign of life after which a cell gives one, again and again
+_drawn: weakref.WeakSet[Any] = weakref.WeakSet()  # bars that may be under way
 
 
 def progress_bar(iterable: Any = None, **options: Any) -> Any:
@@ -27,7 +34,9 @@ def progress_bar(iterable: Any = None, **options: Any) -> Any:
         )
     from tqdm.auto import tqdm
 
-    return tqdm(iterable, **options)
+    bar = tqdm(iterable, **options)
+    _drawn.add(bar)
+    return bar
 
 
 class _Latest:
@@ -51,3 +60,52 @@ def latest(attempt: Path) -> str:
         return (attempt / LATEST).read_text().strip()
     except OSError:
         return ""
+
+
+def watch_cells() -> None:
+    """From the next cell on, let each cell of an open notebook show every few seconds that it is at work.
+
+    Bars that are under way are drawn anew, so that their clocks move; where there is none, a line tells how
+    long the cell has been at work.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None or os.environ.get(run_folder.ATTEMPT):
+        return
+    ended = threading.Event()
+
+    def before_a_cell(info: Any) -> None:
+        nonlocal ended
+        ended = threading.Event()
+        # With the context of this cell, which says where output goes.
+        work = (contextvars.copy_context().run, _beat, ended)
+        threading.Thread(target=work[0], args=work[1:], daemon=True).start()
+
+    def after_a_cell(result: Any) -> None:
+        ended.set()
+
+    for event, callback in (("pre_run_cell", before_a_cell), ("post_run_cell", after_a_cell)):
+        for earlier in [
+            found for found in shell.events.callbacks[event] if found.__qualname__ == callback.__qualname__
+        ]:
+            shell.events.unregister(event, earlier)
+        shell.events.register(event, callback)
+
+
+def _beat(ended: threading.Event) -> None:
+    """Signs of life until the cell has ended."""
+    from IPython.display import display
+
+    began, line = time.monotonic(), None
+    while not ended.wait(_QUIET):
+        bars = [bar for bar in list(_drawn) if not bar.disable]
+        for bar in bars:
+            bar.refresh()
+        text = {"text/plain": f"at work for {time.monotonic() - began:.0f} s"}
+        if line is not None:
+            line.update(text, raw=True)
+        elif not bars:
+            line = display(text, raw=True, display_id=True)
+    if line is not None:
+        line.update({"text/plain": f"took {time.monotonic() - began:.0f} s"}, raw=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pftools import run_folder
 from pftools.errors import PftoolsError
 from pftools.progress import progress_of
-from pftools.steps import Failure, read_failure, request, sweep_sockets, unusable
+from pftools.steps import Failure, how_far, read_failure, request, sweep_sockets, unusable
 
 if TYPE_CHECKING:
     from pftools.study import Plan, PlannedStep
@@ -54,7 +54,7 @@ def run_plan(
             while waiting or processes:
                 for step in _ready(waiting, unfinished, jobs - len(processes)):
                     processes.append(_begin(waiting.pop(step.name), notebooks, processes, jobs))
-                told.at_work([process.step.label for process in processes])
+                told.at_work([process.words() for process in processes])
                 if not processes:
                     open_steps = [step for step in waiting.values() if not unfinished & set(step.parents)]
                     if not open_steps:
@@ -104,6 +104,13 @@ class _StepProcess:
     step: PlannedStep
     place: int
     process: subprocess.Popen[bytes]
+    _told: tuple[float, str] = (0.0, "")
+
+    def words(self) -> str:
+        """What the step does, and how far it is; looked up once a second."""
+        if time.monotonic() - self._told[0] >= 1:
+            self._told = (time.monotonic(), how_far(self.step.folder))
+        return f"{self.step.label}: {self._told[1]}" if self._told[1] else self.step.label
 
     def has_ended(self) -> bool:
         return self.process.poll() is not None

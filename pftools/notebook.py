@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from pftools import cells, contents, inputs, needs, run_folder, settings
+from pftools import bars, cells, contents, inputs, needs, run_folder, settings
 from pftools.errors import PftoolsError
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
@@ -42,6 +42,7 @@ def start(kind: type[_Step], namespace: dict[str, Any]) -> tuple[_Step, run_fold
         return cells.others(executed, own)
 
     run.own_cells = own_cells
+    bars.watch_cells()
     print(run, *needed, sep="\n")
     return parameters, run
 

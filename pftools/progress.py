@@ -1,4 +1,7 @@
-"""How far a plan is: a bar in a terminal; elsewhere, such as in a log file, a line for each finished step."""
+"""How far a plan is: a bar in a terminal; elsewhere, such as in a log file, a line for each finished step.
+
+Between these lines others tell what is at work, so that no log is silent for long.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     from pftools.plan import Plan, PlannedStep
 
 
+_QUIET = 10
+
+
 class Progress:
     """Told what happens to the steps of a plan; this one says nothing."""
 
@@ -30,13 +36,17 @@ class Progress:
 
 
 class _Bar(Progress):
-    """A bar of steps, and what is under way."""
+    """A bar of steps, and below it a line for each that is under way."""
 
-    def __init__(self, bars: RichProgress, total: int, done: int) -> None:
+    def __init__(self, bars: RichProgress, lines: RichProgress, total: int, done: int) -> None:
         self._bars, self._task = bars, bars.add_task("", total=total, completed=done)
+        self._lines = lines
 
     def at_work(self, labels: list[str]) -> None:
-        self._bars.update(self._task, description=" · ".join(labels))
+        for _ in range(len(self._lines.tasks), len(labels)):
+            self._lines.add_task("")
+        for task, label in zip(self._lines.tasks, [*labels, *[""] * len(self._lines.tasks)]):
+            self._lines.update(task.id, description=label, visible=bool(label))
 
     def finished(self, step: PlannedStep) -> None:
         self._bars.update(self._task, advance=1)
@@ -45,9 +55,14 @@ class _Bar(Progress):
 class _Lines(Progress):
     """A line for each step that ends: when, what it found, and how many are left for how long."""
 
-    def __init__(self, plan: Plan, jobs: int) -> None:
-        self._plan, self._jobs = plan, jobs
+    def __init__(self, plan: Plan, jobs: int, quiet: float) -> None:
+        self._plan, self._jobs, self._quiet = plan, jobs, quiet
         self._began, self._here = time.monotonic(), 0
+        self._printed = self._began
+
+    def at_work(self, labels: list[str]) -> None:
+        if labels and time.monotonic() - self._printed >= self._quiet:
+            self._print(" · ".join(labels))
 
     def finished(self, step: PlannedStep) -> None:
         self._here += 1
@@ -73,6 +88,7 @@ class _Lines(Progress):
         return f"{left} left, about {in_minutes(seconds)}, until {end}"
 
     def _print(self, line: str) -> None:
+        self._printed = time.monotonic()
         print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
@@ -99,7 +115,9 @@ def result_words(results: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def progress_of(plan: Plan, to_do: int, *, visible: bool, jobs: int = 1) -> Iterator[Progress]:
+def progress_of(
+    plan: Plan, to_do: int, *, visible: bool, jobs: int = 1, quiet: float | None = None
+) -> Iterator[Progress]:
     """Shows how far a plan is, for as long as the block lasts.
 
     Args:
@@ -107,21 +125,19 @@ def progress_of(plan: Plan, to_do: int, *, visible: bool, jobs: int = 1) -> Iter
         to_do: how many of its steps are to be done.
         visible: whether anything is shown.
         jobs: how many steps at a time, for the expected end.
+        quiet: seconds after which a line tells what is at work, where there is no terminal; None: ten.
     """
     if not visible:
         yield Progress()
     elif not sys.stdout.isatty():
-        yield _Lines(plan, jobs)
+        yield _Lines(plan, jobs, quiet or _QUIET)
     else:
+        from rich.console import Group
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
 
-        columns = (
-            TextColumn("steps"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-        )
-        with Bars(*columns) as bars:
-            yield _Bar(bars, len(plan.steps), len(plan.steps) - to_do)
+        bars = Bars(TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        lines = Bars(TextColumn("  {task.description}", markup=False))
+        with Live(Group(bars, lines)):
+            yield _Bar(bars, lines, len(plan.steps), len(plan.steps) - to_do)

@@ -320,7 +320,7 @@ def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
     """
     left = set(submitted)
     reached = time.monotonic()
-    with progress_of(plan, len(left), visible=progress) as told:
+    with progress_of(plan, len(left), visible=progress, quiet=600) as told:
         while left:
             try:
                 queued = queue(Path(plan.runs))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -209,6 +210,27 @@ def _telling(attempt: Path) -> Iterator[None]:
     finally:
         ended.set()
         teller.join()
+
+
+def how_far(folder: Path) -> str:
+    """What the log of a step said last of how far it is, as `40 s, cell 9, pruning 50%`; empty: nothing."""
+    try:
+        with run_folder.log_path(folder).open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 500))
+            lines = log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    told = [found for line in lines if (found := _TOLD.fullmatch(line))]
+    return ", ".join(filter(None, [told[-1][1], told[-1][2], _bar(told[-1][3])])) if told else ""
+
+
+_TOLD = re.compile(r"(\d+ s)  (cell \d+)(?:  (.*))?")  # a line of `_telling`
+
+
+def _bar(drawn: str | None) -> str:
+    """A bar in words: what is done, and how much of it."""
+    found = re.match(r"([^:|]+): *(\d+%|\d+)", drawn or "")
+    return f"{found[1]} {found[2]}" if found else ""
 
 
 def _cell_at_work(notebook: Path) -> int | None:
