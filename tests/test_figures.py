@@ -2,10 +2,12 @@
 
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from pftools import figures
+from pftools.figures import labels
 from pftools.orderings import PUBLISHED, parse_ordering
 
 LAYERS = pd.DataFrame(
@@ -132,6 +134,25 @@ def test_every_chart_is_drawn_with_its_words(name):
     for word in words:
         assert word in svg
     assert "NaN" not in svg and "http" not in svg.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize("wished", [[5], [50, 50, 50], [0, 1, 2, 90], [99, 100, 98, 3], [40, 20, 60]])
+def test_names_of_lines_are_a_line_of_text_apart_and_near_their_ends(wished):
+    placed = labels.apart(wished, 100)
+    assert np.diff(np.sort(placed)).min(initial=13) >= 13 - 1e-9 and placed.min() >= 0 and placed.max() <= 100
+    order = np.argsort(wished, kind="stable")
+    assert (np.argsort(placed, kind="stable") == order).all()
+    if np.diff(np.sort(wished)).min(initial=13) >= 13:
+        assert placed == pytest.approx(wished)
+
+
+def test_where_there_are_too_many_names_there_is_a_key():
+    rows = [(layer, f"expert{n}", n + layer) for layer in (0, 1) for n in range(30)]
+    table = pd.DataFrame(rows, columns=["layer", "module", "value"])
+    few = table[table["module"].isin(["expert1", "expert2"])]
+    for drawn, marks in ((table, ["legend"]), (few, [])):
+        svg = figures.as_svg(figures.lines_by_layer(drawn, "value", title="Lines"))
+        assert ("role-legend-symbol" in svg) == bool(marks) and "expert2" in svg
 
 
 def test_a_logarithmic_axis_spans_the_values_not_whole_decades():

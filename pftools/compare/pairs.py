@@ -259,8 +259,16 @@ def compare_tasks(
     """
     answered = results[results["run"].isin(list(samples))]
     by_task: dict[str, list[_Row]] = {}
+    known: dict[tuple[str, ...], pd.DataFrame] = {}  # an entry is in many pairs
+
+    def of(frame: pd.DataFrame) -> pd.DataFrame:
+        runs = tuple(frame["run"])
+        if runs not in known:
+            known[runs] = pd.concat([_answers(samples[run]) for run in runs], axis=1, keys=range(len(runs)))
+        return known[runs]
+
     for pair in _pairs(answered, looks) if len(answered) else ():
-        for task, row in _task_rows(pair, samples) if pair.comparable else ():
+        for task, row in _task_rows(pair, of(pair.one), of(pair.other)) if pair.comparable else ():
             by_task.setdefault(task, []).append(row)
     numbers = ["task", "accuracy_first", "accuracy_second", "difference"]
     share = margin or _ACCURACY_SIZE
@@ -269,27 +277,26 @@ def compare_tasks(
     return table.assign(verdict=[task_verdict(dict(row)) for _, row in table.iterrows()])
 
 
-def _task_rows(pair: _Pair, samples: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, _Row]]:
-    answers = [
-        pd.concat([_answers(samples[run], place) for place, run in enumerate(frame["run"])])
-        for frame in (pair.one, pair.other)
-    ]
-    both = answers[0].join(answers[1], how="inner", lsuffix="_first", rsuffix="_second")
+def _task_rows(pair: _Pair, one: pd.DataFrame, other: pd.DataFrame) -> Iterator[tuple[str, _Row]]:
+    """A row a task. ``one`` and ``other`` are outcomes by question and seed."""
+    # Questions that every seed has answered, under both orderings.
+    both = pd.concat({"first": one, "second": other}, axis=1, join="inner").dropna()
     for task, asked in both.groupby(level="task", sort=False):
-        # Questions that every seed has answered, under both orderings: (seeds, n).
-        first, second = (asked[f"correct_{side}"].unstack("seed").dropna().T for side in ("first", "second"))
+        # (seeds, n)
+        first: np.ndarray = asked["first"].to_numpy().T
+        second: np.ndarray = asked["second"].to_numpy().T
         judged = judge_answers(first, second)
         row = {
             **pair.row(),
             "task": task,
-            "accuracy_first": float(first.to_numpy().mean()),
-            "accuracy_second": float(second.to_numpy().mean()),
+            "accuracy_first": float(first.mean()),
+            "accuracy_second": float(second.mean()),
             "difference": judged.mean,
             "agree": judged.agree,
         }
         if len(first) == 1:
-            found = compare_accuracy(first, second)
-            disagreement = float(((first.mean() - second.mean()) ** 2).mean())
+            found = compare_accuracy(first[0], second[0])
+            disagreement = float(((first - second) ** 2).mean())
             visible = partial(smallest_visible_difference, found.n, disagreement=disagreement)
             yield str(task), _Row({**row, **_numbers(found)}, judged, visible)
         else:
@@ -303,12 +310,11 @@ def _visible_accuracy(judged: Judged, alpha: float) -> float:
     return min(1.0, judged.visible(alpha))
 
 
-def _answers(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The outcomes of one run, by task, subject, question and seed."""
+def _answers(samples: pd.DataFrame) -> pd.Series:
+    """The outcomes of one run, by task, subject and question."""
     kept = samples.dropna(subset=["correct"])
     subject = kept["subject"] if "subject" in kept else kept["task"]
-    named = kept.assign(subject=subject, seed=seed)
-    return named.set_index(["task", "subject", "question", "seed"])[["correct"]]
+    return kept.assign(subject=subject).set_index(["task", "subject", "question"])["correct"]
 
 
 def _numbers(found: Comparison) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A chart is shown live where there is a script for it (JupyterLab, a report) and 
 with no network. One theme; an ordering has the same colour and shape in every chart.
 
 theme       colours, scales, charts as files
+labels      names at the ends of lines
 layers      what is drawn layer by layer
 training    the loss and the learning rate of a training
 evaluation  one model's losses and accuracies

@@ -5,7 +5,8 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from pftools.figures.theme import BLUE, ORANGE, WIDTH, title_of
+from pftools.figures.labels import names_at_ends
+from pftools.figures.theme import BLUE, HEIGHT, ORANGE, WIDTH, scale_of, title_of
 
 
 def heat_map(
@@ -46,28 +47,33 @@ def lines_by_layer(
     colour: str = "module",
     log: bool = False,
     percent: bool = False,
-) -> alt.Chart:
-    """One line a module (or whatever column ``colour`` names) over the decoder layers."""
-    scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
-    return (
-        alt.Chart(table, title=title_of(title, subtitle))
+) -> alt.LayerChart:
+    """One line a module (or whatever column ``colour`` names) over the decoder layers, named at its end."""
+    means = table.groupby([colour, "layer"], sort=False)[value].mean().reset_index()
+    sorted_by_model = list(dict.fromkeys(table[colour]))
+    scale = scale_of(means[value], log=log)
+    x = alt.X(
+        "layer:Q",
+        title="decoder layer",
+        axis=alt.Axis(tickMinStep=1, grid=False, format="d"),
+        scale=alt.Scale(nice=False),
+    )
+    ends = means.sort_values("layer").drop_duplicates(colour, keep="last").assign(label=lambda t: t[colour])
+    named = names_at_ends(ends, x, value, scale=scale, height=HEIGHT, tells=colour)
+    legend = alt.Legend() if named is None else None
+    axis = alt.Axis(format="%" if percent else _number_format(table[value]), labelExpr=_ZERO)
+    lines = (
+        alt.Chart(means)
         .mark_line(point=alt.OverlayMarkDef(size=22), strokeWidth=1.8)
         .encode(
-            x=alt.X(
-                "layer:Q",
-                title="decoder layer",
-                axis=alt.Axis(tickMinStep=1, grid=False),
-                scale=alt.Scale(nice=False),
-            ),
-            y=alt.Y(
-                f"mean({value}):Q",
-                title=label or value,
-                scale=scale,
-                axis=alt.Axis(format="%" if percent else _number_format(table[value]), labelExpr=_ZERO),
-            ),
-            color=alt.Color(f"{colour}:N", title=None, sort=list(dict.fromkeys(table[colour]))),
+            x=x,
+            y=alt.Y(f"{value}:Q", title=label or value, scale=scale, axis=axis),
+            color=alt.Color(f"{colour}:N", title=None, sort=sorted_by_model, legend=legend),
         )
     )
+    chart = alt.layer(*([lines] if named is None else [lines, named]), title=title_of(title, subtitle))
+    assert isinstance(chart, alt.LayerChart)  # a FacetChart only where a layer has facets
+    return chart
 
 
 def adapter_matrices(table: pd.DataFrame, *, title: str, subtitle: str = "") -> alt.VConcatChart:
@@ -165,7 +171,7 @@ def score_histogram(histogram: pd.DataFrame, *, title: str) -> alt.LayerChart:
     )
 
 
-def output_error(layers: pd.DataFrame) -> alt.Chart:
+def output_error(layers: pd.DataFrame) -> alt.LayerChart:
     """The relative error of every weight's output, by depth; the subtitle says how it was found.
 
     Args:

@@ -9,6 +9,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
+from pftools.figures.labels import names_at_ends
 from pftools.figures.theme import (
     BLUE,
     GREY,
@@ -66,7 +67,12 @@ def metric_chart(
     own, other, values = ("x", "y", alt.X) if by == "ordering" else ("y", "x", alt.Y)
     at = {own: values("drawn:Q", title=label or metric, scale=scale, axis=axis)}
     place: dict[str, Any] = {other: _rows(shown) if by == "ordering" else _measured([shown, *others])}
-    colour, shape = _colour_and_shape(names, shown, legend=by == "sparsity")
+    height = _ROW * shown["label"].nunique() if by == "ordering" else 340
+    ends = shown[~shown["collapsed"]].sort_values("measured").drop_duplicates("label", keep="last")
+    named = None
+    if by == "sparsity":
+        named = names_at_ends(ends, place["x"], metric, scale=scale, height=height, tells="ordering")
+    colour, shape = _colour_and_shape(names, shown, legend=by == "sparsity" and named is None)
     base = alt.Chart(shown).encode(**place, color=colour)
     standing = base.transform_filter("!datum.collapsed")
     layers: list[alt.Chart | alt.LayerChart] = []
@@ -76,11 +82,13 @@ def metric_chart(
     if published is not None and by == "sparsity":
         layers.append(_hollow(published, metric, names, place, {own: (values, scale)}))
     if f"{metric}_low" in shown:
-        ends = {own: values(f"{metric}_low:Q", scale=scale), f"{own}2": f"{metric}_high:Q"}
-        layers.append(base.mark_rule(strokeWidth=2, opacity=0.6).encode(**ends))
+        between = {own: values(f"{metric}_low:Q", scale=scale), f"{own}2": f"{metric}_high:Q"}
+        layers.append(base.mark_rule(strokeWidth=2, opacity=0.6).encode(**between))
     if by == "sparsity":
         line = standing.mark_line(strokeWidth=2.2)
         layers.append(line.encode(**at, order="measured:Q", detail="label:N", **_dash(shown)))
+    if named is not None:
+        layers.append(named)
     if seeds is not None:
         layers.append(_singly(seeds, metric, names, place, {own: (values, scale)}))
     tooltip = _tooltip(shown, metric, label or metric, percent=percent)
@@ -94,7 +102,6 @@ def metric_chart(
         layers.append(words.encode(**at, text=text, color=alt.value(INK)))
     if shown["collapsed"].any():
         layers.append(_collapsed(base, at, tooltip))
-    height = _ROW * shown["label"].nunique() if by == "ordering" else 340
     return _layered(*layers).properties(title=title_of(title, subtitle), height=height)
 
 
@@ -414,9 +421,12 @@ def orderings_by_layer(
     names = list(dict.fromkeys(orderings or table["ordering"]))
     scale = scale_of(table[value], log=False)
     ticks, digits = ticks_of(*scale["domain"], log=False)
-    colour, shape = _colour_and_shape(names, table, legend=True)
+    x = alt.X("layer:Q", title="decoder layer", axis=alt.Axis(tickMinStep=1, grid=False, format="d"))
+    ends, height = table.sort_values("layer").drop_duplicates("label", keep="last"), 220
+    named = names_at_ends(ends, x, value, scale=scale, height=height, tells="ordering")
+    colour, shape = _colour_and_shape(names, table, legend=named is None)
     base = alt.Chart(table).encode(
-        x=alt.X("layer:Q", title="decoder layer", axis=alt.Axis(tickMinStep=1, grid=False, format="d")),
+        x=x,
         y=alt.Y(
             f"{value}:Q",
             title=None,
@@ -432,6 +442,5 @@ def orderings_by_layer(
         alt.Tooltip(f"{value}:Q", format=".2%" if percent else ".3~g"),
     ]
     marks = base.mark_point(filled=True, size=36, opacity=1).encode(shape=shape, tooltip=told)
-    return _layered(base.mark_line(strokeWidth=1.8), marks).properties(
-        title=title_of(title, subtitle), height=220
-    )
+    layers = [base.mark_line(strokeWidth=1.8), marks, *([named] if named is not None else [])]
+    return _layered(*layers).properties(title=title_of(title, subtitle), height=height)

@@ -82,7 +82,7 @@ _ORDERING_SHAPES = {
     "iter_fp": "star",
 }
 _SPARE_SHAPES = ["circle", "square", "diamond", "up", "cross", "down", "star"]
-WIDTH = 640
+WIDTH, HEIGHT = 640, 260
 
 
 @alt.theme.register("pftools", enable=True)
@@ -92,7 +92,7 @@ def _theme() -> alt.theme.ThemeConfig:
         "config": {
             "font": font,
             "background": "white",
-            "view": {"stroke": None, "continuousWidth": WIDTH, "continuousHeight": 260},
+            "view": {"stroke": None, "continuousWidth": WIDTH, "continuousHeight": HEIGHT},
             "title": {
                 "anchor": "start",
                 "color": INK,

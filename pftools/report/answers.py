@@ -13,6 +13,8 @@ from pftools.report.lineage import in_words, study_cost
 from pftools.report.markdown import bullets, code, plain
 from pftools.report.results import best_sets, entry_table, final_states, pair_table
 
+_MOST_BULLETS = 10  # that are read without being asked for
+
 
 def headline(table: pd.DataFrame) -> str:
     """The first thing to read: the question, and which ordering won at each sparsity."""
@@ -160,6 +162,8 @@ def told_apart(compared: pd.DataFrame) -> str:
     real = compared[compared["verdict_kind"] == "differs"]
     rest = len(compared) - len(real)
     lines = [bullets(real["verdict"].tolist())] if len(real) else []
+    if len(real) > _MOST_BULLETS:
+        lines = [_folded(f"The {len(real)} differences that are there", lines)]
     if rest:
         lines.append(
             f"{rest} of {len(compared)} comparisons cannot be told apart: whatever the dots above suggest, "

@@ -239,7 +239,10 @@ def cost_chart(costs: pd.DataFrame, table: pd.DataFrame) -> alt.LayerChart | Non
 
 
 def ratio_chart(pairs: pd.DataFrame, *, most: int = 15) -> alt.LayerChart | None:
-    """The pairs with an interval; where there are many, the best of each sparsity against the others."""
+    """The pairs with an interval; where there are many, the best of each sparsity against the others.
+
+    Where these are still more than twice as many, those of the highest sparsity.
+    """
     from pftools import figures
 
     tested = pairs.dropna(subset=["ratio"])
@@ -247,6 +250,10 @@ def ratio_chart(pairs: pd.DataFrame, *, most: int = 15) -> alt.LayerChart | None
         tested = tested[(tested["first"] == tested["best"]) | (tested["second"] == tested["best"])]
     if not len(tested):
         return None
+    title = "Which differences are real"
+    if len(tested) > 2 * most:
+        tested = tested[tested["asked"] == tested["asked"].max()]
+        title += f", at {tested['where'].iloc[0]}"
     # The worse over the better, so that all dots are on one side.
     worse = tested["ratio"] >= 1
     drawn = tested.assign(
@@ -259,7 +266,7 @@ def ratio_chart(pairs: pd.DataFrame, *, most: int = 15) -> alt.LayerChart | None
         high=tested["high"].where(worse, 1 / tested["low"]),
     )
     ordered = drawn.sort_values(["asked", "ratio"], ascending=[False, True])
-    chart = figures.pair_ratios(ordered, title="Which differences are real")
+    chart = figures.pair_ratios(ordered, title=title)
     apart = int((ordered["verdict_kind"] == "differs").sum())
     told = f"{apart} of the {len(ordered)} pairs that are drawn differ. {ordered['verdict'].iloc[-1]}"
     return chart.properties(description=told)

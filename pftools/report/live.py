@@ -92,9 +92,10 @@ def _can_be_switched_off(spec: dict[str, Any]) -> bool:
         found = _can_be_switched_off(part) or found
     encoding = spec.get("encoding", {})
     own = False
-    for channel in ("color", "shape", "fill"):
+    for channel in ("color", "shape", "fill", "detail"):
         if isinstance(encoding.get(channel), dict) and encoding[channel].get("field") == "ordering":
-            encoding[channel]["legend"] = None
+            if channel != "detail":
+                encoding[channel]["legend"] = None
             own = True
     if own and "mark" in spec:
         spec["transform"] = [_FILTER, *spec.get("transform", [])]

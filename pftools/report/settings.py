@@ -11,7 +11,7 @@ from pftools import run_folder
 from pftools.report.lineage import records_behind
 from pftools.report.markdown import code, plain
 from pftools.report.results import entry_table, final_states
-from pftools.report.tables import styled
+from pftools.report.tables import WORDS, styled
 from pftools.settings import STEPS
 
 # What tells entries apart, or stands in the table of results.
@@ -36,7 +36,8 @@ def settings_table(table: pd.DataFrame) -> Styler:
         for (step, name), values in sorted(found.items(), key=lambda item: list(STEPS).index(item[0][0]))
         for value, labels in values.items()
     ]
-    return styled(pd.DataFrame(rows, columns=["step", "setting", "value", "of"]), {})
+    shown = pd.DataFrame(rows, columns=["step", "setting", "value", "of"])
+    return styled(shown, {}).set_properties(["value", "of"], **WORDS)
 
 
 def _settings(model: str, evaluation: str) -> dict[tuple[str, str], str]:

@@ -24,6 +24,9 @@ from pftools.report.results import (
 from pftools.steps import read_failure
 from pftools.study import run_state
 
+# Of a column of words, which are many: as wide as a line of text, and on several lines.
+WORDS = {"white-space": "normal", "min-width": "14em", "text-align": "left"}
+
 
 def result_table(table: pd.DataFrame) -> Styler:
     """The entries, pooled over seeds; the lowest perplexity of each sparsity is bold.
@@ -69,7 +72,7 @@ def missing_table(table: pd.DataFrame) -> Styler | None:
         return None
     shown = pd.DataFrame(rows)
     told = [name for name in ("method", "pattern", "merge", "seed") if table[name].nunique() > 1]
-    return styled(shown[["ordering", "asked", *told, "why"]], {})
+    return styled(shown[["ordering", "asked", *told, "why"]], {}).set_properties(["why"], **WORDS)
 
 
 def training_table(table: pd.DataFrame) -> Styler | None:
@@ -128,7 +131,7 @@ def step_table(table: pd.DataFrame) -> Styler:
                 "shared by": len(step.orderings),
             }
         )
-    return styled(pd.DataFrame(rows), {"seconds": "{:.1f}"})
+    return styled(pd.DataFrame(rows), {"seconds": "{:.1f}"}).set_properties(["state"], **WORDS)
 
 
 def _name(entry: pd.Series) -> str:
@@ -163,7 +166,10 @@ def guessing_table(table: pd.DataFrame) -> Styler | None:
                 "not better than guessing": ", ".join(names) or "none",
             }
         )
-    return styled(pd.DataFrame(rows), {"guessing": "{:.0%}", "questions": "{:,}"}) if rows else None
+    if not rows:
+        return None
+    shown = styled(pd.DataFrame(rows), {"guessing": "{:.0%}", "questions": "{:,}"})
+    return shown.set_properties(["not better than guessing"], **WORDS)
 
 
 def visible_differences(compared: pd.DataFrame) -> Styler:

@@ -1,5 +1,6 @@
 """Reports of made-up studies, opened in a real browser."""
 
+import itertools
 import re
 
 import pytest
@@ -104,6 +105,30 @@ def test_marks_stand_where_their_numbers_are(browser, reports):
     for label, x in marks:
         measured = float(re.search(r"measured sparsity: ([\d.]+)%", label).group(1)) / 100
         assert abs(ticks[0.0] + pixels * measured - x) < 2, label
+
+
+NAMES = """labels => [...document.querySelectorAll("figure[aria-label^='Perplexity against'] .chart")].map(
+    chart => [...chart.querySelectorAll('.mark-text text')].filter(t => labels.includes(t.textContent)).map(
+        t => {
+            const box = t.getBoundingClientRect();
+            return [t.textContent, box.left, box.top, box.right, box.bottom];
+        }))"""
+
+
+def test_lines_carry_their_names_where_there_is_room(browser, reports):
+    for name in ("eighty", "seeds"):
+        results, path = reports[name]
+        labels = sorted(set(report.entry_table(results)["label"]))
+        with Opened(browser, path, 1600) as opened:
+            charts = opened.ask(NAMES, labels)
+            assert [sorted(word for word, *_ in chart) for chart in charts] == 2 * [labels]
+            for chart in charts:
+                for (_, *one), (_, *other) in itertools.combinations(chart, 2):
+                    beside = one[2] <= other[0] or other[2] <= one[0]
+                    assert beside or one[3] <= other[1] + 2 or other[3] <= one[1] + 2, (one, other)
+                assert all(right <= 1600 for *_, right, _ in chart)
+        with Opened(browser, path, 360) as opened:
+            assert opened.ask(NAMES, labels) == [[], []]
 
 
 def test_tips_tell_what_a_mark_and_a_cell_are(browser, reports):
