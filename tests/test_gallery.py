@@ -26,11 +26,14 @@ def test_a_page_has_words_code_numbers_and_pictures_and_no_widget(tmp_path):
     ]
     cells = [
         nbformat.v4.new_markdown_cell("# 2 · Prune"),
+        nbformat.v4.new_code_cell("# Parameters\nsparsity = 0.5  # share", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("# Parameters\nsparsity = 0.7", metadata={"tags": ["injected-parameters"]}),
         nbformat.v4.new_code_cell("prune()", outputs=outputs, metadata={"papermill": {"duration": 1}}),
     ]
-    page = gallery.write("02_prune", nbformat.v4.new_notebook(cells=cells), tmp_path)
+    page = gallery.write("02_prune", nbformat.v4.new_notebook(cells=cells), tmp_path, {"sparsity": 0.7})
     text = page.read_text()
     assert "# 2 · Prune" in text and "prune()" in text and "perplexity 12.3" in text
+    assert text.count("sparsity = 0.7") == 1 and "sparsity = 0.7  # share" in text
     assert "progress" not in text and "VBox" not in text and "as it was" in text
     (picture,) = (tmp_path / "02_prune").iterdir()
     assert f"(02_prune/{picture.name})" in text and "drawn" in picture.read_text()

@@ -6,6 +6,7 @@ steps are those that a small study executed; finished steps are not executed aga
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -17,12 +18,13 @@ from nbconvert import MarkdownExporter
 
 from pftools.figures import LIVE
 from pftools.redaction import redact
+from pftools.report.notebooks import with_parameters
 from pftools.shipped import NOTEBOOKS
 from pftools.steps import NOTEBOOK_OF, kernel_options
 from pftools.study import load_study, plan_study, run_study
 
 HERE = Path(__file__).resolve().parent
-STUDY = HERE / "study.yaml"
+STUDY = Path(os.path.relpath(HERE)) / "study.yaml"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -31,18 +33,23 @@ def main(study: Path = STUDY, runs: str = "runs", folder: Path = HERE) -> list[P
     plan = plan_study(load_study(study), runs=runs)
     if failures := run_study(plan):
         sys.exit("\n".join(map(str, failures)))
-    executed = {}
+    executed, given = {}, {}
     for step in plan.steps.values():  # the last of each kind has the most behind it
-        executed[Path(NOTEBOOK_OF[step.parameters.step]).stem] = step.folder / "notebook.ipynb"
+        name = Path(NOTEBOOK_OF[step.parameters.step]).stem
+        executed[name] = step.folder / "notebook.ipynb"
+        given[name] = step.parameters.model_dump(mode="json")
     parameters = {"study": str(study), "runs": runs}
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("00_plan_study", "06_compare_orderings"):
-            executed[name] = Path(scratch) / f"{name}.ipynb"
+            executed[name], given[name] = Path(scratch) / f"{name}.ipynb", parameters
             with kernel_options() as options:
                 papermill.execute_notebook(
                     str(NOTEBOOKS / f"{name}.ipynb"), str(executed[name]), parameters, **options
                 )
-        return [write(name, nbformat.read(path, 4), folder) for name, path in sorted(executed.items())]
+        return [
+            write(name, nbformat.read(path, 4), folder, given[name])
+            for name, path in sorted(executed.items())
+        ]
 
 
 def still(data: dict[str, Any]) -> dict[str, Any]:
@@ -51,8 +58,12 @@ def still(data: dict[str, Any]) -> dict[str, Any]:
     return {} if WIDGET in data and set(kept) == {"text/plain"} else kept
 
 
-def write(name: str, notebook: Any, folder: Path) -> Path:
-    """One executed notebook as Markdown, with its pictures in `<name>/` beside it."""
+def write(name: str, notebook: Any, folder: Path, parameters: dict[str, Any]) -> Path:
+    """One executed notebook as Markdown, with its pictures in `<name>/` beside it.
+
+    Its parameters are shown as they were given, and paths from the folder that it was made in.
+    """
+    notebook.cells = with_parameters(notebook.cells, parameters)
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
@@ -67,7 +78,7 @@ def write(name: str, notebook: Any, folder: Path) -> Path:
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).write_bytes(content)
     page = folder / f"{name}.md"
-    page.write_text(redact(body), encoding="utf-8")
+    page.write_text(redact(body.replace(f"{Path.cwd()}/", "")), encoding="utf-8")
     return page
 
 

@@ -87,8 +87,6 @@ def metric_chart(
     if by == "sparsity":
         line = standing.mark_line(strokeWidth=2.2)
         layers.append(line.encode(**at, order="measured:Q", detail="label:N", **_dash(shown)))
-    if named is not None:
-        layers.append(named)
     if seeds is not None:
         layers.append(_singly(seeds, metric, names, place, {own: (values, scale)}))
     tooltip = _tooltip(shown, metric, label or metric, percent=percent)
@@ -96,6 +94,8 @@ def metric_chart(
     layers.append(dots.encode(**at, shape=shape, tooltip=tooltip))
     if shown["may_be_best"].any():
         layers.append(_rings(base, at))
+    if named is not None:
+        layers.append(named)
     if by == "ordering":
         text = alt.Text("value:Q", format=".1%" if percent else ",.2f")
         words = standing.mark_text(dy=18, fontSize=11)

@@ -61,7 +61,7 @@ def _page(plan: Plan, step: PlannedStep, notebook: Path, state: str, exporter: c
     from pygments.formatters import HtmlFormatter
 
     executed = nbformat.read(notebook, as_version=4)
-    shown = _with_parameters(executed.cells, step.parameters.model_dump(mode="json"))
+    shown = with_parameters(executed.cells, step.parameters.model_dump(mode="json"))
     for number, cell in enumerate(shown):
         cells_html.tidy(cell, f"cell{number}")
     light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("tango", "monokai"))
@@ -97,7 +97,7 @@ def _facts(step: PlannedStep) -> list[tuple[str, str]]:
     ]
 
 
-def _with_parameters(cells: list[Any], parameters: dict[str, Any]) -> list[Any]:
+def with_parameters(cells: list[Any], parameters: dict[str, Any]) -> list[Any]:
     """The cells with one cell of parameters: the notebook's own, with the values that were given."""
     shown = []
     for cell in cells:
