@@ -11,6 +11,7 @@ import json
 import math
 import re
 from html import unescape
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -199,3 +200,111 @@ def test_accuracies_of_pairs(told):
     np.testing.assert_allclose(pairs.loc[PAIRS, "p_holm"].astype(float), corrected, rtol=1e-6)
     best, worst = runs["prune_finetune"]["correct"].mean(), runs["prune"]["correct"].mean()
     assert f"facts: prune_finetune is better than prune at 50% ({best:.1%} vs {worst:.1%}, " in words
+
+
+def records_of(table: pd.DataFrame) -> dict[str, dict]:
+    """{run: its record, with the bytes of its files}."""
+    found = {}
+    for path in Path(table.attrs["runs"]).glob("*/run.json"):
+        size = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
+        found[path.parent.name] = json.loads(path.read_text()) | {"bytes": size}
+    return found
+
+
+def chain_of(records: dict[str, dict], model: str) -> list[str]:
+    """The runs that made a model, and those that they read."""
+    name = Path(model).name
+    if name not in records:
+        return []
+    given = records[name]["parameters"]
+    return list(
+        dict.fromkeys(
+            [name, *chain_of(records, given["model"]), *chain_of(records, given.get("calibration") or "")]
+        )
+    )
+
+
+def numbers_of(words: str) -> list[float]:
+    return [float(found.replace(",", "")) for found in re.findall(r"\d[\d,]*\.?\d*", words)]
+
+
+def test_costs(told):
+    table, words, _ = told
+    records = records_of(table)
+    said = re.search(r"\*(\d+) steps took ([\d.]+) (\w+) of computing, (.*?) of memory at most and", words)
+    assert int(said[1]) == len(records)
+    seconds = sum(record["seconds"] for record in records.values())
+    assert float(said[2]) * {"s": 1, "min": 60}[said[3]] == pytest.approx(seconds, rel=0.06, abs=0.051)
+    memory = max(record["peak_memory_bytes"] for record in records.values())
+    assert numbers_of(said[4])[0] == pytest.approx(memory / 1e6, rel=0.01)
+    costs = report.entry_costs(table).set_index("ordering")
+    for ordering, rows in table.groupby("ordering"):
+        chains = [chain_of(records, model) for model in rows["model"]]
+        spent = [sum(records[name]["seconds"] for name in chain) for chain in chains]
+        disk = [sum(records[name]["bytes"] for name in chain) for chain in chains]
+        assert costs.loc[ordering, "seconds"] == pytest.approx(np.mean(spent))
+        assert costs.loc[ordering, "disk"] == pytest.approx(np.mean(disk))
+        held = [records[name]["peak_memory_bytes"] for chain in chains for name in chain]
+        held += [records[Path(run).name]["peak_memory_bytes"] for run in rows["run"]]
+        assert costs.loc[ordering, "memory"] == max(held)
+    shown = pd.read_html(StringIO(report.step_table(table).to_html()))[0].set_index("run")
+    for name, record in records.items():
+        assert shown.loc[name, "seconds"] == pytest.approx(record["seconds"], abs=0.051)
+
+
+def test_what_is_drawn(told):
+    table, _, runs = told
+    expected = {name: math.exp(found["nll"].mean()) for name, found in runs.items()}
+    chart = report.quality_chart(table).to_dict()
+    drawn = [row for rows in chart["datasets"].values() for row in rows if "may_be_best" in row]
+    assert {row["ordering"]: row["perplexity"] for row in drawn} == pytest.approx(expected)
+    inside = confidence_set({name: found["nll"] for name, found in runs.items()})
+    assert {row["ordering"] for row in drawn if row["may_be_best"]} == inside
+    singly = [row for rows in chart["datasets"].values() for row in rows if "seed" in row and "label" in row]
+    assert sorted(row["perplexity"] for row in singly) == pytest.approx(
+        sorted(value for found in runs.values() for value in found["perplexity"])
+    )
+    (accuracies,) = report.task_charts(table)
+    drawn = [row for rows in accuracies.to_dict()["datasets"].values() for row in rows if "facts" in row]
+    right = {row["ordering"]: (row["facts"], row["facts_low"], row["facts_high"]) for row in drawn}
+    for name, found in runs.items():
+        by_seed = found["correct"].mean(axis=1)
+        bounds = (by_seed.mean(), (by_seed - 0.08).mean(), (by_seed + 0.08).mean())  # as the stub seals them
+        assert right[name] == pytest.approx(bounds)
+    ratios = report.ratio_chart(report.pair_table(table)).to_dict()
+    drawn = [row for rows in ratios["datasets"].values() for row in rows if "ratio" in row]
+    assert len(drawn) == len(PAIRS)
+    for row in drawn:
+        worse, better = row["pair"].removesuffix(", 50%").split(" / ")
+        d = runs[worse]["nll"] - runs[better]["nll"]
+        half = half_width(mean_squares(d), *d.shape, 0.05)
+        limits = np.exp([d.mean(), d.mean() - half, d.mean() + half])
+        assert [row["ratio"], row["low"], row["high"]] == pytest.approx(limits.tolist())
+
+
+def test_the_matrix_of_verdicts(told):
+    table, _, runs = told
+    entries = report.entry_table(report.final_states(table))
+    html = report.verdict_matrix(report.pair_table(table), report.ordering_names(table), entries)
+    shown = pd.read_html(StringIO(html), index_col=0)[0]
+    names = [re.sub(r"^\d+ ", "", name) for name in shown.index]
+    assert names == sorted(runs, key=lambda name: runs[name]["nll"].mean())
+    for row, one in enumerate(names):
+        for column, other in enumerate(names):
+            if one != other:
+                ratio = math.exp((runs[one]["nll"] - runs[other]["nll"]).mean())
+                assert float(shown.iat[row, column]) == pytest.approx(ratio, abs=0.0051)
+
+
+def test_guessing_and_what_every_training_reached(told):
+    table, _, runs = told
+    shown = pd.read_html(StringIO(report.guessing_table(table).to_html()))[0].iloc[0]
+    low, high = stats.binom.ppf([0.025, 0.975], 60, 0.25) / 60
+    assert shown["95% of guessers"] == f"{low:.1%} to {high:.1%}" and shown["questions"] == 60
+    behind = [name for name, found in runs.items() if found["correct"].mean() <= high + 1e-9]
+    assert shown["not better than guessing"] == (", ".join(f"{name} at 50%" for name in behind) or "none")
+    trainings = pd.read_html(StringIO(report.training_table(table).to_html()))[0]
+    for row in trainings.itertuples():
+        found = runs[row.ordering]
+        assert row.perplexity == pytest.approx(found["perplexity"][row.seed], abs=0.0051)
+        assert row.facts == f"{found['correct'][row.seed].mean():.1%}"

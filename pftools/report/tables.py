@@ -155,7 +155,7 @@ def guessing_table(table: pd.DataFrame) -> Styler | None:
         if not score.get("chance"):
             continue
         low, high = compare.chance_interval(score["chance"], score["n"])
-        inside = ends[ends[task] <= high]
+        inside = ends[ends[task] <= high + 1e-9]  # a mean over seeds may be a rounding above
         names = [f"{label} at {words[asked]}" for label, asked in zip(inside["label"], inside["asked"])]
         rows.append(
             {
