@@ -221,7 +221,8 @@ def _read_folder(folder: Path, metric: str | None) -> pd.DataFrame:
     files = sorted(folder.rglob("samples_*.jsonl"))
     if not files:
         raise PftoolsError(
-            f"{folder} holds no samples_*.jsonl: run lm-eval with --log_samples --output_path {folder}."
+            f"{folder} holds no samples_*.jsonl: run lm-eval with --log_samples --output_path {folder}, or "
+            "give what `pftools export` writes of an evaluation."
         )
     first = [file.relative_to(folder).parts[0] if file.parent != folder else "" for file in files]
     several = len(set(first)) > 1

@@ -357,3 +357,8 @@ def test_the_documentation_says_what_the_simulations_found():
         and f"gives up to {alone[0]}" in words["README.md"]
     )
     assert worst(few, "coverage")[0] in measured
+    most = saved("8 orderings 2.0").rpartition(" ")[2]
+    assert (
+        f"holds it in at least {set_}, and" in words["README.md"]
+        and f"saves up to {most}" in words["README.md"]
+    )
