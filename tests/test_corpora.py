@@ -356,6 +356,15 @@ def test_a_data_set_of_the_hub_is_named_with_its_column(monkeypatch, tokenizer):
         corpora.documents("some.one/tales:text", split="test")
 
 
+def test_a_run_on_a_data_set_of_the_hub_records_its_revision(tmp_path, monkeypatch):
+    from pftools import inputs, settings
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "datasets--some.one--tales" / "snapshots" / "0123abcd").mkdir(parents=True)
+    found = inputs.visible(settings.Calibrate(corpus="some.one/tales/dark:story"))
+    assert found["corpus/calibration"] == "revision 0123abcd"
+
+
 def test_a_data_set_with_one_split_is_split_by_its_documents(monkeypatch):
     on_the_hub(monkeypatch, train=STORIES)
     with pytest.warns(
