@@ -1,9 +1,11 @@
 """The notebooks as pages with outputs: how one is written."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import nbformat
+import pytest
 
 MAKE = Path(__file__).parent.parent / "docs" / "gallery" / "make.py"
 
@@ -37,3 +39,24 @@ def test_a_page_has_words_code_numbers_and_pictures_and_no_widget(tmp_path):
     assert "progress" not in text and "VBox" not in text and "as it was" in text
     (picture,) = (tmp_path / "02_prune").iterdir()
     assert f"(02_prune/{picture.name})" in text and "drawn" in picture.read_text()
+
+
+NOTEBOOKS = sorted((MAKE.parents[2] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_page_of_a_notebook_is_of_today_and_all_its_pictures_are_there(notebook):
+    page = MAKE.parent / f"{notebook.stem}.md"
+    text = page.read_text()
+    for cell in nbformat.read(notebook, 4).cells:
+        for heading in re.findall(r"^#+ .*$", cell.source, re.M) if cell.cell_type == "markdown" else []:
+            assert heading in text, f"{heading}: run `make gallery`"
+    pictures = re.findall(r"\]\(([^)]+\.(?:svg|png))\)", text)
+    assert set(pictures) == {
+        f"{notebook.stem}/{path.name}" for path in (MAKE.parent / notebook.stem).iterdir()
+    }
+    assert pictures and "Traceback" not in text and not re.search(r"(?<![\w.])/(?:tmp|home|work|root)/", text)
+
+
+def test_the_gallery_is_small():
+    assert sum(path.stat().st_size for path in MAKE.parent.rglob("*") if path.is_file()) < 3_000_000

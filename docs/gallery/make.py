@@ -16,6 +16,8 @@ import nbformat
 import papermill
 from nbconvert import MarkdownExporter
 
+from pftools.colab import cell as colab_cell
+from pftools.colab import without_badge
 from pftools.figures import LIVE
 from pftools.redaction import redact
 from pftools.report.notebooks import with_parameters
@@ -25,6 +27,7 @@ from pftools.study import load_study, plan_study, run_study
 
 HERE = Path(__file__).resolve().parent
 STUDY = Path(os.path.relpath(HERE)) / "study.yaml"
+ON_COLAB = colab_cell("").partition("\n")[0]  # how the cell begins that only Colab needs
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -63,9 +66,11 @@ def write(name: str, notebook: Any, folder: Path, parameters: dict[str, Any]) ->
 
     Its parameters are shown as they were given, and paths from the folder that it was made in.
     """
-    notebook.cells = with_parameters(notebook.cells, parameters)
+    cells = [cell for cell in notebook.cells if not cell.source.startswith(ON_COLAB)]
+    notebook.cells = with_parameters(cells, parameters)
     for cell in notebook.cells:
         cell.metadata = {}
+        cell.source = without_badge(cell.source)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:

@@ -54,16 +54,25 @@ class Lab:
             + [f"--port={self.address.rpartition(':')[2]}", "--ServerApp.port_retries=0"]
             + ["--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True"],
             cwd=folder,
-            env={**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(settings), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "JUPYTERLAB_SETTINGS_DIR": str(settings),
+                "JUPYTERLAB_WORKSPACES_DIR": str(settings),
+                "OMP_NUM_THREADS": "1",
+            },
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
         until(self._answers, "JupyterLab is there", 60)
         self.page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        # The badge is the one thing in a notebook that is elsewhere.
+        self.page.route("https://colab.research.google.com/assets/*", _badge)
+        self.page.set_default_timeout(120_000)  # a machine that does much else is slow
         self.page.on("console", lambda said: self._hear(said.type, f"{said.text} {said.location}"))
         self.page.on("pageerror", lambda error: self._hear("error", str(error)))
         self.page.goto(f"{self.address}/lab")
         self.page.wait_for_function("window.jupyterapp?.commands.hasCommand('notebook:run-all-cells')")
+        self.page.evaluate("async () => { await jupyterapp.restored; }")
 
     def _hear(self, kind, text):
         if kind == "error":
@@ -84,7 +93,7 @@ class Lab:
         nbformat.write(notebook, self.folder / "notebooks" / f"{name}.ipynb")
         asked = {"path": f"notebooks/{name}.ipynb"}
         self.command("docmanager:open", **asked)
-        self.page.wait_for_function(READY, arg=asked["path"], timeout=60_000)
+        self.page.wait_for_function(READY, arg=asked["path"])
         self.command("notebook:run-all-cells")
         errors = self.inside(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']")
         assert errors.all_inner_texts() == []
@@ -104,8 +113,10 @@ class Lab:
         (folder,) = (self.folder / "runs").glob(f"{step}-*")
         return run_folder.verify(folder) and str(folder)
 
-    def close(self, name):
-        """Keep a picture; end the notebook and its kernel; the console has said nothing."""
+    def close(self, name, show=None):
+        """Keep a picture, of that part; end the notebook and its kernel; the console has said nothing."""
+        if show is not None:
+            show.scroll_into_view_if_needed()
         keep(self.page, name)
         self.page.evaluate("jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
         self.command("docmanager:save")
@@ -117,6 +128,10 @@ class Lab:
         self.server.terminate()
         self.server.wait(30)
         self.log.close()
+
+
+def _badge(route):
+    route.fulfill(content_type="image/svg+xml", body='<svg xmlns="http://www.w3.org/2000/svg"/>')
 
 
 def until(found, what, seconds=30):
@@ -185,8 +200,8 @@ def test_the_five_steps_run_by_hand_and_their_widgets_answer(lab, capsys):
     times = sorted(lab.page.evaluate(MOVED, lab.inside(".vega-bind input").element_handle()))
     with capsys.disabled():
         print(f"\nslider of 02: from move to picture {1000 * times[9]:.0f} ms (median of 19 moves)")
-    assert times[-1] < 0.2
-    lab.close("lab-02")
+    assert times[9] < 0.2
+    lab.close("lab-02", lab.inside(".vega-bind input"))
 
     lab.run("03_finetune", model=pruned, steps=2, blocks_per_step=2, **small)
     tuned = lab.made("finetune")
@@ -201,7 +216,7 @@ def test_the_five_steps_run_by_hand_and_their_widgets_answer(lab, capsys):
     chosen = Choice(lab, "module")
     chosen.pick("module", ["q_proj", "up_proj"], "4 of 14 rows")
     chosen.pick("value", ["kurtosis"], "Kurtosis of the weights")
-    lab.close("lab-05")
+    lab.close("lab-05", chosen.box)
 
 
 # Each place of the slider in turn: seconds from the event to the frame in which the picture has changed.
@@ -254,4 +269,4 @@ def test_orderings_seeds_and_layers_are_chosen_by_hand(lab):
     weights = Choice(lab, "module")
     weights.pick("ordering", ["prune"], "4 of 16 rows")
     weights.pick("value", ["kurtosis"], "Tails, layer by layer")
-    lab.close("lab-06")
+    lab.close("lab-06", weights.box)
