@@ -146,6 +146,14 @@ def test_names_of_lines_are_a_line_of_text_apart_and_near_their_ends(wished):
         assert placed == pytest.approx(wished)
 
 
+def test_no_layer_is_named_twice():
+    for n_layers, most in ((2, 2), (3, 3), (30, 15), (80, 16)):
+        table = pd.DataFrame({"layer": range(n_layers), "module": "q_proj", "value": range(n_layers)})
+        lines = figures.lines_by_layer(table, "value", title="Lines").to_dict()["layer"][0]
+        named = lines["encoding"]["x"]["axis"]["values"]
+        assert len(named) == most and named == sorted(set(named) & set(range(n_layers)))
+
+
 def test_where_there_are_too_many_names_there_is_a_key():
     rows = [(layer, f"expert{n}", n + layer) for layer in (0, 1) for n in range(30)]
     table = pd.DataFrame(rows, columns=["layer", "module", "value"])

@@ -6,7 +6,7 @@ import altair as alt
 import pandas as pd
 
 from pftools.figures.labels import names_at_ends
-from pftools.figures.theme import BLUE, HEIGHT, ORANGE, WIDTH, scale_of, title_of
+from pftools.figures.theme import BLUE, HEIGHT, ORANGE, WIDTH, layer_ticks, scale_of, title_of
 
 
 def heat_map(
@@ -55,7 +55,7 @@ def lines_by_layer(
     x = alt.X(
         "layer:Q",
         title="decoder layer",
-        axis=alt.Axis(tickMinStep=1, grid=False, format="d"),
+        axis=alt.Axis(values=layer_ticks(table["layer"]), grid=False, format="d"),
         scale=alt.Scale(nice=False),
     )
     ends = means.sort_values("layer").drop_duplicates(colour, keep="last").assign(label=lambda t: t[colour])
@@ -115,7 +115,7 @@ def _of_both_matrices(
                 "layer:Q",
                 title="decoder layer" if last else None,
                 scale=alt.Scale(nice=False),
-                axis=alt.Axis(tickMinStep=1, grid=False, labels=last),
+                axis=alt.Axis(values=layer_ticks(table["layer"])[::2], grid=False, labels=last, format="d"),
             ),
             color=alt.Color("module:N", title=None, sort=modules, scale=alt.Scale(domain=modules)),
         )

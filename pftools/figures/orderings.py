@@ -16,6 +16,7 @@ from pftools.figures.theme import (
     INK,
     SOFT,
     colours_of,
+    layer_ticks,
     scale_of,
     shapes_of,
     tenths,
@@ -421,7 +422,8 @@ def orderings_by_layer(
     names = list(dict.fromkeys(orderings or table["ordering"]))
     scale = scale_of(table[value], log=False)
     ticks, digits = ticks_of(*scale["domain"], log=False)
-    x = alt.X("layer:Q", title="decoder layer", axis=alt.Axis(tickMinStep=1, grid=False, format="d"))
+    layers_named = alt.Axis(values=layer_ticks(table["layer"]), grid=False, format="d")
+    x = alt.X("layer:Q", title="decoder layer", axis=layers_named)
     ends, height = table.sort_values("layer").drop_duplicates("label", keep="last"), 220
     named = names_at_ends(ends, x, value, scale=scale, height=height, tells="ordering")
     colour, shape = _colour_and_shape(names, table, legend=named is None)

@@ -211,6 +211,12 @@ def tenths(top: float) -> list[float]:
     return [tenth / 10 for tenth in range(int(top * 10 + 1e-6) + 1)]
 
 
+def layer_ticks(layers: pd.Series) -> list[int]:
+    """The decoder layers that an axis names: all, or every second one, or fewer."""
+    found = sorted(layers.unique().tolist())
+    return found[:: math.ceil(len(found) / 16)]
+
+
 def ticks_of(low: float, high: float, *, log: bool) -> tuple[list[float], str]:
     """Round numbers between two, about six, and a format with enough digits that no two look alike."""
     if not 0 < high - low < math.inf:
