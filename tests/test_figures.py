@@ -146,6 +146,20 @@ def test_names_of_lines_are_a_line_of_text_apart_and_near_their_ends(wished):
         assert placed == pytest.approx(wished)
 
 
+def test_a_name_that_marks_would_lie_on_is_in_the_key_instead():
+    crossing = pd.DataFrame({"ordering": "prune", "measured": [0.03, 0.5], "perplexity": [12.3, 23.6]})
+    free = crossing.assign(perplexity=[19.0, 23.6])
+    for line, in_key in ((crossing, ["base"]), (free, None)):
+        table = pd.concat([RESULTS[RESULTS["ordering"] == "base"], line])
+        chart = figures.metric_chart(table, "perplexity", by="sparsity", title="", log=True).to_dict()
+        drawn = {row["label"] for rows in chart["datasets"].values() for row in rows if "place" in row}
+        assert drawn == {"base", "prune"} - set(in_key or [])
+        keys = [
+            layer["encoding"]["shape"]["legend"] for layer in chart["layer"] if "shape" in layer["encoding"]
+        ]
+        assert [key and key["values"] for key in keys] == [in_key]
+
+
 def test_no_layer_is_named_twice():
     for n_layers, most in ((2, 2), (3, 3), (30, 15), (80, 16)):
         table = pd.DataFrame({"layer": range(n_layers), "module": "q_proj", "value": range(n_layers)})

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from pftools.figures.theme import INK
 
 _GAP = 13.0  # pixels from one name to the next
+_LETTER, _NEAR = 0.011, 0.05  # of a chart's width and height: a letter, and what is too near to a name
 _NARROW = 520  # pixels: on a chart that is narrower names would take the room of the lines
 # Where nothing is known of its place, as in a drawing, a chart is as wide as it says.
 _WIDE = f"width > 0 && (containerSize()[0] || {_NARROW}) >= {_NARROW}"
@@ -44,6 +45,24 @@ def names_at_ends(
     return words.mark_text(align="left", dx=11, fontSize=11, color=INK).encode(
         x=x, y=alt.Y("place:Q", scale=scale), text="name:N", detail=f"{tells}:N"
     )
+
+
+def free_ends(points: pd.DataFrame, ends: pd.DataFrame, x: str, value: str, scale: alt.Scale) -> pd.DataFrame:
+    """The ends that have room for a name: no point of another line lies right of them, at that height.
+
+    Args:
+        points: of all lines: columns label, ``x`` and ``value``.
+        ends: the last point of every line.
+        scale: of ``value``, with its domain.
+    """
+    span = points[x].max() - points[x].min() or 1.0
+    heights = _pixels(points[value], scale, 1)
+    free = []
+    for label, at, height in zip(ends["label"], ends[x], _pixels(ends[value], scale, 1)):
+        reach = at + span * _LETTER * (len(label) + 3)
+        near = (points[x] > at) & (points[x] <= reach) & (abs(heights - height) < _NEAR)
+        free.append(not (near & (points["label"] != label)).any())
+    return ends[free]
 
 
 def apart(wished: ArrayLike, height: float) -> np.ndarray:

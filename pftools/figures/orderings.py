@@ -9,7 +9,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from pftools.figures.labels import names_at_ends
+from pftools.figures.labels import free_ends, names_at_ends
 from pftools.figures.theme import (
     BLUE,
     GREY,
@@ -70,10 +70,14 @@ def metric_chart(
     place: dict[str, Any] = {other: _rows(shown) if by == "ordering" else _measured([shown, *others])}
     height = _ROW * shown["label"].nunique() if by == "ordering" else 340
     ends = shown[~shown["collapsed"]].sort_values("measured").drop_duplicates("label", keep="last")
-    named = None
+    named, in_key = None, shown
     if by == "sparsity":
+        ends = free_ends(shown[~shown["collapsed"]], ends, "measured", metric, scale)
         named = names_at_ends(ends, place["x"], metric, scale=scale, height=height, tells="ordering")
-    colour, shape = _colour_and_shape(names, shown, legend=by == "sparsity" and named is None)
+    if named is not None:
+        in_key = shown[~shown["ordering"].isin(ends["ordering"])]
+    legend = by == "sparsity" and len(in_key) > 0
+    colour, shape = _colour_and_shape(names, in_key, legend=legend, under=named is not None)
     base = alt.Chart(shown).encode(**place, color=colour)
     standing = base.transform_filter("!datum.collapsed")
     layers: list[alt.Chart | alt.LayerChart] = []
@@ -138,10 +142,12 @@ def _values_of(
     return scale, alt.Axis(format=digits, values=ticks)
 
 
-def _colour_and_shape(names: list[str], shown: pd.DataFrame, *, legend: bool) -> tuple[alt.Color, alt.Shape]:
-    """The looks of a study's orderings; the key names those that are shown."""
-    present = set(shown["ordering"])
-    key = alt.Legend(values=[name for name in names if name in present]) if legend else None
+def _colour_and_shape(
+    names: list[str], shown: pd.DataFrame, *, legend: bool, under: bool = False
+) -> tuple[alt.Color, alt.Shape]:
+    """The looks of a study's orderings; the key, beside the chart or under it, names those that are shown."""
+    present = [name for name in names if name in set(shown["ordering"])]
+    key = alt.Legend(values=present, orient="bottom" if under else "right") if legend else None
     return (
         alt.Color("ordering:N", title=None, sort=names, scale=colours_of(names), legend=key),
         alt.Shape("ordering:N", title=None, sort=names, scale=shapes_of(names), legend=key),

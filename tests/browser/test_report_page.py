@@ -119,9 +119,11 @@ def test_lines_carry_their_names_where_there_is_room(browser, reports):
     for name in ("eighty", "seeds"):
         results, path = reports[name]
         labels = sorted(set(report.entry_table(results)["label"]))
+        # Right of these two are the marks of all others.
+        named = [label for label in labels if name != "eighty" or label not in ("base", "finetune")]
         with Opened(browser, path, 1600) as opened:
             charts = opened.ask(NAMES, labels)
-            assert [sorted(word for word, *_ in chart) for chart in charts] == 2 * [labels]
+            assert [sorted(word for word, *_ in chart) for chart in charts] == 2 * [named]
             for chart in charts:
                 for (_, *one), (_, *other) in itertools.combinations(chart, 2):
                     beside = one[2] <= other[0] or other[2] <= one[0]
