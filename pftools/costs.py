@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from pftools.model_files import (
     read_config,
     weight_shapes,
 )
-from pftools.plan import Plan
+from pftools.plan import Plan, PlannedStep
 from pftools.study_file import Study
 
 
@@ -142,18 +142,34 @@ def paper_lines(plan: Plan, device: needs.Device) -> list[str]:
 def with_facts(plan: Plan) -> Iterator[tuple[settings.Step, needs.Facts]]:
     """The parameters of every missing step, and the facts of the model that it starts from."""
     facts = needs.facts_of(plan.study.model, plan.study.shape)
+    if facts is not None:
+        for step in plan.missing():
+            yield with_blocks(plan, step), _at(plan, step, facts)
+
+
+def with_blocks(plan: Plan, step: PlannedStep) -> settings.Step:
+    """A step's parameters; those of a prune step with the number and length of its calibration blocks."""
+    blocks: Any = plan.steps.get(Path(getattr(step.parameters, "calibration", "")).name)
+    if blocks is None:
+        return step.parameters
+    read = {name: getattr(blocks.parameters, name) for name in ("n_blocks", "block_length")}
+    return step.parameters.model_copy(update=read)
+
+
+def _at(plan: Plan, step: PlannedStep, facts: needs.Facts) -> needs.Facts:
+    """The facts of the base model, for a step that starts from it or from what another makes of it."""
+    return replace(facts, is_run=Path(step.parameters.model).name in plan.steps)
+
+
+def gpus_of(plan: Plan, here: needs.Machine) -> dict[str, tuple[int, int]]:
+    """{missing step: (GPUs that it needs, bytes on each)}; 0 bytes: not known, so that it takes all of one."""
+    facts = needs.facts_of(plan.study.model, plan.study.shape)
     if facts is None:
-        return
-    for step in plan.missing():
-        parameters: Any = step.parameters
-        blocks = plan.steps.get(Path(getattr(parameters, "calibration", "")).name)
-        if blocks is not None:
-            read: Any = blocks.parameters
-            parameters = parameters.model_copy(
-                update={"n_blocks": read.n_blocks, "block_length": read.block_length}
-            )
-        is_run = Path(parameters.model).name in plan.steps
-        yield parameters, replace(facts, is_run=is_run)
+        return {step.name: (1, 0) for step in plan.missing()}
+    return {
+        step.name: needs.gpus_for(with_blocks(plan, step), _at(plan, step, facts), here)
+        for step in plan.missing()
+    }
 
 
 def estimate_disk(plan: Plan) -> dict[str, int] | None:
@@ -190,6 +206,34 @@ def shapes_of(study: Study) -> Shapes:
     return llama_shapes(config) if all(config.get(name) for name in settings.SHAPE) else {}
 
 
+@dataclass(frozen=True)
+class JobEstimate:
+    """What a cluster is asked for: memory in bytes; minutes, 0 where no earlier run tells; whether the model
+    is spread over several GPUs."""
+
+    memory: int
+    minutes: float
+    spread: bool
+
+
+def job_estimates(plan: Plan) -> dict[str, JobEstimate]:
+    """{missing step: what its job needs}, on a node that nothing is known of; empty where no shapes are at
+    hand."""
+    facts = needs.facts_of(plan.study.model, plan.study.shape)
+    if facts is None:
+        return {}
+    past = _past_seconds(Path(plan.runs))
+    found = {}
+    for step in plan.missing():
+        parameters = with_blocks(plan, step)
+        placement = "one" if parameters.placement == "auto" else parameters.placement
+        kind: needs.DeviceKind = "cuda" if parameters.device.startswith("cuda") else "cpu"
+        needed = needs.needs_of(parameters, _at(plan, step, facts), placement=placement, device_kind=kind)
+        seconds = _seconds_of(step, past, plan.study.model) or 0
+        found[step.name] = JobEstimate(needed.memory, seconds / 60, placement == "spread")
+    return found
+
+
 def estimate_seconds(plan: Plan) -> tuple[float, set[str]]:
     """Seconds of the missing steps, one after the other, and the kinds of step that no earlier run tells of.
 
@@ -200,14 +244,20 @@ def estimate_seconds(plan: Plan) -> tuple[float, set[str]]:
     past = _past_seconds(Path(plan.runs))
     total, unknown = 0.0, set()
     for step in plan.missing():
-        parameters = step.parameters.model_dump(mode="json")
-        kind, alike, work = _likeness(step.parameters.step, parameters, plan.study.model)
-        seconds = past.get(alike) or past.get(kind)
-        if seconds:
-            total += work * sum(seconds) / len(seconds)
+        seconds = _seconds_of(step, past, plan.study.model)
+        if seconds is None:
+            unknown.add(step.parameters.step)
         else:
-            unknown.add(kind[0])
+            total += seconds
     return total, unknown
+
+
+def _seconds_of(step: PlannedStep, past: dict[tuple[str, ...], list[float]], base: str) -> float | None:
+    """Seconds of a step as `_past_seconds` tells them; None: there is no such run."""
+    parameters = step.parameters.model_dump(mode="json")
+    kind, alike, work = _likeness(step.parameters.step, parameters, base)
+    seconds = past.get(alike) or past.get(kind)
+    return work * sum(seconds) / len(seconds) if seconds else None
 
 
 def first_times(plan: Plan) -> str:

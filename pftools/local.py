@@ -12,11 +12,11 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pftools import run_folder
+from pftools import costs, needs, run_folder
 from pftools.errors import PftoolsError
 from pftools.progress import progress_of
 from pftools.steps import Failure, how_far, read_failure, request, sweep_sockets, unusable
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pftools.study import Plan, PlannedStep
 
 _POLL_SECONDS = 0.05
+_ENDLESS = 10**15  # bytes
 
 
 def run_plan(
@@ -33,7 +34,7 @@ def run_plan(
     """Execute all missing steps of a plan.
 
     Args:
-        jobs: how many steps at a time; GPUs are handed out one a step.
+        jobs: how many steps at a time, as far as they fit on the GPUs that are here.
         notebooks: the folder of step notebooks; None: those of pftools.
 
     Returns:
@@ -46,6 +47,7 @@ def run_plan(
         print(f"Again: {why}", file=sys.stderr)
     steps = plan.steps.items()
     waiting = {name: s for name, s in steps if name in again or not run_folder.is_finished(s.folder)}
+    gpus = _Gpus.of(plan)
     unfinished, waited_for = set(waiting), set[str]()
     failures: list[Failure] = []
     processes: list[_StepProcess] = []
@@ -53,7 +55,8 @@ def run_plan(
         try:
             while waiting or processes:
                 for step in _ready(waiting, unfinished, jobs - len(processes)):
-                    processes.append(_begin(waiting.pop(step.name), notebooks, processes, jobs))
+                    if (taken := gpus.take(step.name)) is not None:
+                        processes.append(_begin(waiting.pop(step.name), notebooks, taken, jobs))
                 told.at_work([process.words() for process in processes])
                 if not processes:
                     open_steps = [step for step in waiting.values() if not unfinished & set(step.parents)]
@@ -63,6 +66,7 @@ def run_plan(
                 time.sleep(_POLL_SECONDS if processes else 1.0)
                 for process in [process for process in processes if process.has_ended()]:
                     processes.remove(process)
+                    gpus.give(process.step.name)
                     if (failure := process.failure()) is not None:
                         failures.append(failure)
                         told.failed(str(failure))
@@ -99,10 +103,9 @@ def _tell_who_works(steps: list[PlannedStep], told: set[str]) -> None:
 
 @dataclass
 class _StepProcess:
-    """The process of a step at work. place: which of the steps at a time it is, for its GPU."""
+    """The process of a step at work."""
 
     step: PlannedStep
-    place: int
     process: subprocess.Popen[bytes]
     _told: tuple[float, str] = (0.0, "")
 
@@ -132,13 +135,10 @@ class _StepProcess:
         self.process.wait()
 
 
-def _begin(
-    step: PlannedStep, notebooks: str | Path | None, others: list[_StepProcess], jobs: int
-) -> _StepProcess:
-    place = min(set(range(jobs)) - {other.place for other in others})
+def _begin(step: PlannedStep, notebooks: str | Path | None, gpus: tuple[str, ...], jobs: int) -> _StepProcess:
     environment = dict(os.environ)
-    if gpus := _gpus():
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with run_folder.log_path(step.folder).open("wb") as log:
@@ -150,7 +150,58 @@ def _begin(
             env=environment,
             start_new_session=True,  # Ctrl-C is for the driver, which then ends its steps
         )
-    return _StepProcess(step, place, process)
+    return _StepProcess(step, process)
+
+
+@dataclass
+class _Gpus:
+    """Which step has which GPUs.
+
+    A step that is spread has several to itself; others share one for as long as what they need fits together.
+
+    Attributes:
+        room: {GPU, as CUDA names it: bytes that were free at the start}; 0: not known.
+        needed: {step: (GPUs, bytes on each)}; 0 bytes: all of it.
+    """
+
+    room: dict[str, int]
+    needed: dict[str, tuple[int, int]]
+    taken: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: Plan) -> _Gpus:
+        if not (names := _gpus()):
+            return cls({}, {})
+        here = needs.machine(plan.runs)
+        if len(here.gpus) == len(names):
+            return cls(dict(zip(names, here.gpus)), costs.gpus_of(plan, here))
+        unknown = replace(here, gpus=(_ENDLESS,) * len(names))  # no nvidia-smi tells what they have
+        needed = {step: (count, 0) for step, (count, _) in costs.gpus_of(plan, unknown).items()}
+        return cls(dict.fromkeys(names, 0), needed)
+
+    def take(self, step: str) -> tuple[str, ...] | None:
+        """The GPUs of a step that begins, none on a machine without; None: it has to wait for some."""
+        count, wanted = self.needed.get(step, (1, 0))
+        if not self.room or not count:
+            return ()
+        alone = count > 1 or not wanted
+        fitting = [
+            name
+            for name, free in self.room.items()
+            if not self._others(name) or (not alone and wanted <= needs.ROOM * free - self._others(name))
+        ]
+        chosen = sorted(fitting, key=self._others)[:count]
+        if len(chosen) < min(count, len(self.room)):
+            return None
+        self.taken[step] = {name: self.room[name] + 1 if alone else wanted for name in chosen}
+        return tuple(chosen)
+
+    def give(self, step: str) -> None:
+        """What a step had is free again."""
+        self.taken.pop(step, None)
+
+    def _others(self, name: str) -> int:
+        return sum(taken.get(name, 0) for taken in self.taken.values())
 
 
 def _gpus() -> list[str]:

@@ -17,6 +17,7 @@ too short.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -28,8 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from pftools import run_folder, settings
+from pftools import costs, run_folder, settings
 from pftools.errors import PftoolsError
+from pftools.needs import ROOM
 from pftools.progress import progress_of
 from pftools.stages import grow, plan_study
 from pftools.steps import Failure, execute_step, read_failure, request, unusable
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MINUTES = 240  # sbatch's own default is the partition's, which may be endless or a minute
 _PLANNING_MINUTES = 30
+# A step's time limit, where earlier runs tell how long it takes: other nodes may be slower.
+_LEAST_MINUTES, _TIMES_AS_LONG = 30, 3
 _POLL_SECONDS = 2.0
 _PATIENCE = 300  # seconds for which a controller may be out of reach before that is an error
 
@@ -89,6 +93,7 @@ def submit(
     for why in again.values():
         print(f"Again: {why}")
     jobs: dict[str, str] = {}
+    estimates = costs.job_estimates(plan)
     with FileLock(folder / "submit.lock"):  # two drivers that submit at once would both find the queue empty
         queued = queue(Path(plan.runs))
         _remove_files_of_ended_jobs(folder, {job.id for job in queued.values()})
@@ -97,8 +102,8 @@ def submit(
                 jobs[name] = queued[name].id
             elif not run_folder.is_finished(step.folder) or name in again:
                 parents = [jobs[parent] for parent in step.parents if parent in jobs]
-                asked = request(step, notebooks)
-                jobs[name] = _submit_job(folder, step.folder, StepJob(), asked, parents, options or {})
+                asked, of_step = request(step, notebooks), asked_for(estimates.get(name), options or {})
+                jobs[name] = _submit_job(folder, step.folder, StepJob(), asked, parents, of_step)
         if plan.open and jobs:
             name = _planning_name(plan)
             jobs[name] = (
@@ -168,6 +173,33 @@ def _submit_job(
         words = str(error).strip().splitlines()
         reason = (words[-1] if words else str(error)).removeprefix("sbatch: error: ").rstrip(".")
         raise PftoolsError(f"sbatch refused the job of {run.name}: {reason}.") from None
+
+
+_MEMORY_OPTIONS = {"mem", "mem-per-cpu", "mem-per-gpu"}
+_GPU_OPTIONS = re.compile(r"(?P<before>(?:gpu:)?(?:\w+:)?)(?P<count>\d+)")
+
+
+def asked_for(estimate: costs.JobEstimate | None, options: dict[str, str]) -> dict[str, str]:
+    """sbatch's options for one step: those that were given, and memory and time where they were not.
+
+    The GPUs that were asked for are the most that a step may have: only one that is spread has more than one.
+
+    Args:
+        estimate: of the step; None: nothing is known of it.
+        options: as they were given.
+    """
+    found = dict(options)
+    if estimate is None:
+        return found
+    if not {name.replace("_", "-") for name in options} & _MEMORY_OPTIONS:
+        found["mem"] = f"{math.ceil(estimate.memory / 10**9 / ROOM) + 1}G"
+    if "time" not in options and estimate.minutes:
+        found["time"] = str(max(_LEAST_MINUTES, math.ceil(_TIMES_AS_LONG * estimate.minutes)))
+    for name in ("gres", "gpus", "gpus-per-node"):
+        told = _GPU_OPTIONS.fullmatch(options.get(name, ""))
+        if told and not estimate.spread:
+            found[name] = f"{told['before']}{min(1, int(told['count']))}"
+    return found
 
 
 class StepJob:

@@ -54,7 +54,7 @@ def run_study(
     Args:
         plan: what `plan_study` made; it grows.
         executor: `local` (processes of this machine) or `slurm` (jobs of a cluster).
-        jobs: local: how many steps at a time; GPUs are handed out one a step.
+        jobs: local: how many steps at a time, as far as they fit on the GPUs that are here.
         progress: show a bar of steps; without a terminal, a line for each step that ends.
         notebooks: the folder of step notebooks; None: pftools' own.
         wait: slurm: stay until the last job has ended; otherwise leave after submitting.

@@ -7,7 +7,7 @@ needs.fitting(settings.Prune(), facts, needs.machine("runs"))
 No weight is read and no torch is loaded. `benchmarks/needs.py` holds the estimates beside measured peaks.
 """
 
-from pftools.needs.advice import before, fitting, on, placement_of, resolve, shortage
+from pftools.needs.advice import ROOM, before, fitting, gpus_for, on, placement_of, resolve, shortage
 from pftools.needs.datasheet import DEVICES, Device, seconds_on
 from pftools.needs.estimate import PLACEMENTS, DeviceKind, Needs, Placement, needs_of
 from pftools.needs.facts import Facts, facts_of, facts_of_shapes
@@ -16,6 +16,7 @@ from pftools.needs.resources import Machine, device_kind, machine
 __all__ = [
     "DEVICES",
     "PLACEMENTS",
+    "ROOM",
     "Device",
     "DeviceKind",
     "Facts",
@@ -27,6 +28,7 @@ __all__ = [
     "facts_of",
     "facts_of_shapes",
     "fitting",
+    "gpus_for",
     "machine",
     "needs_of",
     "on",

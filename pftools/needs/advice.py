@@ -83,6 +83,23 @@ def placement_of(parameters: settings.Step, facts: Facts, found: Machine) -> Pla
     return fitting(parameters, facts, found) if parameters.placement == "auto" else parameters.placement
 
 
+def gpus_for(parameters: settings.Step, facts: Facts, found: Machine) -> tuple[int, int]:
+    """(GPUs, bytes on each) of a step on a machine; (0, 0) where it computes on a CPU.
+
+    A model is spread over as few GPUs as it fits on.
+    """
+    kind, placement = device_kind(parameters.device, found), placement_of(parameters, facts, found)
+    if kind == "cpu":
+        return 0, 0
+    fewest = 2 if placement == "spread" else 1
+    for gpus in range(fewest, max(fewest, len(found.gpus)) + 1):
+        part = replace(found, gpus=found.gpus[:gpus])
+        case = _Case(parameters, facts, placement, kind, part)
+        if placement != "spread" or not case.lacking():
+            break
+    return gpus, case.needs().device
+
+
 def on(found: Machine, parameters: settings.Step, facts: Facts, placement: Placement) -> Needs:
     """What a step needs on a machine."""
     return _Case(parameters, facts, placement, device_kind(parameters.device, found), found).needs()
