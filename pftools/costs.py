@@ -162,7 +162,7 @@ def _at(plan: Plan, step: PlannedStep, facts: needs.Facts) -> needs.Facts:
 
 
 def gpus_of(plan: Plan, here: needs.Machine) -> dict[str, tuple[int, int]]:
-    """{missing step: (GPUs that it needs, bytes on each)}; 0 bytes: not known, so that it takes all of one."""
+    """{missing step: (GPUs that it needs, bytes on each)}; 0 bytes: not known, so it takes all of one."""
     facts = needs.facts_of(plan.study.model, plan.study.shape)
     if facts is None:
         return {step.name: (1, 0) for step in plan.missing()}

@@ -80,8 +80,10 @@ def test_only_a_step_that_is_spread_has_all_gpus_that_were_asked_for(name, given
 
 
 def test_the_estimates_of_jobs_are_those_of_their_steps(tmp_path):
-    words = {"model": "somebody/model", "orderings": ["P F"], "shape": SHAPE, "dtype": "float16"}
-    plan = plan_study(settings.check(Study, {**words, "placement": "spread"}), runs=tmp_path)
+    words = {"name": "mine", "model": "somebody/model", "orderings": ["P F"], "shape": SHAPE}
+    plan = plan_study(
+        settings.check(Study, {**words, "dtype": "float16", "placement": "spread"}), runs=tmp_path
+    )
     found = costs.job_estimates(plan)
     assert set(found) == set(plan.steps) and all(one.spread and one.minutes == 0 for one in found.values())
     assert all(one.memory > 2 * SEVEN.total for one in found.values())
