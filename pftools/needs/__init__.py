@@ -9,11 +9,12 @@ No weight is read and no torch is loaded. `benchmarks/needs.py` holds the estima
 
 from pftools.needs.advice import ROOM, before, fitting, gpus_for, on, placement_of, resolve, shortage
 from pftools.needs.datasheet import DEVICES, Device, seconds_on
-from pftools.needs.estimate import PLACEMENTS, DeviceKind, Needs, Placement, needs_of
+from pftools.needs.estimate import CUDA_DEVICE, PLACEMENTS, DeviceKind, Needs, Placement, needs_of
 from pftools.needs.facts import Facts, facts_of, facts_of_shapes
 from pftools.needs.resources import Machine, device_kind, machine
 
 __all__ = [
+    "CUDA_DEVICE",
     "DEVICES",
     "PLACEMENTS",
     "ROOM",

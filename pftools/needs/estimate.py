@@ -34,6 +34,7 @@ BASELINE = {
 # CUDA's libraries and context: in memory, and on the device. Not measured here.
 CUDA_MEMORY, CUDA_DEVICE = 1500 * _MB, 500 * _MB
 
+_FILE = 5e9  # of a safetensors file, of which a large model has several
 # What a training holds on a CPU, over what its tensors take: the allocator keeps pieces of what is freed.
 _HEAP = 1.2
 
@@ -197,12 +198,19 @@ class _Step:
         return self.d * self.facts.total / (self.gpus if self.placement == "spread" else 1)
 
     def _loading(self) -> _Phase:
-        """The model, and what is read as it is on disk: a matrix, or a layer; deltas a matrix at a time."""
-        read = max(self.facts.largest, self.facts.vocabulary * self.facts.hidden)
+        """The models, and what is read as it is on disk: a matrix, or a layer; deltas a matrix at a time.
+
+        Where numbers are converted on a CPU, the pages of the file stay mapped until its end.
+        """
+        facts, converts = self.facts, self.facts.stored != self.d
+        read = max(facts.largest, facts.vocabulary * facts.hidden)
         if self.placement == "stream":
             read = max(read, self.per_layer)
-        read *= self.facts.stored + (self.d if self.facts.stored != self.d else 0)
-        return _Phase(self._model(), read + (self.facts.linear / 8 if self.facts.is_run else 0))
+        read *= facts.stored + (self.d if converts else 0)
+        if self.placement == "one" and self.kind == "cpu" and converts:
+            read = max(read, min(facts.stored * facts.total, _FILE))
+        deltas = facts.linear / 8 if facts.is_run else 0
+        return _Phase(self._models() * self._model(), read + deltas)
 
     # ------------------------------------------------------------------------------------------------------
     # Parts
