@@ -203,7 +203,7 @@ class _Step:
         Where numbers are converted on a CPU, the pages of the file stay mapped until its end.
         """
         facts, converts = self.facts, self.facts.stored != self.d
-        read = max(facts.largest, facts.vocabulary * facts.hidden)
+        read = float(max(facts.largest, facts.vocabulary * facts.hidden))
         if self.placement == "stream":
             read = max(read, self.per_layer)
         read *= facts.stored + (self.d if converts else 0)
