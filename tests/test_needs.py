@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -265,6 +267,29 @@ def test_a_control_group_leaves_its_limit_less_what_is_used_and_not_a_file(tmp_p
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert resources._limit(tmp_path, "memory.max", "memory.current", "inactive_file") == wanted
+
+
+_FREES = """
+import numpy, psutil, sys
+from pftools.needs import resources
+if sys.argv[1] == "give":
+    resources.give_back_freed()
+for _ in range(2):
+    del_me = numpy.ones(30 * 2**17)  # what glibc learns from: such sizes come again
+    del del_me
+kept = [numpy.ones(2**19) for _ in range(100)]
+del kept[::2]
+print(psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_goes_back_where_memory_is_short():
+    keeping, giving = (
+        int(subprocess.run([sys.executable, "-c", _FREES, word], capture_output=True, check=True).stdout)
+        for word in ("keep", "give")
+    )
+    assert keeping - giving > 40 * 2**22 / 1.5
 
 
 def test_only_visible_gpus_count(monkeypatch):

@@ -11,7 +11,7 @@ from pftools.errors import PftoolsError
 from pftools.files import as_bytes
 from pftools.needs.estimate import PLACEMENTS, DeviceKind, Needs, Placement, blocks_of, needs_of
 from pftools.needs.facts import Facts, facts_of
-from pftools.needs.resources import Machine, device_kind, machine
+from pftools.needs.resources import Machine, device_kind, give_back_freed, machine
 
 # Estimates are within a fifth of what is measured, and other programs want some memory, too.
 ROOM = 0.9
@@ -108,6 +108,8 @@ def on(found: Machine, parameters: settings.Step, facts: Facts, placement: Place
 def before(parameters: settings.Step) -> list[str]:
     """For the head of a notebook: what its step needs beside what is here, and what to do if that is little.
 
+    Where it is little, this process keeps no memory that it has freed.
+
     Raises:
         PftoolsError: it cannot fit, whatever the step does by itself when memory runs out.
     """
@@ -117,13 +119,15 @@ def before(parameters: settings.Step) -> list[str]:
     found = machine(str(getattr(parameters, "runs", "runs")))
     placement = placement_of(parameters, facts, found)
     case = _Case(parameters, facts, placement, device_kind(parameters.device, found), found)
-    lines, too_little = (
-        [f"needs about {_beside(case.compared())}"],
-        shortage(parameters, facts, found, placement),
-    )
+    too_little = shortage(parameters, facts, found, placement)
     if too_little and case.at_least().is_hopeless():
         raise PftoolsError(too_little)
-    return lines + ([f"this may not fit: {too_little}"] if too_little else [])
+    if too_little or placement == "stream":
+        give_back_freed()
+    return [
+        f"needs about {_beside(case.compared())}",
+        *([f"this may not fit: {too_little}"] if too_little else []),
+    ]
 
 
 def resolve(parameters: settings.Step) -> Placement:

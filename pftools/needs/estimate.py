@@ -303,7 +303,8 @@ class _Step:
         loss = tokens * facts.vocabulary * (14 if self.kind == "cuda" and self.d == 2 else 12)
         backward = tokens * self.d * 3 * facts.widest + facts.largest * (2 * self.d + 4)
         at_once = extra + kept + max(loss, backward)
-        computes = self._base() + 16 * adapter + at_once * (_HEAP if self.kind == "cpu" else 1)
+        heap = _HEAP if self.kind == "cpu" and self.placement != "stream" else 1
+        computes = self._base() + 16 * adapter + at_once * heap
         yield _Phase(computes, self._plain_beside())
         yield _Phase(self._model() + 12 * adapter + 12 * facts.largest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from typing import Literal
 
 from pftools.base_models import cache_folder
 
+# mallopt's number for the size in bytes from which memory is given back when it is freed.
+_MMAP_THRESHOLD, _FROM = -3, 2**20
 MEMORY = "PFTOOLS_MEMORY"  # the environment variable that says how many bytes pftools may use
 
 
@@ -54,6 +57,16 @@ def machine(runs: str | Path = "runs") -> Machine:
 def _free(folder: Path) -> int:
     place = folder.expanduser().absolute()
     return shutil.disk_usage(next(part for part in (place, *place.parents) if part.exists())).free
+
+
+def give_back_freed() -> None:
+    """Let what is freed go back to the system at once.
+
+    glibc keeps it to use it again: in a training up to half of what all tensors take. That is faster, by a
+    fifth of the time on a CPU, and so only given up where memory is short.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _FROM)
 
 
 def device_kind(device: str, found: Machine) -> Literal["cpu", "cuda"]:
