@@ -103,7 +103,13 @@ def submit(
             elif not run_folder.is_finished(step.folder) or name in again:
                 parents = [jobs[parent] for parent in step.parents if parent in jobs]
                 asked, of_step = request(step, notebooks), asked_for(estimates.get(name), options or {})
-                jobs[name] = _submit_job(folder, step.folder, StepJob(), asked, parents, of_step)
+                try:
+                    jobs[name] = _submit_job(folder, step.folder, StepJob(), asked, parents, of_step)
+                except _NoSuchMemory:
+                    if of_step.get("mem") == (options or {}).get("mem"):
+                        raise
+                    of_step.pop("mem")  # an estimate, of which the cluster knows nothing or has less
+                    jobs[name] = _submit_job(folder, step.folder, StepJob(), asked, parents, of_step)
         if plan.open and jobs:
             name = _planning_name(plan)
             jobs[name] = (
@@ -172,7 +178,8 @@ def _submit_job(
     except (FailedJobError, OSError, subprocess.SubprocessError) as error:
         words = str(error).strip().splitlines()
         reason = (words[-1] if words else str(error)).removeprefix("sbatch: error: ").rstrip(".")
-        raise PftoolsError(f"sbatch refused the job of {run.name}: {reason}.") from None
+        kind = _NoSuchMemory if "Memory specification" in str(error) else PftoolsError
+        raise kind(f"sbatch refused the job of {run.name}: {reason}.") from None
 
 
 _MEMORY_OPTIONS = {"mem", "mem-per-cpu", "mem-per-gpu"}
@@ -200,6 +207,10 @@ def asked_for(estimate: costs.JobEstimate | None, options: dict[str, str]) -> di
         if told and not estimate.spread:
             found[name] = f"{told['before']}{min(1, int(told['count']))}"
     return found
+
+
+class _NoSuchMemory(PftoolsError):
+    """No node of the partition has as much memory as was asked for, or says how much it has."""
 
 
 class StepJob:
