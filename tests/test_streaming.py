@@ -1,9 +1,12 @@
 """A model that is streamed from a file is the same model: same masks, same training, same losses."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
+import yaml
 
 from pftools import checkpoints, layers, loading, mapped, models, run_folder, settings, weights
 from pftools.errors import PftoolsError
@@ -119,6 +122,42 @@ def test_a_run_is_replayed_evaluated_analysed_and_exported_streamed(folder, tmp_
         tuned, tmp_path / "exported", dtype="float32", device="cpu", placement="stream"
     )
     assert same(load(exported, "one")[0], plain) and len(list(exported.glob("*.safetensors"))) > 2
+
+
+@pytest.mark.slow
+def test_the_notebooks_give_the_same_numbers_wherever_the_weights_are(folder, tmp_path):
+    """Every step but the calibration, through `pftools run`: all results of each are equal, bit for bit."""
+    found = []
+    for placement in ("one", "stream"):
+        words = {
+            "name": "placed",
+            "model": str(folder),
+            "dtype": "float32",
+            "placement": placement,
+            "orderings": ["prune_finetune"],
+            "tokens": 128,
+            "calibrate": {"n_blocks": 2, "block_length": 32},
+            "finetune": {"block_length": 32, "blocks_per_step": 2, "base": "nf4"},
+            "evaluate": {"block_length": 32, "n_blocks": 4, "tasks": ["facts"], "limit": 4},
+            "analyse": True,
+        }
+        (tmp_path / "placed.yaml").write_text(yaml.safe_dump(words))
+        command = [sys.executable, "-c", "from pftools.cli import main; main()", "run", "placed.yaml"]
+        runs = tmp_path / placement
+        done = subprocess.run(
+            [*command, "--runs", str(runs), "--no-report"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        records = {path.parent.name: run_folder.read_record(path.parent) for path in runs.glob("*/run.json")}
+        found.append({name: (record["results"], record["outputs"]) for name, record in records.items()})
+    one, other = found
+    assert len(one) == 5 and list(sorted(one)) == list(sorted(other))
+    for name, (results, outputs) in one.items():
+        timed = {"prune_seconds", "tokens_per_second"}
+        for key in results.keys() - timed:
+            assert results[key] == other[name][0][key] or key == "parent", (name, key)
+        kept = [file for file in outputs if file.endswith(".safetensors") or "block_nll" in file]
+        assert all(outputs[file] == other[name][1][file] for file in kept), name
 
 
 def test_spreading_over_the_cpu_and_the_disk_gives_equal_logits(folder, monkeypatch):
