@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from nbconvert.filters.markdown_mistune import markdown2html_mistune
 
-from pftools import report
+from pftools import memory, report
 from pftools.errors import PftoolsError
+from pftools.report import tables
 from tests.made_up import GAIN, published_harm, seal_study
 
 
@@ -303,3 +304,10 @@ def test_the_executed_notebook_of_a_step_is_a_page_with_the_values_it_was_given(
     words = unescape(re.sub(r"<[^>]+>", "", html))
     assert "method = 'wanda'  # the criterion" in words and "injected" not in words
     assert '<h2 id="two">Two' in html and f'href="../index.html#{step.name}"' in html
+
+
+def test_what_a_step_made_smaller_when_memory_ran_out_stands_in_its_row(tmp_path):
+    memory.relieve("calibration blocks", 4)  # the first run that is sealed says it
+    table = made_up(tmp_path, orderings=["base", "prune"], sparsities=[0.5])
+    html = tables.step_table(table).to_html()
+    assert html.count("finished; calibration blocks were read 4 at a time") == 1

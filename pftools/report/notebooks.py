@@ -94,6 +94,7 @@ def _facts(step: PlannedStep) -> list[tuple[str, str]]:
         ("finished", record["finished"]),
         ("cores", str(record["machine"]["cores"])),
         ("GPU", record["machine"]["gpu"] or "none"),
+        *(("when memory ran out", what) for what in record.get("relieved", ())),
     ]
 
 

@@ -119,11 +119,12 @@ def step_table(table: pd.DataFrame) -> Styler:
     for name, step in plan.steps.items():
         record = run_folder.read_record(step.folder) if run_folder.is_finished(step.folder) else {}
         failed = not record and run_state(step.folder) == "failed"
+        state = "; ".join([run_state(step.folder), *record.get("relieved", ())])
         rows.append(
             {
                 "run": name,
                 "does": step.label,
-                "state": read_failure(step.folder).cause if failed else run_state(step.folder),
+                "state": read_failure(step.folder).cause if failed else state,
                 "seed": step.parameters.seed,
                 "seconds": record.get("seconds"),
                 "peak memory": as_bytes(record["peak_memory_bytes"]) if record else "",
