@@ -1,8 +1,8 @@
 """A whole ordering with a model that is larger than the memory it gets: 2.7 billion random weights, 3.5 GiB.
 
 The notebooks prune, fine-tune on an NF4 base, evaluate and analyse a random Llama that is stored in bf16, as
-`pftools run` executes them with `placement: stream`; then its export is written and checked. All processes
-together are watched twenty times a second, and killed above the limit. It takes about 40 GB of disk for a
+`pftools run` executes them with `placement: stream`; then its export is written and checked. The resident
+memory of all processes together is watched ten times a second; above the limit they are killed. It takes about 40 GB of disk for a
 while (scratch files in float32, where the CPU has no bf16).
 
     python benchmarks/larger_than_memory.py [--limit 3.5] [--layers 32] [--store]
@@ -33,11 +33,11 @@ def study_of(folder):
         "model": str(folder),
         "placement": "stream",
         "orderings": ["prune_finetune"],
-        "tokens": 256,
+        "tokens": 128,
         "calibrate": {"n_blocks": 4, "block_length": 64},
         "prune": {"held_out_blocks": 1},
         "finetune": {"block_length": 64, "blocks_per_step": 2, "base": "nf4", "held_out_blocks": 1},
-        "evaluate": {"block_length": 64, "n_blocks": 4, "tasks": ["facts"], "limit": 4},
+        "evaluate": {"block_length": 64, "n_blocks": 2, "tasks": ["facts"], "limit": 4},
         "analyse": True,
     }
 
@@ -51,7 +51,7 @@ def watched(command, folder, limit):
         if peak > limit:
             os.killpg(process.pid, 9)
             sys.exit(f"killed: {peak / 2**30:.2f} GiB are above the limit of {limit / 2**30:.2f} GiB")
-        time.sleep(0.05)
+        time.sleep(0.1)
     if process.returncode:
         sys.exit(f"{command[-3:]} failed")
     return peak, time.perf_counter() - started
@@ -61,7 +61,7 @@ def _resident(processes):
     total = 0
     for process in processes:
         try:
-            total += process.memory_info().rss
+            total += process.memory_full_info().pss  # a page that two of them hold counts once
         except psutil.Error:
             pass
     return total

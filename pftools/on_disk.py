@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,7 +75,8 @@ class OnDisk:
     def parts(self) -> Iterator[set[str]]:
         """The names of all that is stored, in parts of a layer's size: what is outside of layers, one by one,
         then layer after layer."""
-        stored = set(self._stored())
+        on_disk = set(self.homes.values()) | self._split_off()  # a tied head is not
+        stored = on_disk & set(self._stored())
         inside = {name for name in stored if name.startswith(f"{self.prefix}.")}
         yield from ({name} for name in sorted(stored - inside))
         for index in range(len(self.layers)):
@@ -129,8 +130,18 @@ class OnDisk:
             weight_mapping=self.conversions,  # type: ignore[arg-type]
         )
         convert_and_load_state_dict_in_model(self.model, state, config)
-        missing = [name for name, weight in self.model.named_parameters() if name in names and weight.is_meta]
-        if missing:
+        self.check_whole(names)
+
+    def check_whole(self, names: Collection[str] | None = None) -> None:
+        """Refuse a checkpoint that lacks one of these parameters; None: of all.
+
+        Raises:
+            PftoolsError: it does.
+        """
+        weights = [
+            (name, weight) for name, weight in self.model.named_parameters() if names is None or name in names
+        ]
+        if missing := [name for name, weight in weights if weight.is_meta]:
             raise PftoolsError(
                 f"{self.folder} holds nothing that becomes {missing[0]}: the checkpoint is not whole, or of "
                 "another model."
