@@ -2,8 +2,8 @@
 
 The notebooks prune, fine-tune on an NF4 base, evaluate and analyse a random Llama that is stored in bf16, as
 `pftools run` executes them with `placement: stream`; then its export is written and checked. The resident
-memory of all processes together is watched ten times a second; above the limit they are killed. It takes about 40 GB of disk for a
-while (scratch files in float32, where the CPU has no bf16).
+memory of all processes together is watched ten times a second; above the limit they are killed. It takes
+about 40 GB of disk for a while (scratch files in float32, where the CPU has no bf16).
 
     python benchmarks/larger_than_memory.py [--limit 3.5] [--layers 32] [--store]
 """

@@ -50,6 +50,14 @@ def test_a_streamed_model_is_the_model_and_leaves_no_file(folder, tmp_path):
     assert not len(mapped._files)
 
 
+def test_a_head_that_is_tied_to_the_embeddings_is_one_weight_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("PFTOOLS_CACHE", str(tmp_path / "cache"))
+    plain, streamed = both(save_tiny(tmp_path / "tied", tie_word_embeddings=True, **WIDE))
+    assert streamed.lm_head.weight is streamed.model.embed_tokens.weight and same(plain, streamed)
+    with torch.no_grad():
+        assert torch.equal(plain(tiny_blocks()).logits, streamed(tiny_blocks()).logits)
+
+
 @pytest.mark.parametrize(
     "request_",
     [

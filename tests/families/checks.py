@@ -18,15 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from pftools import adapters, checkpoints, layers, models, run_folder, settings
+from pftools import adapters, checkpoints, layers, models, run_folder, settings, streamed
 from pftools.errors import PftoolsError
 from pftools.evaluate import PrefixCachedLM, perplexity
 from pftools.finetune import finetune_model
+from pftools.loading import load_pretrained
 from pftools.masks import load_masks
 from pftools.prune import prune_checkpoint, prune_model
 from tests.families import oracle, zoo
@@ -186,6 +188,23 @@ def from_disk_equals_in_memory(kind: str) -> None:
             close(logits(again, tokens), logits(model, tokens)),
             f"logits of the written model are off by {off:.2g}",
         )
+
+
+def streamed_equals_in_memory(kind: str) -> None:
+    """A model that is streamed from a scratch file has the logits of the loaded one, and gets its masks."""
+    tokens = blocks(4)
+    with tempfile.TemporaryDirectory() as folder, patch.object(streamed, "_LEAST", 1):
+        source, _ = saved(kind, Path(folder) / "source")
+        options = {"dtype": "float32", "device": "cpu"}
+        plain, _ = load_pretrained(str(source), **options)
+        other, _ = load_pretrained(str(source), placement="stream", **options)
+        require(close(logits(other, tokens), logits(plain, tokens)), "the streamed model has other logits")
+        one, two = (
+            prune_model(model, tokens, batch_size=2, progress=False).masks for model in (plain, other)
+        )
+        require(list(one) == list(two), "other weights of the streamed model were pruned")
+        differing = sum(int((one[name] != two[name]).sum()) for name in one)
+        require(differing == 0, f"{differing} mask bits of the streamed model differ")
 
 
 def saved(kind: str, folder: Path) -> tuple[Path, nn.Module]:
@@ -391,6 +410,7 @@ CHECKS: dict[str, Callable[[str], str | None]] = {
     "prune": masks_equal_naive_wanda,
     "order": order_of_blocks_does_not_matter,
     "disk": from_disk_equals_in_memory,
+    "stream": streamed_equals_in_memory,
     "adapt": masked_adapters_keep_zeros,
     "quantized": a_quantized_base_keeps_zeros,
     "checkpointing": gradient_checkpointing_changes_nothing,

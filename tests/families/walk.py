@@ -21,7 +21,7 @@ TABLE = Path(__file__).resolve().parents[2] / "data" / "families.csv"
 # {column of the table: the checks that it sums up}
 COLUMNS = {
     "prune": ("prune", "order"),
-    "from_disk": ("disk", "export"),
+    "from_disk": ("disk", "stream", "export"),
     "adapt": ("adapt", "checkpointing"),
     "quantized_base": ("quantized",),
     "shared_beginnings": ("likelihoods", "greedy", "perplexity"),
