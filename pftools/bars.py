@@ -19,6 +19,7 @@ from pftools import run_folder
 
 LATEST = "progress.txt"  # the file in the folder of an attempt
 _QUIET = 5.0  # seconds without a sign of life after which a cell gives one, again and again
+_ended = threading.Event()  # of the cell that is executed
 _drawn: weakref.WeakSet[Any] = weakref.WeakSet()  # bars that may be under way
 
 
@@ -73,24 +74,21 @@ def watch_cells() -> None:
     shell = get_ipython()
     if shell is None or os.environ.get(run_folder.ATTEMPT):
         return
-    ended = threading.Event()
+    shell.events.register("pre_run_cell", _before_a_cell)  # once, however often it is asked
+    shell.events.register("post_run_cell", _after_a_cell)
 
-    def before_a_cell(info: Any) -> None:
-        nonlocal ended
-        ended = threading.Event()
-        # With the context of this cell, which says where output goes.
-        work = (contextvars.copy_context().run, _beat, ended)
-        threading.Thread(target=work[0], args=work[1:], daemon=True).start()
 
-    def after_a_cell(result: Any) -> None:
-        ended.set()
+def _before_a_cell(info: Any) -> None:
+    global _ended
+    _ended.set()
+    _ended = threading.Event()
+    # With the context of this cell, which says where output goes.
+    beat = threading.Thread(target=contextvars.copy_context().run, args=(_beat, _ended), daemon=True)
+    beat.start()
 
-    for event, callback in (("pre_run_cell", before_a_cell), ("post_run_cell", after_a_cell)):
-        for earlier in [
-            found for found in shell.events.callbacks[event] if found.__qualname__ == callback.__qualname__
-        ]:
-            shell.events.unregister(event, earlier)
-        shell.events.register(event, callback)
+
+def _after_a_cell(result: Any) -> None:
+    _ended.set()
 
 
 def _beat(ended: threading.Event) -> None:

@@ -117,8 +117,8 @@ def test_a_slow_cell_of_an_open_notebook_shows_that_it_is_at_work(tmp_path):
     from nbclient import NotebookClient
 
     cells = [
-        "from pftools import bars; bars._QUIET = 0.3; bars.watch_cells(); bars.watch_cells()",
-        "import time; time.sleep(1.0)",
+        "from pftools import bars; bars._QUIET = 0.3; bars.watch_cells()",
+        "import time; bars.watch_cells(); time.sleep(1.0)",
         "bars.progress_bar(total=1, file=open('bar.txt', 'w')).close()",
         "bar = bars.progress_bar(total=2, file=open('bar.txt', 'w')); bar.refresh = lambda: print('again')\n"
         "time.sleep(1.0); bar.close()",
