@@ -35,7 +35,8 @@ class Hand:
         self.client, self.errors = client, []
         cells = [cell for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells]
         self.cells = {cell.id: cell.source for cell in cells if cell.cell_type == "code"}
-        self.order = list(self.cells)
+        first = next(cell.id for cell in cells if "parameters" in cell.metadata.get("tags", []))
+        self.order = list(self.cells)[list(self.cells).index(first) :]  # without the one for Colab
 
     def execute(self, source):
         """The (name, message) of the error that a cell shows; None: none."""
