@@ -22,7 +22,7 @@ from pftools.errors import PftoolsError, nearest
 from pftools.files import write_json
 from pftools.layers import measured_sparsity, rows_of
 from pftools.mapped import in_turn, release
-from pftools.masks import MASKS, load_masks, pack, save_masks
+from pftools.masks import MASKS, PackedMasks, pack, read_masks, save_masks
 
 MASKED_TYPE = (
     "MASKED_LORA: load it with pftools.finetune.merge_adapter, a plain LoRA merge would fill the zeros"
@@ -53,7 +53,7 @@ class Adapter:
     kind: Literal["lora", "hira"] = "lora"
     masked: bool = False
     mask: str = ""
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def resolve_merge(merge: str, model: nn.Module) -> Literal["masked", "dense"]:
@@ -126,6 +126,7 @@ def _prune_as_trained(model: nn.Module, adapter: Adapter) -> None:
     with torch.no_grad():
         for name, kept in adapter.kept.items():
             weights[name].masked_fill_(~kept.to(weights[name].device), 0)
+            release(weights[name])
 
 
 def mask_digest(model: nn.Module, names: Iterable[str]) -> str:
@@ -174,14 +175,15 @@ def load_adapter(folder: str | Path) -> Adapter:
     return Adapter(factors, scaling, kind, bool(digest), digest, kept)
 
 
-def _masks_beside(folder: Path, modules: Iterable[str], digest: str) -> dict[str, torch.Tensor]:
+def _masks_beside(folder: Path, modules: Iterable[str], digest: str) -> Mapping[str, torch.Tensor]:
     """The masks of an exported adapter's folder, {weight name: bool, True = kept}.
 
     Raises:
         PftoolsError: they are missing, damaged, or not those that the adapter was trained on.
     """
     try:
-        kept = load_masks(folder / MASKS)
+        kept = PackedMasks()
+        kept.update(read_masks(folder / MASKS))
         found = _digest(kept[f"{name}.weight"] for name in sorted(modules))
     except Exception as error:  # safetensors has errors of its own
         raise PftoolsError(

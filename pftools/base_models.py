@@ -33,7 +33,7 @@ def cache_folder() -> Path:
     """The folder for downloaded and converted files: `PFTOOLS_CACHE`, or the user's cache folder."""
     import platformdirs
 
-    return Path(os.environ.get("PFTOOLS_CACHE") or platformdirs.user_cache_dir("pftools"))
+    return Path(os.environ.get("PFTOOLS_CACHE") or platformdirs.user_cache_dir("pftools")).expanduser()
 
 
 def resolve_device(device: str = "auto") -> str:

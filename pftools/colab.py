@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -80,10 +81,11 @@ def without_badge(markdown: str) -> str:
 
 def constraints() -> list[str]:
     """`name==version` of what is there and stays."""
-    found = {
-        item.metadata["Name"].lower().replace("_", "-"): item.version for item in metadata.distributions()
-    }
-    return [f"{name}=={found[name]}" for name in KEPT if name in found]
+    found = []
+    for name in KEPT:
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{name}=={metadata.version(name)}")
+    return found
 
 
 def install() -> None:

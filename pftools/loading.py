@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pftools.base_models import cache_folder, model_source, resolve_device, resolve_dtype
-from pftools.errors import PftoolsError
+from pftools.errors import PftoolsError, nearest
 from pftools.settings import EMBEDDED_MODEL
 from pftools.suitable import check_whole, unsuitable, unsuitable_folder
+
+PLACEMENTS = ("one", "spread", "stream")
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,8 @@ def load_pretrained(
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    if placement not in PLACEMENTS:
+        raise PftoolsError(f"unknown placement {placement!r}: {nearest(placement, PLACEMENTS)}.")
     logging.disable_progress_bar()  # a bar for a second of loading, in every notebook and report, is noise
     source = model_source(name)
     device = resolve_device(device)

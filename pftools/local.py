@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -208,5 +209,7 @@ def _gpus() -> list[str]:
     """The GPUs to hand out, as CUDA names them; empty on a machine without."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name for name in visible.split(",") if name.strip()]
+        # As CUDA reads it: what comes after a number that is none is not there.
+        named = takewhile(lambda name: not name.strip().startswith("-"), visible.split(","))
+        return [name for name in named if name.strip()]
     return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))

@@ -46,18 +46,19 @@ class Scratch(mmap.mmap):
         """
         import torch
 
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            try:
+        size = max(size, mmap.PAGESIZE)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, size)  # room that is promised: no fault later on
                 file.truncate(size)
-            except OSError as error:
-                raise PftoolsError(
-                    f"the weights need {as_bytes(size)} of scratch in {folder}, and there is less room "
-                    f"({error.strerror}): free some, or let PFTOOLS_CACHE name a folder of a larger disk."
-                ) from None
-            found = super().__new__(cls, file.fileno(), size)
+                found = super().__new__(cls, file.fileno(), size)
+        except OSError as error:
+            raise PftoolsError(
+                f"the weights need {as_bytes(size)} of scratch in {folder}, which cannot be had "
+                f"({error.strerror}): free some room, or let PFTOOLS_CACHE name a folder of a larger disk."
+            ) from None
         found.base, found._end = torch.frombuffer(found, dtype=torch.uint8).data_ptr(), 0
         _files.add(found)
         return found

@@ -12,8 +12,8 @@ from pftools.errors import PftoolsError
 if TYPE_CHECKING:
     import torch
 
-_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
-_relieved: dict[str, str] = {}
+_SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_relieved: dict[str, int | None] = {}
 Answer = TypeVar("Answer")
 
 
@@ -67,15 +67,19 @@ def relieve(what: str, rows: int | None = None) -> None:
     Args:
         rows: how many of ``what`` are read at a time; None: ``what`` is the whole sentence.
     """
-    sentence = what if rows is None else f"{what} were read {rows} at a time"
-    if _relieved.get(what) != sentence:
-        _relieved[what] = sentence
-        logging.getLogger(__name__).warning("memory ran out: %s", sentence)
+    before = _relieved.get(what)
+    if what not in _relieved or (rows is not None and before is not None and rows < before):
+        _relieved[what] = rows
+        logging.getLogger(__name__).warning("memory ran out: %s", _in_words(what, rows))
+
+
+def _in_words(what: str, rows: int | None) -> str:
+    return what if rows is None else f"{what} were read {rows} at a time"
 
 
 def relieved() -> list[str]:
     """What was made smaller since this was asked last."""
-    found = list(_relieved.values())
+    found = [_in_words(what, rows) for what, rows in _relieved.items()]
     _relieved.clear()
     return found
 
@@ -85,6 +89,8 @@ def in_halves(
 ) -> list[Answer]:
     """``work`` on a batch; where memory runs out, on its halves, one after the other.
 
+    Later batches of the same kind begin with what fitted.
+
     Args:
         work: gives one answer a row.
         batch: a list, or a tensor whose first dimension is rows.
@@ -93,6 +99,10 @@ def in_halves(
     Raises:
         OutOfMemory: a single row does not fit.
     """
+    most = _relieved.get(of) or len(batch)
+    if most < len(batch):
+        parts = (batch[start : start + most] for start in range(0, len(batch), most))
+        return [answer for part in parts for answer in in_halves(work, part, of=of)]
     try:
         return work(batch)
     except (RuntimeError, MemoryError) as error:

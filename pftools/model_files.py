@@ -17,6 +17,7 @@ from pftools.settings import EMBEDDED_MODEL, TARGETS
 
 Shapes = dict[str, tuple[int, ...]]
 
+HUB_ID = r"[\w.-]+/[\w.-]+"
 _IN_A_LAYER = re.compile(r"\.\d+\..*\.(weight|gate_up_proj|down_proj)$")
 # What the embedded model's config.json says, for machines that have not fetched it yet; a test compares the
 # two.
@@ -41,7 +42,7 @@ def model_folder(name: str) -> Path | None:
         folder = cache_folder() / "models" / name
     elif (Path(name) / "config.json").exists():
         folder = Path(name)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    elif re.fullmatch(HUB_ID, name):
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(name, "config.json")

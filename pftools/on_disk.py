@@ -18,6 +18,8 @@ from pftools.layers import decoder_layers
 from pftools.suitable import skeleton, unsuitable_folder
 
 INDEX = "model.safetensors.index.json"
+# What may stand beside weights; other files may be the same weights in another format.
+_BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", "")
 
 
 class OnDisk:
@@ -192,11 +194,7 @@ class OnDisk:
         total = sum((folder / file).stat().st_size for file in set(self.written.values()))
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": self.written})
         for path in sorted(self.folder.iterdir()):
-            if (
-                path.is_file()
-                and path.suffix not in (".safetensors", ".bin")
-                and path.name not in (INDEX, "run.json")
-            ):
+            if path.is_file() and path.suffix in _BESIDE and path.name not in (INDEX, "run.json"):
                 shutil.copy(path, folder / path.name)
         self.model.config.dtype = self.dtype
         self.model.config.save_pretrained(folder)
@@ -235,7 +233,8 @@ def _files_by_name(folder: Path) -> dict[str, str]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise PftoolsError(
-            f"{folder} holds no safetensors files: save the model with save_pretrained, or use prune_model."
+            f"{folder} holds no safetensors files: use placement 'one', or load the model once where it fits "
+            "and write it with its save_pretrained."
         )
     found: dict[str, str] = {}
     for path in files:

@@ -183,7 +183,7 @@ def _submit_job(
 
 
 _MEMORY_OPTIONS = {"mem", "mem-per-cpu", "mem-per-gpu"}
-_GPU_OPTIONS = re.compile(r"(?P<before>(?:gpu:)?(?:\w+:)?)(?P<count>\d+)")
+_GPU_OPTIONS = re.compile(r"(?P<before>(?:gpu:)?(?:[\w-]+:)?)(?P<count>\d+)")
 
 
 def asked_for(estimate: costs.JobEstimate | None, options: dict[str, str]) -> dict[str, str]:

@@ -48,7 +48,7 @@ def stream(name: str, dtype: torch.dtype, device: str, trust_remote_code: bool) 
         for key in names & in_file:
             weight = model.get_parameter(key)
             weight.data = scratch.place(weight.data)
-    model.tie_weights()
+    _tie(model)
     source.check_whole()
     _to_device(model, device)
     _add_hooks(model, device)
@@ -67,6 +67,20 @@ def _in_file(model: PreTrainedModel, *, everything: bool) -> set[str]:
     prefix, _ = decoder_layers(model)
     large = {name for name, value in model.named_parameters() if value.numel() >= _LEAST}
     return large if everything else {name for name in large if name.startswith(f"{prefix}.")}
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Tie the head to the embeddings as transformers does: where both are stored and differ, they stay so."""
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    configs = model.config, model.config.get_text_config()
+    tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    if tied and head is not None and not head.weight.is_meta and head.weight is not embeddings.weight:
+        if embeddings.weight.is_meta:  # only the head is stored
+            embeddings.weight = head.weight
+        elif not torch.equal(head.weight, embeddings.weight):
+            return
+    model.tie_weights()
 
 
 def _to_device(model: PreTrainedModel, device: str) -> None:
@@ -111,6 +125,8 @@ class _Visit:
         module.register_forward_hook(self.end, always_call=True)
 
     def begin(self, module: nn.Module, *_: Any) -> None:
+        if "forward" in vars(module):  # a stand-in that computes nothing
+            return
         with torch._C.DisableTorchFunction():  # whoever watches the uses of weights does not mean this one
             for weight in module.parameters():
                 if is_mapped(weight):

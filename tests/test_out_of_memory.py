@@ -90,6 +90,20 @@ def test_losses_do_not_depend_on_the_batch():
     assert memory.relieved()[-1] == "blocks of the perplexity were read 2 at a time"
 
 
+def test_what_fitted_is_kept_for_the_batches_that_follow():
+    calls = []
+
+    def work(batch):
+        calls.append(len(batch))
+        if len(batch) > 2:
+            raise FAILURES[0]
+        return list(batch)
+
+    answers = [memory.in_halves(work, list(range(8)), of="rows") for _ in range(3)]
+    assert answers == [list(range(8))] * 3 and calls[:3] == [8, 4, 2] and set(calls[3:]) == {2}
+    assert memory.relieved() == ["rows were read 2 at a time"]
+
+
 def test_questions_are_read_in_smaller_batches():
     asked = {"tasks": ["facts"], "limit": 6, "progress": False}
     expected = evaluate_tasks(tiny_llama(), tiny_tokenizer(), **asked).samples
@@ -119,6 +133,7 @@ def test_training_goes_on_with_fewer_rows_and_then_with_gradient_checkpointing(m
 
 
 def test_a_run_says_what_was_made_smaller(tmp_path):
+    memory.relieve("something of a run that was given up")
     parameters = settings.Evaluate(
         model=str(save_tiny(tmp_path / "tiny")), dtype="float32", runs=str(tmp_path / "runs")
     )

@@ -1,18 +1,31 @@
 """A model that is streamed from a file is the same model: same masks, same training, same losses."""
 
 import gc
+import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 import yaml
 
-from pftools import checkpoints, layers, loading, mapped, models, run_folder, settings, weights
+from pftools import (
+    checkpoints,
+    layers,
+    loading,
+    mapped,
+    models,
+    needs,
+    run_folder,
+    settings,
+    streamed,
+    weights,
+)
 from pftools.errors import PftoolsError
 from pftools.evaluate import evaluate_tasks, perplexity
 from pftools.finetune import finetune_model, merge_adapter
-from pftools.prune import prune_model
+from pftools.prune import prune_model, source
 from tests.tiny import save_tiny, tiny_blocks
 
 # Wide enough for its matrices to go to the file.
@@ -168,6 +181,93 @@ def test_the_notebooks_give_the_same_numbers_wherever_the_weights_are(folder, tm
         assert all(outputs[file] == other[name][1][file] for file in kept), name
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU imitated: what a streamed layer is given "on the device" is a copy of what is in the file."""
+    visits = []
+
+    def begin(self, module, *_):
+        if "forward" in vars(module):
+            return
+        with torch._C.DisableTorchFunction():
+            for weight in module.parameters():
+                if mapped.is_mapped(weight):
+                    visits.append(weight)
+                    self.homes.append((weight, weight.data))
+                    weight.data = weight.data.clone()
+
+    @contextmanager
+    def layer(self, index):
+        found = layers.decoder_layers(self.model)[1][index]
+        homes = [(weight, weight.data) for weight in found.parameters()]
+        for weight, home in homes:
+            weight.data = home.clone() if mapped.is_mapped(home) else home
+        yield found
+        for weight, home in homes:
+            if weight.data_ptr() != home.data_ptr():
+                weight.data = home.copy_(weight.data)
+
+    monkeypatch.setattr(streamed._Visit, "begin", begin)
+    monkeypatch.setattr(source.InMemory, "layer", layer)
+    return visits
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_layers_are_visited_on_a_gpu_and_come_back(folder, gpu, method):
+    """The check before the walk opens a layer once, and recording calls visits none."""
+    plain, other = both(folder)
+    one = prune_model(plain, tiny_blocks(), method=method, batch_size=1, progress=False)
+    two = prune_model(other, tiny_blocks(), method=method, batch_size=1, progress=False)
+    assert all(torch.equal(one.masks[name], two.masks[name]) for name in one.masks) and same(plain, other)
+    weights = layers.linear_weights(other).values()
+    assert sum(map(mapped.is_mapped, weights)) == sum(weight.numel() >= 2**16 for weight in weights)
+    assert all(
+        mapped.is_mapped(two.weights[name]) for name in two.weights if two.weights[name].numel() >= 2**16
+    )
+    assert len(gpu) <= 2 * len(weights)  # whatever the number of batches
+
+
+def test_a_head_that_is_stored_beside_other_embeddings_stays_apart(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    plain, other = both(folder)
+    assert same(plain, other) and other.lm_head.weight is not other.model.embed_tokens.weight
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    plain, other = both(folder)
+    assert same(plain, other) and other.lm_head.weight is other.model.embed_tokens.weight
+
+
+def test_a_model_without_large_matrices_is_streamed_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PFTOOLS_CACHE", str(tmp_path / "cache"))
+    plain, other = both(save_tiny(tmp_path / "tiny"))
+    assert same(plain, other)
+    with pytest.raises(PftoolsError, match="unknown placement 'steam': did you mean 'stream'"):
+        load(tmp_path / "tiny", "steam")
+
+
+def test_files_that_hold_the_same_weights_are_not_copied_into_an_export(folder, tmp_path):
+    (folder / "consolidated.00.pth").write_bytes(b"dense")
+    (folder / "LICENSE").write_text("free")
+    _, other = both(folder)
+    checkpoints._write_model(other, tmp_path / "written")
+    assert (tmp_path / "written" / "LICENSE").exists()
+    assert not (tmp_path / "written" / "consolidated.00.pth").exists()
+
+
+def test_a_model_in_other_files_is_not_streamed_by_itself(tmp_path):
+    folder = save_tiny(tmp_path / "tiny")
+    assert needs.facts_of(str(folder)).streams
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    facts = needs.facts_of(str(folder))
+    nowhere = needs.Machine(memory=1, total=1, gpus=(), disk=1, scratch=1)
+    assert not facts.streams and needs.fitting(settings.Analyse(), facts, nowhere) == "one"
+
+
 def test_spreading_over_the_cpu_and_the_disk_gives_equal_logits(folder, monkeypatch):
     """Two devices that every machine has stand for two GPUs; accelerate moves what it needs."""
     plain, _ = load(folder, "one")
@@ -184,7 +284,7 @@ def test_spreading_over_the_cpu_and_the_disk_gives_equal_logits(folder, monkeypa
 
 
 def test_a_disk_without_room_is_one_sentence(tmp_path):
-    with pytest.raises(PftoolsError, match="of scratch in .*, and there is less room"):
+    with pytest.raises(PftoolsError, match="of scratch in .*, which cannot be had"):
         mapped.Scratch(2**60, tmp_path)
 
 

@@ -17,6 +17,7 @@ from pftools.finetune.quantize import BASES, check_bitsandbytes
 from pftools.finetune.reads import read_by_model
 from pftools.finetune.rows import Rows
 from pftools.layers import linear_modules, linear_weights
+from pftools.mapped import is_mapped
 from pftools.settings import TARGETS
 from pftools.streamed import source_of
 from pftools.suitable import unsuitable
@@ -142,6 +143,7 @@ def prepare(recipe: Recipe, model: PreTrainedModel, rows: Rows) -> Training:
             "and a smaller micro_batch_size or block_length."
         )
     plain = frozenset(read_by_model(model, rows.input_ids))
+    _refuse_streamed_rest(model, plain)
     targets = find_targets(model, recipe.targets, leave=plain)
     n_rows = rows_of_budget(
         len(rows),
@@ -167,6 +169,23 @@ def prepare(recipe: Recipe, model: PreTrainedModel, rows: Rows) -> Training:
         steps=steps,
         warmup_steps=warmup_of(recipe.warmup_steps, steps),
     )
+
+
+def _refuse_streamed_rest(model: PreTrainedModel, plain: Collection[str]) -> None:
+    """Refuse to train where a GPU would have to hold matrices of a streamed model that cannot be quantized.
+
+    Raises:
+        PftoolsError: there are some: stacked experts, or weights that the model reads itself.
+    """
+    if source_of(model) is None or model.device.type == "cpu":
+        return
+    quantized = {f"{name}.weight" for name in linear_modules(model) if name not in plain}
+    rest = [name for name, weight in linear_weights(model).items() if name not in quantized]
+    if any(is_mapped(linear_weights(model)[name]) for name in rest):
+        raise PftoolsError(
+            f"{rest[0]} and {len(rest) - 1} others cannot be quantized, and the GPU is too small for them: "
+            "train where the model fits (placement 'one' or 'spread')."
+        )
 
 
 def find_targets(model: nn.Module, targets: str, *, leave: Collection[str] = ()) -> list[str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pftools import settings
 from pftools.errors import PftoolsError
 from pftools.files import as_bytes
+from pftools.model_files import HUB_ID
 from pftools.needs.estimate import PLACEMENTS, DeviceKind, Needs, Placement, blocks_of, needs_of
 from pftools.needs.facts import Facts, facts_of
 from pftools.needs.resources import Machine, device_kind, give_back_freed, machine
@@ -73,7 +76,7 @@ def fitting(parameters: settings.Step, facts: Facts, found: Machine) -> Placemen
     """The fastest placement that fits; where none does, the one that lacks least."""
     kind = device_kind(parameters.device, found)
     return min(
-        _possible(parameters, kind, found),
+        _possible(parameters, facts, kind, found),
         key=lambda placement: _Case(parameters, facts, placement, kind, found).missing(),
     )
 
@@ -113,7 +116,7 @@ def before(parameters: settings.Step) -> list[str]:
     Raises:
         PftoolsError: it cannot fit, whatever the step does by itself when memory runs out.
     """
-    facts = facts_of(parameters.model)
+    facts = _facts_to_load(parameters.model)
     if facts is None:
         return []
     found = machine(str(getattr(parameters, "runs", "runs")))
@@ -130,11 +133,22 @@ def before(parameters: settings.Step) -> list[str]:
     ]
 
 
+def _facts_to_load(model: str) -> Facts | None:
+    """`facts_of` a model that is about to be loaded: of one on the hub its config.json is fetched first."""
+    if (facts := facts_of(model)) is None and re.fullmatch(HUB_ID, model):
+        with suppress(Exception):  # whoever loads the model says what is wrong
+            from huggingface_hub import hf_hub_download
+
+            hf_hub_download(model, "config.json", etag_timeout=5)
+            facts = facts_of(model)
+    return facts
+
+
 def resolve(parameters: settings.Step) -> Placement:
-    """`placement_of`, on this machine; `auto` is `one` where the model's files are not here yet."""
+    """`placement_of`, on this machine; `auto` is `one` where nothing can be known of the model."""
     if parameters.placement != "auto":
         return parameters.placement
-    facts = facts_of(parameters.model)
+    facts = _facts_to_load(parameters.model)
     return placement_of(parameters, facts, machine(parameters.runs)) if facts else "one"
 
 
@@ -188,9 +202,9 @@ def _remedy(case: _Case) -> str:
     return f"{', '.join(saves)}; {verdict}"
 
 
-def _possible(parameters: Any, kind: DeviceKind, found: Machine) -> tuple[Placement, ...]:
+def _possible(parameters: Any, facts: Facts, kind: DeviceKind, found: Machine) -> tuple[Placement, ...]:
     """Placements that a step can have: a GPU does not train on a plain base that it would have to stream."""
-    left_out = set()
+    left_out = set() if facts.streams else {"stream"}
     if kind != "cuda" or len(found.gpus) < 2:
         left_out.add("spread")
     if kind == "cuda" and getattr(parameters, "base", "") == "plain":
@@ -208,7 +222,7 @@ def _changes(case: _Case) -> Iterator[dict[str, Any]]:
     """Settings that take less memory, of those that the step has."""
     parameters = case.parameters
     known = type(parameters).model_fields
-    others = _possible(parameters, case.kind, case.found)
+    others = _possible(parameters, case.facts, case.kind, case.found)
     yield from ({"placement": other} for other in others if other != case.placement)
     if getattr(parameters, "base", "nf4") != "nf4":
         yield {"base": "nf4"}

@@ -37,6 +37,8 @@ class Facts:
         config: what its config.json says; it may be empty.
         run_dtype: the number format of the run that the model is; empty where it is none.
         is_run: whether it is a run, whose deltas are replayed on its base.
+        streams: whether its files are such that it can be streamed from them; so it is taken of those that
+            are not here yet.
     """
 
     shapes: Shapes
@@ -44,6 +46,7 @@ class Facts:
     config: dict[str, Any]
     run_dtype: str = ""
     is_run: bool = False
+    streams: bool = True
 
     @cached_property
     def total(self) -> int:
@@ -138,7 +141,8 @@ def facts_of(model: str, shape: dict[str, int] | None = None) -> Facts | None:
         if not all(config.get(name) for name in SHAPE):
             return None
         shapes = llama_shapes(config)
-    return Facts(shapes, _stored(config), config, dtype, is_run)
+    streams = folder is None or any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))
+    return Facts(shapes, _stored(config), config, dtype, is_run, streams)
 
 
 def facts_of_shapes(config: dict[str, Any]) -> Facts:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,10 +49,18 @@ def machine(runs: str | Path = "runs") -> Machine:
     return Machine(
         memory=min([free + held for _, free in limits] + promised),
         total=min([total for total, _ in limits] + promised),
-        gpus=_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")),
+        gpus=_with_own(_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))),
         disk=_free(Path(runs)),
         scratch=_free(cache_folder()),
     )
+
+
+def _with_own(gpus: tuple[int, ...]) -> tuple[int, ...]:
+    """Free bytes of GPUs, with what this process holds of them already."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return gpus
+    return tuple(free + torch.cuda.memory_reserved(number) for number, free in enumerate(gpus))
 
 
 def _free(folder: Path) -> int:

@@ -41,7 +41,8 @@ def check_replay(source: Source, blocks: torch.Tensor, batch_size: int) -> None:
     hooks = []
     for index, layer in enumerate(layers):
         hooks += [
-            layer.register_forward_pre_hook(check.before(index), with_kwargs=True),
+            # before those of a streamed model, so that a layer is opened once, by the check
+            layer.register_forward_pre_hook(check.before(index), with_kwargs=True, prepend=True),
             layer.register_forward_hook(check.after(index), with_kwargs=True),
         ]
     try:

@@ -103,16 +103,17 @@ def prune_model(
     started = time.perf_counter()
     if statistics is not None:
         _check_statistics(model, statistics)
-    masks, weights = PackedMasks(), dict[str, torch.Tensor]()
+    masks, weights, changed = PackedMasks(), dict[str, torch.Tensor](), list[str]()
     rows: list[dict[str, Any]] = []
     with inference(model):
         for done in prune_layers(InMemory(model, device), blocks, request, statistics):
             masks.update(done.masks)
             rows += done.rows
+            changed += done.weights
             if source_of(model) is None:
                 weights |= done.weights
-            else:  # no copies: together they may be more than the memory
-                weights |= {name: model.get_parameter(name).detach() for name in done.weights}
+    if source_of(model) is not None:  # no copies: together they may be more than the memory
+        weights = {name: model.get_parameter(name).detach() for name in changed}
     return PruneResult(masks, pd.DataFrame(rows), time.perf_counter() - started, weights)
 
 

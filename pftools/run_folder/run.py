@@ -182,6 +182,7 @@ def start(parameters: Step, *, inputs: Inputs = lambda parameters: {}) -> Run:
         PftoolsError: a run that it starts from is not finished or is damaged; this run is finished and
             damaged; or the attempt given is for another run, is sealed, or was taken over.
     """
+    memory.relieved()  # what an earlier run of this process made smaller is not this one's
     for name in parameters.parents:
         reference = getattr(parameters, name)
         if is_reference(reference):
