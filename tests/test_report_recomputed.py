@@ -236,7 +236,8 @@ def test_costs(told):
     seconds = sum(record["seconds"] for record in records.values())
     assert float(said[2]) * {"s": 1, "min": 60}[said[3]] == pytest.approx(seconds, rel=0.06, abs=0.051)
     memory = max(record["peak_memory_bytes"] for record in records.values())
-    assert numbers_of(said[4])[0] == pytest.approx(memory / 1e6, rel=0.01)
+    unit = {"MB": 1e6, "GB": 1e9}[said[4].split()[-1]]
+    assert numbers_of(said[4])[0] == pytest.approx(memory / unit, rel=0.01, abs=0.051)
     costs = report.entry_costs(table).set_index("ordering")
     for ordering, rows in table.groupby("ordering"):
         chains = [chain_of(records, model) for model in rows["model"]]

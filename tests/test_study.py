@@ -247,6 +247,7 @@ def test_only_what_changes_results_changes_the_key(kind):
                 "runs",
                 "batch_size",
                 "gradient_checkpointing",
+                "placement",
                 "save_every",
                 "track",
                 "data",

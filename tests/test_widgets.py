@@ -69,7 +69,7 @@ def test_the_report_of_a_finished_study_opens_inside(tmp_path, monkeypatch):
 
 
 def wait(until):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while not until():
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -62,7 +62,7 @@ def free_ends(points: pd.DataFrame, ends: pd.DataFrame, x: str, value: str, scal
         reach = at + span * _LETTER * (len(label) + 3)
         near = (points[x] > at) & (points[x] <= reach) & (abs(heights - height) < _NEAR)
         free.append(not (near & (points["label"] != label)).any())
-    return ends[free]
+    return ends[np.array(free, dtype=bool)]
 
 
 def apart(wished: ArrayLike, height: float) -> np.ndarray:
