@@ -77,6 +77,7 @@ _TASKS = {
     "freebaseqa_published": Task(0, 25, 600, new=50),
 }
 _OTHER_TASK = Task(700, 80, 5000)
+_CHOICES = 4  # answers of a question, each a row
 _OBJECTS = 40  # bytes that a token takes in lists of Python, with the text that it came from
 _DEFAULT_BLOCKS = 400  # of a whole test split
 
@@ -369,7 +370,9 @@ class _Step:
         parameters, facts = self.parameters, self.facts
         question, questions = task.question + task.new, task.questions
         examples = 0 if parameters.num_fewshot == 0 else task.examples
+        asked = min(questions, parameters.limit or questions)
         rows = parameters.batch_size or max(1, _QUESTION_TOKENS[self.kind] // question)
+        rows = min(rows, _CHOICES * asked)
         a_token = 2 * facts.keys * facts.layers * self.d
         cached = 0.0
         if examples:
@@ -377,9 +380,9 @@ class _Step:
             rows = min(rows, most)
             cached = rows * (examples + question) * a_token
         logits = 2 * rows * facts.vocabulary * (self.d + 4)
-        asked = min(questions, parameters.limit or questions) * (examples + question) * _OBJECTS
         read = max(rows * question, examples)
-        return _Phase(self._model() + cached + self._forward(read) + logits, asked)
+        texts = asked * (examples + question) * _OBJECTS
+        return _Phase(self._model() + cached + self._forward(read) + logits, texts)
 
     def _analyse(self) -> Iterator[_Phase]:
         largest = self.facts.largest
