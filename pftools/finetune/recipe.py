@@ -180,8 +180,10 @@ def _refuse_streamed_rest(model: PreTrainedModel, plain: Collection[str]) -> Non
     if source_of(model) is None or model.device.type == "cpu":
         return
     quantized = {f"{name}.weight" for name in linear_modules(model) if name not in plain}
-    rest = [name for name, weight in linear_weights(model).items() if name not in quantized]
-    if any(is_mapped(linear_weights(model)[name]) for name in rest):
+    rest = [
+        name for name, weight in linear_weights(model).items() if name not in quantized and is_mapped(weight)
+    ]
+    if rest:
         raise PftoolsError(
             f"{rest[0]} and {len(rest) - 1} others cannot be quantized, and the GPU is too small for them: "
             "train where the model fits (placement 'one' or 'spread')."

@@ -23,11 +23,11 @@ def circumstances() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     torch = sys.modules.get("torch")  # a step that needs no torch does not load it for this
-    on_gpu = torch and torch.cuda.is_available()
+    gpu = torch.cuda if torch and torch.cuda.is_available() else None
     return {
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        **({"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if torch and on_gpu else {}),
-        "machine": _machine(torch.cuda.get_device_name() if torch and on_gpu else None),
+        **({"peak_gpu_bytes": gpu.max_memory_allocated()} if gpu else {}),
+        "machine": _machine(gpu.get_device_name() if gpu else None),
         "versions": versions,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
