@@ -24,7 +24,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from pftools.data_root import data_root
+from pftools.corpora.data_root import data_root
 from pftools.evaluate import PrefixCachedLM, questions
 from pftools.evaluate.tasks import load_tasks
 from pftools.models import load_model

@@ -91,7 +91,7 @@ def main():
     options = parser.parse_args()
     from transformers import AutoTokenizer
 
-    from pftools.base_models import embedded_model_folder
+    from pftools.pretrained.base_models import embedded_model_folder
 
     shape = {**SHAPE, "vocab_size": 49_152, "num_hidden_layers": options.layers}
     folder, limit = options.folder.absolute(), options.limit * 2**30

@@ -30,7 +30,7 @@ assert not run_study(plan, notebooks=sys.argv[3], progress=False)
 _LOOP = """
 import json, sys
 import papermill
-from pftools.steps import kernel_options
+from pftools.execute.steps import kernel_options
 for notebook, parameters, output in json.load(open(sys.argv[1])):
     with kernel_options() as options:
         papermill.execute_notebook(notebook, output, parameters, **options)

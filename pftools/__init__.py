@@ -6,29 +6,27 @@ The helper package behind the notebooks. A module is one idea, and imports only 
     cli, doctor                             commands
     report, widgets                         render a study, steer it by hand
     choosers                                widgets that are pictures where there is no kernel
-    study                                   run a plan, read its results
-    local, slurm                            execute many steps, here or on a cluster
-    steps, progress                         execute one; say how far a plan is
-    checks                                  what can be known of a plan before its first step
-    costs                                   disk and time of a plan
-    plan, study_file                        the graph of steps; the YAML
+    execute                                 the steps of a plan, here or on a cluster
+    study                                   its file, its plan, its costs, its results
     figures, compare, inference             charts; results beside each other; the statistics under them
-    other_results, weights                  other programs' results; weight analysis
-    models, timing                          a model by any name; its speed here
+    weights                                 weight analysis
+    models                                  a model by any name
     notebook, inputs                        what a notebook does first; what a step reads, by digests
-    checkpoints, reload_check               base plus deltas, replayed; would they give what was measured
+    checkpoints, model_card, reload_check   base plus deltas, replayed; would they give what was measured
     prune, finetune, evaluate               the three steps
     needs                                   what a step needs of memory, GPU and disk, before it starts
-    adapters, base_models, model_files      an adapter and its merge; models by name, loaded or only read
-    corpora, pydocs, data_root              texts by name; data sets as files
+    pretrained                              a model by its name or from its files, loaded or only read
+    corpora                                 texts by name, as blocks of tokens
+    adapters, causal                        an adapter and its merge; whether a model reads from left to right
     layers, masks, dithering                a decoder's anatomy; packed masks; casts that keep small updates
+    mapped                                  weights in a file that is mapped into memory
     bars                                    progress inside of a step
     run_folder, orderings                   run folders; words of P and F
     redaction, settings                     secrets stay out of what is kept; validated parameters
     criteria                                how much a weight matters
-    contents, files, shipped, cells, colab  digests; atomic writes; what comes along; what a cell sets; Colab
-    yaml_file, records, chat, splits        files with their lines; documents; conversations; splits
-    errors                                  errors in one sentence
+    contents, files, shipped, records       digests; atomic writes; what comes along; files of text and rows
+    cells, colab                            what a cell sets; Colab
+    memory, errors                          what runs out; errors in one sentence
 
 Importing pftools imports nothing heavy: torch and its friends come with the module that needs them.
 """

@@ -23,18 +23,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pftools import base_models, contents, needs, reload_check, run_folder, settings
+from pftools import contents, needs, reload_check, run_folder, settings
 from pftools.adapters import Adapter, add_masks, load_adapter, merge_adapter, set_base
 from pftools.errors import PftoolsError
 from pftools.files import refuse_full, replacing, write_json, write_text
 from pftools.layers import linear_weights, measured_sparsity
-from pftools.loading import load_pretrained
 from pftools.mapped import in_turn, release
 from pftools.masks import MASKS, PackedMasks, load_masks, read_masks, read_tensors, save_masks, save_tensors
 from pftools.model_card import adapter_card, model_card
+from pftools.pretrained import base_models
+from pftools.pretrained.loading import load_pretrained
+from pftools.pretrained.streamed import source_of
 from pftools.reload_check import ADAPTER, WEIGHTS
 from pftools.settings import Placement
-from pftools.streamed import source_of
 
 if TYPE_CHECKING:
     import torch

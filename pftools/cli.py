@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pftools import checks, costs, needs, run_folder, settings
+from pftools import needs, run_folder, settings
 from pftools import study as studies
 from pftools.errors import PftoolsError, nearest
 from pftools.files import as_bytes, size_of
+from pftools.study import checks, costs
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -157,7 +158,7 @@ def _state(step: studies.PlannedStep, job: Any, broken: set[str]) -> tuple[str, 
         job: its job in SLURM's queue, or None.
         broken: names of failed steps and of all that depend on them; grows by this one where it is such.
     """
-    from pftools.steps import read_failure
+    from pftools.execute.steps import read_failure
 
     state = studies.run_state(step.folder)
     if job is not None and state != "finished":
@@ -214,7 +215,7 @@ def compare(
     ] = None,
 ) -> None:
     """Compare two sets of answers, or block losses, of other programs: paired by question and seed."""
-    from pftools import other_losses
+    from pftools.compare import other_losses
 
     margin = None if equivalent_within is None else equivalent_within / 100
     for sentence in other_losses.sentences(first, second, metric=metric, margin=margin):
@@ -298,7 +299,7 @@ def fetch_data(
 
     WikiText-2, C4, MMLU, BBH, Belebele, FreebaseQA.
     """
-    from pftools import data_root
+    from pftools.corpora import data_root
 
     for path, rows in data_root.fetch(only or (), data=folder):
         out.print(
@@ -356,7 +357,7 @@ def _queue(planned: studies.Plan) -> dict[str, Any]:
     """{run: job} of SLURM's queue; empty where no study with this folder of runs was given to SLURM."""
     if not (Path(planned.runs) / ".slurm").is_dir():
         return {}
-    from pftools import slurm
+    from pftools.execute import slurm
 
     try:
         return slurm.queue(Path(planned.runs))
@@ -393,7 +394,7 @@ def _print_results(planned: studies.Plan) -> None:
 
 def _print_sensitivity(planned: studies.Plan) -> None:
     """Which differences the study will see, by numbers of seeds."""
-    from pftools import sensitivity
+    from pftools.study import sensitivity
 
     found = sensitivity.sensitivity(planned)
     if found is None:

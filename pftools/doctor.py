@@ -55,7 +55,7 @@ def _notebooks() -> tuple[bool, str, str]:
 def _device() -> tuple[bool, str, str]:
     import torch
 
-    from pftools.base_models import resolve_device, resolve_dtype
+    from pftools.pretrained.base_models import resolve_device, resolve_dtype
 
     device = resolve_device("auto")
     dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
@@ -77,7 +77,7 @@ def _memory() -> tuple[bool, str, str]:
 
 
 def _model() -> tuple[bool, str, str]:
-    from pftools.base_models import cache_folder
+    from pftools.pretrained.base_models import cache_folder
 
     folder = cache_folder() / "models"
     held = sorted(path.name for path in folder.glob("*") if (path / "config.json").exists())

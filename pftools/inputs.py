@@ -14,10 +14,10 @@ from importlib import metadata
 from pathlib import Path
 
 from pftools import contents, corpora, run_folder, settings
-from pftools.data_root import DATA_SETS, data_root
+from pftools.corpora.data_root import DATA_SETS, data_root
 from pftools.errors import PftoolsError
 from pftools.evaluate import task_names
-from pftools.model_files import model_folder
+from pftools.pretrained.model_files import model_folder
 from pftools.shipped import DATA
 
 Inputs = dict[str, str]
@@ -77,7 +77,7 @@ def _of_corpus(corpus: str, split: str, data: str) -> str | None:
 @cache
 def _of_pydocs() -> str:
     """Python's own documentation, which differs from one Python to the next."""
-    from pftools import pydocs
+    from pftools.corpora import pydocs
 
     return pydocs.digest()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pftools import contents, run_folder
-from pftools.data_root import DATA_SETS
+from pftools.corpora.data_root import DATA_SETS
 from pftools.settings import EMBEDDED_MODEL, STEPS
 
 _EMBEDDED = ("HuggingFaceTB/SmolLM2-135M", "apache-2.0")  # its name on the hub, its licence

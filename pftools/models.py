@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pftools import checkpoints, needs, reload_check
 from pftools.errors import PftoolsError
 from pftools.layers import fingerprint, measured_sparsity
-from pftools.loading import load_pretrained
+from pftools.pretrained.loading import load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pftools.chat import are_conversations, conversations_of
 from pftools.errors import PftoolsError
 
 TEXT_ENDINGS = (".txt", ".md")
@@ -92,63 +91,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if kind in TEXT_ENDINGS:
         raise PftoolsError(f"{path} is a text without columns: give a file of rows, such as .jsonl or .csv.")
     return _table(path, kind)
-
-
-def texts_of(path: Path, columns: str = "") -> list[str]:
-    """The documents of a file, as `documents_of` finds them in its rows; of a text without rows, the whole.
-
-    Raises:
-        PftoolsError: as `read_text` and `read_rows`; or the column is missing or holds something else than
-        text.
-    """
-    if kind_of(path) in TEXT_ENDINGS:
-        if columns:
-            raise PftoolsError(f"{path} is a text without columns: leave {':' + columns!r} out.")
-        return [read_text(path)]
-    return documents_of(read_rows(path), columns, str(path))
-
-
-def documents_of(rows: list[dict[str, Any]], columns: str, place: str) -> list[str]:
-    """The documents of rows.
-
-    Args:
-        columns: one of text, or those of conversations, with commas between; empty: conversations where the
-            rows are such, else `text`.
-        place: where they are from, for the message.
-
-    Raises:
-        PftoolsError: a column is missing, or holds something else than text.
-    """
-    names = [name.strip() for name in columns.split(",") if name.strip()]
-    if names:
-        check_columns(rows, names, place)
-        rows = [{name: row[name] for name in names} for row in rows]
-    if are_conversations(rows):
-        return list(conversations_of(rows, place))
-    if len(names) > 1:
-        raise PftoolsError(
-            f"{place}: the columns {', '.join(names)} are no conversation: name one column of text, or those "
-            "of a conversation, such as instruction,output."
-        )
-    return column_of(rows, names[0] if names else "text", place)
-
-
-def column_of(rows: list[dict[str, Any]], column: str, place: str) -> list[str]:
-    """One column of text.
-
-    Raises:
-        PftoolsError: a row has no such column, or something else than text in it.
-    """
-    check_columns(rows, (column,), place)
-    for number, row in enumerate(rows, 1):
-        value = row[column]
-        if not isinstance(value, str):
-            found = "null" if value is None or value != value else f"a {type(value).__name__}"
-            raise PftoolsError(
-                f"{place}, row {number}, has {found} in the column {column!r}: it should be text; mend or "
-                "remove the row."
-            )
-    return [row[column] for row in rows]
 
 
 def check_columns(rows: list[dict[str, Any]], columns: Iterable[str], place: str) -> None:

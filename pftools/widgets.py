@@ -16,14 +16,14 @@ import pandas as pd
 import yaml
 from transformers import TrainerCallback
 
-from pftools import costs, files
+from pftools import files
 from pftools.choosers import Pictured
 from pftools.errors import PftoolsError
 from pftools.notebook import project_folder
 from pftools.orderings import PUBLISHED, parse_ordering
 from pftools.shipped import shipped_studies
-from pftools.study import Plan, load_study, plan_study, run_state
-from pftools.yaml_file import read_yaml
+from pftools.study import Plan, costs, load_study, plan_study, run_state
+from pftools.study.yaml_file import read_yaml
 
 
 class LiveLoss(TrainerCallback):

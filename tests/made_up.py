@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from scipy import stats
 
 from pftools import run_folder, study
-from pftools.plan import Plan, PlannedRow
+from pftools.study.plan import Plan, PlannedRow
 
 GAIN = {"prune": 0.25, "finetune_prune": 0.12, "prune_finetune": 0.02}
 WORDS: dict[str, Any] = {

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from pftools import run_folder, study
-from pftools.plan import Plan, PlannedStep, Variant
+from pftools.study.plan import Plan, PlannedStep, Variant
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pftools import corpora, settings
-from pftools.chat import Conversation, conversations_of, tokens_of
+from pftools.corpora.chat import Conversation, conversations_of, tokens_of
 from pftools.errors import PftoolsError
 from pftools.finetune import Rows, chat_rows, finetune_model, training_rows
 from pftools.finetune.rows import IGNORED

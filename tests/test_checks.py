@@ -7,14 +7,14 @@ import shutil
 
 import pytest
 
-from pftools import costs, settings, timing
-from pftools.checks import check_plan
-from pftools.costs import estimate_disk, estimate_first_seconds, first_times
+from pftools import settings
 from pftools.errors import PftoolsError
 from pftools.finetune.recipe import find_targets
 from pftools.layers import linear_modules
-from pftools.model_files import matrices, read_config, weight_shapes
-from pftools.study import load_study, plan_study
+from pftools.pretrained.model_files import matrices, read_config, weight_shapes
+from pftools.study import costs, load_study, plan_study, timing
+from pftools.study.checks import check_plan
+from pftools.study.costs import estimate_disk, estimate_first_seconds, first_times
 from tests.tiny import save_tiny, tiny_llama
 
 

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from pftools import corpora, pydocs, splits
+from pftools import corpora
+from pftools.corpora import pydocs, splits
 from pftools.errors import PftoolsError
 from tests.tiny import tiny_tokenizer
 
@@ -396,7 +397,7 @@ def test_a_data_set_that_is_not_to_be_had_is_one_sentence(monkeypatch):
 )
 def test_a_study_keeps_columns_and_paths_count_from_its_folder(tmp_path, monkeypatch, corpus):
     from pftools import contents, run_folder, settings
-    from pftools.study_file import locate
+    from pftools.study.file import locate
 
     written(tmp_path, "tales.jsonl", "\n".join(map(json.dumps, STORIES)))
     found = locate(corpus, tmp_path, "corpus")

@@ -172,7 +172,7 @@ import torch
 from pftools import criteria, models, settings
 from pftools.prune import prune_model
 from pftools.study import plan_study
-from pftools.study_file import Study
+from pftools.study.file import Study
 from tests.tiny import tiny_blocks
 assert criteria.methods_table().loc["root", "a weight's score"] == "|W_ij|^0.5 ||X_j||_2"
 assert "root" in settings.Prune.model_fields["method"].description

@@ -21,8 +21,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pftools import cli, run_folder, settings, steps, study
+from pftools import cli, run_folder, settings, study
 from pftools.errors import PftoolsError
+from pftools.execute import steps
 from tests.trivial import contents, trivial_plan, write_notebooks
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +64,7 @@ def drive(root: Path, notebooks: Path, jobs: int = 1) -> subprocess.Popen[str]:
 
 
 def below(driver: subprocess.Popen[str], word: str) -> list[psutil.Process]:
-    """The driver's processes with a word in their command: `ipykernel_launcher`, or `pftools.steps`."""
+    """The driver's processes with a word in their command: `ipykernel_launcher`, `pftools.execute.steps`."""
     try:
         return [
             process
@@ -119,7 +120,7 @@ def test_a_study_survives_being_killed_twenty_times(tmp_path, temporary):
             if driver.poll() is None and (kernels or whom == "driver"):
                 kills[whom] += 1
                 # The steps first: what they are to clean up, they cannot.
-                for victim in below(driver, "pftools.steps") if whom in ("step", "all") else []:
+                for victim in below(driver, "pftools.execute.steps") if whom in ("step", "all") else []:
                     kill_if_there(victim)
                 for victim in kernels if whom in ("kernel", "all") else []:
                     kill_if_there(victim)

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from pftools import costs, local, needs, settings, slurm, study
-from pftools.study import Study, plan_study
+from pftools import needs, settings, study
+from pftools.execute import local, slurm
+from pftools.study import Study, costs, plan_study
 from tests.test_needs import GB, HUGE, LLAMA_7B, SEVEN
 from tests.trivial import trivial_plan, write_notebooks
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from pftools import evaluate, files, run_folder, settings
 from pftools.cli import app
+from pftools.compare.other_results import read_results
 from pftools.errors import PftoolsError
 from pftools.evaluate.tasks import load_tasks
-from pftools.other_results import read_results
 from tests.test_tasks import made_up, write
 from tests.tiny import tiny_llama, tiny_tokenizer
 

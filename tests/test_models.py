@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from pftools import base_models, layers, models
+from pftools import layers, models
 from pftools.errors import PftoolsError
+from pftools.pretrained import base_models
 from tests.tiny import save_tiny, tiny_llama
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pftools.checks import check_plan
-from pftools.costs import summary
 from pftools.errors import PftoolsError
 from pftools.study import load_study, plan_study
+from pftools.study.checks import check_plan
+from pftools.study.costs import summary
 
 _WHOLE = """\
 name: whole

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from pftools import costs, needs, run_folder, settings
+from pftools import needs, run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.needs import resources
 from pftools.shipped import DATA
-from pftools.study import Study, load_study, plan_study
+from pftools.study import Study, costs, load_study, plan_study
 from tests.tiny import save_tiny
 
 LLAMA_7B = {

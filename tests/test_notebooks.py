@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from pftools import cells, checkpoints, models, redaction, run_folder, settings, steps, study
+from pftools import cells, checkpoints, models, redaction, run_folder, settings, study
+from pftools.execute import steps
 from tests.tiny import save_tiny, tiny_blocks
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"

@@ -9,9 +9,9 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from pftools import cli
+from pftools.compare.other_losses import compare_losses
+from pftools.compare.other_results import compare_results, read_results
 from pftools.errors import PftoolsError
-from pftools.other_losses import compare_losses
-from pftools.other_results import compare_results, read_results
 from tests import oracles
 
 

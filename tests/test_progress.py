@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from pftools import bars, progress, run_folder, settings, steps
+from pftools import bars, run_folder, settings
+from pftools.execute import progress, steps
 from pftools.study import run_study
 from tests.trivial import trivial_plan, write_notebooks
 

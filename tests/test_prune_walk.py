@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pftools import checkpoints, on_disk, prune
+from pftools import checkpoints, prune
 from pftools.errors import PftoolsError
 from pftools.layers import linear_weights, measured_sparsity
 from pftools.models import load_model
+from pftools.pretrained import on_disk
 from pftools.prune import memory
 from tests import oracles
 from tests.tiny import save_tiny, tiny_blocks, tiny_llama

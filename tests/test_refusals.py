@@ -18,9 +18,10 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from pftools import evaluate, finetune, layers, loading, prune
+from pftools import evaluate, finetune, layers, prune
 from pftools.cli import app
 from pftools.errors import PftoolsError
+from pftools.pretrained import loading
 from tests.tiny import save_tiny, tiny_blocks, tiny_llama, tiny_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

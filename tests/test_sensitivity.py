@@ -5,17 +5,19 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from pftools import cli, sensitivity, study
+from pftools import cli, study
+from pftools.compare.other_losses import compare_losses, read_losses
 from pftools.inference.crossed import crossed_mean
 from pftools.inference.power import visible_difference
 from pftools.inference.verdict import judge_losses
-from pftools.other_losses import compare_losses, read_losses
+from pftools.study import sensitivity
 from tests.stub_engine import StubEngine
 
 GAP = {"prune": 0.3, "finetune_prune": 0.1, "prune_finetune": 0.0}
@@ -38,7 +40,7 @@ def test_earlier_runs_of_other_studies_tell_what_will_be_seen(tmp_path):
     losses = {
         name: np.stack(
             [
-                pd.read_parquet(study.Path(row.evaluation) / "block_nll.parquet")["nll"]
+                pd.read_parquet(Path(row.evaluation) / "block_nll.parquet")["nll"]
                 for row in earlier.rows
                 if row.ordering == name
             ]

@@ -6,7 +6,7 @@ import pytest
 
 from pftools.compare.sets import best_sets, set_in_words
 from pftools.errors import PftoolsError
-from pftools.study_file import load_study
+from pftools.study.file import load_study
 
 
 def study(gaps, *, seeds=3, blocks=40, by_seed=0.01, noise=0.05, key=0, asked=0.5, measured=None):

@@ -1,14 +1,17 @@
 """Studies that are planned in stages: trials, first trainings, more of those that may still be the best."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pftools import costs, local, report, settings, steps, study
-from pftools.checks import check_plan
+from pftools import report, settings, study
 from pftools.errors import PftoolsError
-from pftools.study_file import TRIAL_SEEDS
+from pftools.execute import local, steps
+from pftools.study import costs
+from pftools.study.checks import check_plan
+from pftools.study.file import TRIAL_SEEDS
 from tests.stub_engine import StubEngine
 
 ORDERINGS = ["prune", "finetune_prune", "prune_finetune"]
@@ -87,7 +90,7 @@ def test_a_damaged_result_is_made_again_before_the_next_look(tmp_path):
     engine = StubEngine(lambda *given: trained(*given, losses=close))
     plan = planned(tmp_path, seeds={"start": 3, "most": 5})
     engine.stage(plan)
-    damaged = study.Path(plan.rows[-1].evaluation) / "block_nll.parquet"
+    damaged = Path(plan.rows[-1].evaluation) / "block_nll.parquet"
     damaged.write_bytes(b"gone")
     assert seeds_of(planned(tmp_path, seeds={"start": 3, "most": 5})) == dict.fromkeys(ORDERINGS, 3)
 
@@ -109,10 +112,10 @@ def test_every_ordering_tries_the_same_rates_and_gets_its_own(tmp_path):
     assert {row.seed for row in plan.rows} == {0, 1} and stages(plan)[0] == "trials"
     for row in plan.rows:
         if row.learning_rate:
-            made = plan.steps[study.Path(row.model).name].parameters
+            made = plan.steps[Path(row.model).name].parameters
             chain = [
                 made,
-                *(plan.steps[name].parameters for name in plan.steps[study.Path(row.model).name].parents),
+                *(plan.steps[name].parameters for name in plan.steps[Path(row.model).name].parents),
             ]
             assert any(getattr(step, "learning_rate", None) == row.learning_rate for step in chain)
 
@@ -120,9 +123,9 @@ def test_every_ordering_tries_the_same_rates_and_gets_its_own(tmp_path):
 def test_trials_are_judged_on_text_that_no_result_is_of(tmp_path):
     plan = planned(tmp_path, tune={"learning_rate": GRID, "n_blocks": 7})
     for trial in plan.trials:
-        parameters = plan.steps[study.Path(trial.evaluation).name].parameters
+        parameters = plan.steps[Path(trial.evaluation).name].parameters
         assert (parameters.split, parameters.n_blocks, parameters.tasks) == ("validation", 7, [])
-    assert all(plan.steps[study.Path(row.evaluation).name].parameters.split == "test" for row in plan.rows)
+    assert all(plan.steps[Path(row.evaluation).name].parameters.split == "test" for row in plan.rows)
 
 
 def test_the_curve_says_where_the_choice_is_at_the_edge(tmp_path):

@@ -10,21 +10,11 @@ import pytest
 import torch
 import yaml
 
-from pftools import (
-    checkpoints,
-    layers,
-    loading,
-    mapped,
-    models,
-    needs,
-    run_folder,
-    settings,
-    streamed,
-    weights,
-)
+from pftools import checkpoints, layers, mapped, models, needs, run_folder, settings, weights
 from pftools.errors import PftoolsError
 from pftools.evaluate import evaluate_tasks, perplexity
 from pftools.finetune import finetune_model, merge_adapter
+from pftools.pretrained import loading, streamed
 from pftools.prune import prune_model, source
 from tests.tiny import save_tiny, tiny_blocks
 

@@ -4,10 +4,10 @@ import sys
 import pytest
 
 from pftools import run_folder, settings
-from pftools.costs import estimate_disk, estimate_seconds
 from pftools.errors import PftoolsError
-from pftools.layout import plan_layout
 from pftools.study import Study, load_study, plan_study
+from pftools.study.costs import estimate_disk, estimate_seconds
+from pftools.study.layout import plan_layout
 
 
 def study(**changes) -> Study:
@@ -106,7 +106,8 @@ def test_everything_is_crossed_with_everything():
 
 def test_planning_loads_no_library_that_takes_seconds_to_load():
     code = (
-        "import sys; from pftools import costs, study\n"
+        "import sys; from pftools import study\n"
+        "from pftools.study import costs\n"
         "plan = study.plan_study(study.load_study('data/studies/published.yaml'))\n"
         "costs.summary(plan); plan.missing()\n"
         "heavy = ('torch', 'transformers', 'pandas', 'papermill', 'numpy')\n"

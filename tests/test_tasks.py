@@ -11,7 +11,8 @@ import yaml
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
-from pftools import data_root, evaluate
+from pftools import evaluate
+from pftools.corpora import data_root
 from pftools.errors import PftoolsError
 from pftools.evaluate import questions
 from pftools.evaluate.task_names import TASKS, own_tasks

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from pftools import cli, compare, run_folder, shipped
-from pftools.layout import plan_layout
 from pftools.report import pair_table, study_results, visible_differences
 from pftools.study import load_study, plan_study
+from pftools.study.layout import plan_layout
 from tests.made_up import seal_study
 
 

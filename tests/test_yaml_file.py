@@ -3,7 +3,7 @@
 import pytest
 
 from pftools.errors import PftoolsError
-from pftools.yaml_file import read_yaml
+from pftools.study.yaml_file import read_yaml
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 
 from pftools import settings
-from pftools.steps import NOTEBOOK_OF
+from pftools.execute.steps import NOTEBOOK_OF
 from pftools.study import Plan, Study, plan_study
 
 _BODY = """

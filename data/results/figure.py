@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pftools import compare, figures, study
+from pftools.compare.other_losses import read_losses
 from pftools.inference.looks import Looks
-from pftools.other_losses import read_losses
 
 if TYPE_CHECKING:
     import altair as alt

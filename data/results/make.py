@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from pftools import run_folder, study
-from pftools.results import block_losses
+from pftools.study.finished import block_losses
 
 HERE = Path(__file__).parent
 

@@ -18,11 +18,11 @@ from nbconvert import MarkdownExporter
 
 from pftools.colab import cell as colab_cell
 from pftools.colab import without_badge
+from pftools.execute.steps import NOTEBOOK_OF, kernel_options
 from pftools.figures import LIVE
 from pftools.redaction import redact
 from pftools.report.notebooks import with_parameters
 from pftools.shipped import NOTEBOOKS
-from pftools.steps import NOTEBOOK_OF, kernel_options
 from pftools.study import load_study, plan_study, run_study
 
 HERE = Path(__file__).resolve().parent

@@ -11,6 +11,9 @@ entries   the distinct results of a study, each once; which is best at which spa
 pairs     every pair of entries at equal sparsity, by perplexity and by task
 verdicts  the pairs in sentences
 sets      which entries may be the best of a sparsity, by perplexity and by task
+
+other_results  right and wrong answers that other programs wrote
+other_losses   block losses of other programs, and those that come with pftools
 """
 
 from pftools.compare.entries import SPARSITY_TOLERANCE, best_entry, entries, geometric_mean, sparsity_words

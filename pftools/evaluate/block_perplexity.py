@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from pftools.bars import progress_bar
-from pftools.base_models import check_blocks
 from pftools.causal import check_causal, reading, without_cache
 from pftools.errors import PftoolsError
 from pftools.memory import in_halves
+from pftools.pretrained.base_models import check_blocks
 
 # Nats a token. The exponential of more is no float; a model that loses as much has collapsed anyway.
 _MOST = 700.0

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pftools.data_root import data_root, read_split
+from pftools.corpora.data_root import data_root, read_split
 from pftools.errors import PftoolsError
 from pftools.records import check_columns
 from pftools.shipped import DATA

@@ -18,10 +18,10 @@ from typing import Any
 
 import yaml
 
-from pftools.base_models import cache_folder
 from pftools.errors import PftoolsError, nearest
 from pftools.evaluate.questions import PACKAGE_DATA
 from pftools.files import write_json
+from pftools.pretrained.base_models import cache_folder
 
 TASKS = PACKAGE_DATA / "tasks"
 # The metric that a task is judged by, where it has several: the first of these that it reports.

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from pftools import corpora
-from pftools.base_models import context_length
 from pftools.errors import PftoolsError
 from pftools.evaluate import task_names
 from pftools.evaluate.block_perplexity import first_token, first_token_in_words, perplexity
 from pftools.evaluate.prefix_cache import PrefixCachedLM
 from pftools.evaluate.questions import read_rows
 from pftools.evaluate.scores import leaves_of, question_row, question_rows, score_row, strict_json, task_score
+from pftools.pretrained.base_models import context_length
 
 if TYPE_CHECKING:
     from pftools.settings import Evaluate

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from pftools.adapters import mask_digest, resolve_merge
-from pftools.base_models import check_blocks
 from pftools.causal import check_causal
 from pftools.errors import PftoolsError, nearest
 from pftools.finetune.quantize import BASES, check_bitsandbytes
@@ -18,9 +17,10 @@ from pftools.finetune.reads import read_by_model
 from pftools.finetune.rows import Rows
 from pftools.layers import linear_modules, linear_weights
 from pftools.mapped import is_mapped
+from pftools.pretrained.base_models import check_blocks
+from pftools.pretrained.streamed import source_of
+from pftools.pretrained.suitable import unsuitable
 from pftools.settings import TARGETS
-from pftools.streamed import source_of
-from pftools.suitable import unsuitable
 
 if TYPE_CHECKING:
     from torch import nn

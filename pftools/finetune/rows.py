@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pftools import corpora
-from pftools.chat import Conversation, tokens_of
+from pftools.corpora.chat import Conversation, tokens_of
 from pftools.errors import PftoolsError
 
 if TYPE_CHECKING:

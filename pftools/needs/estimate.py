@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pftools import run_folder, settings
-from pftools.model_files import Shapes, adapted_matrices, count, matrices
 from pftools.needs.facts import Facts
+from pftools.pretrained.model_files import Shapes, adapted_matrices, count, matrices
 
 Placement = Literal["one", "spread", "stream"]
 DeviceKind = Literal["cpu", "cuda"]

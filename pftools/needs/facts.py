@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pftools import run_folder
-from pftools.model_files import (
+from pftools.pretrained.model_files import (
     Shapes,
     count,
     llama_shapes,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pftools.base_models import cache_folder
+from pftools.pretrained.base_models import cache_folder
 
 # mallopt's number for the size in bytes from which memory is given back when it is freed.
 _MMAP_THRESHOLD, _FROM = -3, 2**20

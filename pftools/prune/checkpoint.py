@@ -14,12 +14,12 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
-from pftools.base_models import resolve_device
 from pftools.errors import PftoolsError
 from pftools.files import refuse_full, replacing, write_json
 from pftools.layers import linear_weights
 from pftools.masks import MASKS, MaskWriter
-from pftools.on_disk import OnDisk
+from pftools.pretrained.base_models import resolve_device
+from pftools.pretrained.on_disk import OnDisk
 from pftools.prune.calls import inference
 from pftools.prune.request import Request, check_request
 from pftools.prune.result import PruneResult

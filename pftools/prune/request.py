@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pftools.base_models import check_blocks
 from pftools.criteria import Method, find_method
 from pftools.errors import PftoolsError, nearest
 from pftools.layers import decoder_layers, linear_weights, matrices
+from pftools.pretrained.base_models import check_blocks
 from pftools.prune.inputs import batch_size_for
 from pftools.prune.patterns import Pattern, check_width, parse_pattern
 from pftools.prune.reconstruct import TOKENS

@@ -11,7 +11,7 @@ from torch import nn
 
 from pftools.layers import decoder_layers
 from pftools.mapped import release
-from pftools.streamed import source_of
+from pftools.pretrained.streamed import source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,11 +23,12 @@ import torch
 from torch import nn
 
 from pftools.bars import progress_bar
-from pftools.base_models import check_blocks
 from pftools.errors import PftoolsError
 from pftools.layers import decoder_layers, matrices
 from pftools.masks import PackedMasks
 from pftools.memory import OutOfMemory, smaller
+from pftools.pretrained.base_models import check_blocks
+from pftools.pretrained.streamed import source_of
 from pftools.prune import allocation
 from pftools.prune.calls import Batch, copies, inference, record_batches
 from pftools.prune.check import check_replay
@@ -38,7 +39,6 @@ from pftools.prune.request import Request, check_request
 from pftools.prune.result import PruneResult
 from pftools.prune.source import InMemory, Source, device_of
 from pftools.prune.statistics import ActivationStatistics
-from pftools.streamed import source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from pftools import figures, files
-from pftools.base_models import cache_folder
+from pftools.pretrained.base_models import cache_folder
 
 _HIDDEN = "hidden"  # the signal that names the orderings that a reader has switched off
 _FILTER = {"filter": f"indexof({_HIDDEN}, datum.ordering) < 0"}

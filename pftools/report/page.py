@@ -19,9 +19,9 @@ from typing import Any
 from pftools import figures as drawings
 from pftools import files
 from pftools.errors import PftoolsError
+from pftools.execute.steps import NOTEBOOKS, kernel_options
 from pftools.redaction import redact
 from pftools.report import cells_html, live, matrix, notebooks, templates
-from pftools.steps import NOTEBOOKS, kernel_options
 from pftools.study import Plan, load_study, plan_study, run_state
 
 _NOTEBOOK = "06_compare_orderings.ipynb"

@@ -11,11 +11,11 @@ import pandas as pd
 
 from pftools import compare, run_folder
 from pftools.errors import PftoolsError
+from pftools.execute.steps import read_failure
 from pftools.inference.looks import Looks
-from pftools.results import answers, block_losses
-from pftools.results import final_states as ends_of
-from pftools.steps import read_failure
 from pftools.study import Plan, PlannedStep, load_study, plan_study, results, run_state, trials
+from pftools.study.finished import answers, block_losses
+from pftools.study.finished import final_states as ends_of
 
 
 def study_results(study: str | Path, *, runs: str | Path = "runs") -> pd.DataFrame:
@@ -100,7 +100,7 @@ def ordering_names(table: pd.DataFrame) -> list[str]:
 
 
 def final_states(table: pd.DataFrame) -> pd.DataFrame:
-    """The results at the sparsities that orderings end at (`results.final_states`)."""
+    """The results at the sparsities that orderings end at (`study.finished.final_states`)."""
     return ends_of(table, table.attrs["study"]["sparsities"])
 
 

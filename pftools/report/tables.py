@@ -9,6 +9,7 @@ from pandas.io.formats.style import Styler
 
 from pftools import compare, run_folder
 from pftools.compare import perplexity_in_words, sparsity_words
+from pftools.execute.steps import read_failure
 from pftools.files import as_bytes, size_of
 from pftools.report.results import (
     best_sets,
@@ -21,7 +22,6 @@ from pftools.report.results import (
     task_names,
     task_record,
 )
-from pftools.steps import read_failure
 from pftools.study import run_state
 
 # Of a column of words, which are many: as wide as a line of text, and on several lines.

@@ -24,12 +24,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from pftools import adapters, checkpoints, layers, models, run_folder, settings, streamed
+from pftools import adapters, checkpoints, layers, models, run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.evaluate import PrefixCachedLM, perplexity
 from pftools.finetune import finetune_model
-from pftools.loading import load_pretrained
 from pftools.masks import load_masks
+from pftools.pretrained import streamed
+from pftools.pretrained.loading import load_pretrained
 from pftools.prune import prune_checkpoint, prune_model
 from tests.families import oracle, zoo
 from tests.tiny import tiny_tokenizer

@@ -16,8 +16,8 @@ from pftools import layers
 from pftools.errors import PftoolsError
 from pftools.evaluate import PrefixCachedLM
 from pftools.finetune import finetune_model, merge_adapter
-from pftools.loading import load_pretrained
 from pftools.masks import load_masks
+from pftools.pretrained.loading import load_pretrained
 from pftools.prune import prune_checkpoint, prune_model
 from tests.families import oracle
 from tests.families.checks import _QUESTIONS, blocks, close, logits

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pftools import cli, run_folder, slurm, steps, study
+from pftools import cli, run_folder, study
 from pftools.errors import PftoolsError
+from pftools.execute import slurm, steps
 from tests.tiny import save_tiny
 from tests.trivial import contents, trivial_plan, write_notebooks
 

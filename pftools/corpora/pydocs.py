@@ -10,7 +10,7 @@ import hashlib
 from collections import defaultdict
 from functools import cache
 
-from pftools.splits import deal
+from pftools.corpora.splits import deal
 
 SHARES = {"calibration": 0.36, "train": 0.34, "validation": 0.06, "test": 0.24}
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pftools.base_models import cache_folder
 from pftools.layers import decoder_layers
 from pftools.mapped import Scratch, is_mapped, release, room_for
-from pftools.on_disk import OnDisk
+from pftools.pretrained.base_models import cache_folder
+from pftools.pretrained.on_disk import OnDisk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from typing import Any
 from pftools import needs, run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.files import as_bytes
-from pftools.model_files import (
+from pftools.pretrained.model_files import (
     Shapes,
     adapted_matrices,
     count,
@@ -25,8 +25,8 @@ from pftools.model_files import (
     read_config,
     weight_shapes,
 )
-from pftools.plan import Plan, PlannedStep
-from pftools.study_file import Study
+from pftools.study.file import Study
+from pftools.study.plan import Plan, PlannedStep
 
 
 def summary(plan: Plan) -> list[str]:
@@ -280,7 +280,7 @@ def _speed(study: Study, config: dict[str, Any]) -> dict[str, float]:
     """`timing.Speed` of the study's model here, as JSON."""
     device = study.parameters(settings.Evaluate).device
     asked = json.dumps({"config": config, "dtype": study.dtype, "device": device})
-    command = [sys.executable, "-m", "pftools.timing"]
+    command = [sys.executable, "-m", "pftools.study.timing"]
     done = subprocess.run(command, input=asked, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

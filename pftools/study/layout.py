@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pftools import run_folder
-from pftools.plan import Plan, StepState, run_state
+from pftools.study.plan import Plan, StepState, run_state
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pftools import contents, corpora, settings
-from pftools.costs import estimate_disk, shapes_of
-from pftools.data_root import data_root
+from pftools.corpora.data_root import data_root
 from pftools.errors import PftoolsError
 from pftools.evaluate.task_names import check_tasks
 from pftools.files import as_bytes
-from pftools.model_files import (
+from pftools.pretrained.model_files import (
     adapted_matrices,
     context_length,
     matrices,
@@ -20,9 +19,10 @@ from pftools.model_files import (
     module_name,
     read_config,
 )
-from pftools.plan import Plan
-from pftools.study_file import Study
-from pftools.suitable import unsuitable, unsuitable_folder
+from pftools.pretrained.suitable import unsuitable, unsuitable_folder
+from pftools.study.costs import estimate_disk, shapes_of
+from pftools.study.file import Study
+from pftools.study.plan import Plan
 
 _HUB_CORPORA = ("wikitext2", "c4")
 _MOST_READ = 64 * 2**20  # bytes of a corpus that are read to check it
@@ -104,9 +104,9 @@ def _check_class(study: Study, config: dict[str, Any], *, prunes: bool) -> None:
 
 def _unknown_layout(folder: Path, trust_remote_code: bool) -> str:
     """Why the matrices of a model cannot be pruned, as half a sentence; empty: they can."""
+    from pftools.pretrained.suitable import skeleton
     from pftools.prune.patterns import parse_pattern
     from pftools.prune.request import check_matrices
-    from pftools.suitable import skeleton
 
     try:
         model = skeleton(folder, trust_remote_code=trust_remote_code)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from pftools import other_results
-from pftools.compare import p_in_words, perplexity_in_words
+from pftools.compare import other_results
+from pftools.compare.verdicts import p_in_words, perplexity_in_words
 from pftools.errors import PftoolsError
 from pftools.inference.verdict import (
     DIFFERS,

@@ -17,7 +17,7 @@ from pftools.errors import PftoolsError, nearest
 from pftools.inference.looks import Looks
 from pftools.orderings import Schedule, parse_ordering
 from pftools.shipped import shipped_studies
-from pftools.yaml_file import YamlFile, read_yaml
+from pftools.study.yaml_file import YamlFile, read_yaml
 
 TRIAL_SEEDS = 3_000_000  # trials have seeds from here on, which no result has
 

@@ -16,9 +16,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pftools.base_models import resolve_device, resolve_dtype
 from pftools.errors import PftoolsError
 from pftools.files import as_bytes
+from pftools.pretrained.base_models import resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pftools import run_folder
 from pftools.orderings import parse_ordering
-from pftools.plan import Plan
+from pftools.study.plan import Plan
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pftools import run_folder
-from pftools.plan import Plan, PlannedTrial, Variant, add_trial
-from pftools.study_file import TRIAL_SEEDS, Tune
+from pftools.study.file import TRIAL_SEEDS, Tune
+from pftools.study.plan import Plan, PlannedTrial, Variant, add_trial
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,18 +10,18 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from pftools import seeds, trials
 from pftools.errors import PftoolsError
 from pftools.orderings import parse_ordering
-from pftools.plan import Plan, Variant, add_training, variants
-from pftools.study_file import Study
+from pftools.study import seeds, tuning
+from pftools.study.file import Study
+from pftools.study.plan import Plan, Variant, add_training, variants
 
 
 def plan_study(study: Study, *, runs: str | Path = "runs") -> Plan:
     """All steps that a study needs, as far as its finished runs tell.
 
     Args:
-        study: what `study_file.load_study` read.
+        study: what `load_study` read.
         runs: the folder of run folders; it need not be there yet.
 
     Raises:
@@ -69,7 +69,7 @@ def _add_trials(plan: Plan) -> None:
     for variant in variants(plan.study):
         if not _is_tuned(plan.study, variant):
             continue
-        rate = trials.add_trials(plan, variant, tune)
+        rate = tuning.add_trials(plan, variant, tune)
         if rate is None:
             many = len(tune.learning_rate) * tune.seeds
             plan.open.append(f"the learning rate of {variant} is chosen by its {many} trials")

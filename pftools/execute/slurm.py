@@ -29,13 +29,14 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from pftools import costs, run_folder, settings
+from pftools import run_folder, settings
 from pftools.errors import PftoolsError
+from pftools.execute.progress import progress_of
+from pftools.execute.steps import Failure, execute_step, read_failure, request, unusable
 from pftools.needs import ROOM
-from pftools.progress import progress_of
-from pftools.stages import grow, plan_study
-from pftools.steps import Failure, execute_step, read_failure, request, unusable
-from pftools.study_file import Study
+from pftools.study import costs
+from pftools.study.file import Study
+from pftools.study.stages import grow, plan_study
 
 if TYPE_CHECKING:
     import submitit

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pftools import inputs, run_folder, settings
 from pftools.orderings import MOST_STEPS, OrderingStep, parse_ordering
-from pftools.study_file import OrderingEntry, Study
+from pftools.study.file import OrderingEntry, Study
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pftools import costs, run_folder
+from pftools import run_folder
+from pftools.study import costs
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-    from pftools.plan import Plan, PlannedStep
+    from pftools.study.plan import Plan, PlannedStep
 
 
 _QUIET = 10

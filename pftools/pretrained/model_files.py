@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pftools.base_models import CONTEXTS, cache_folder
+from pftools.pretrained.base_models import CONTEXTS, cache_folder
 from pftools.settings import EMBEDDED_MODEL, TARGETS
 
 Shapes = dict[str, tuple[int, ...]]

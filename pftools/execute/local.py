@@ -17,10 +17,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pftools import costs, needs, run_folder
+from pftools import needs, run_folder
 from pftools.errors import PftoolsError
-from pftools.progress import progress_of
-from pftools.steps import Failure, how_far, read_failure, request, sweep_sockets, unusable
+from pftools.execute.progress import progress_of
+from pftools.execute.steps import Failure, how_far, read_failure, request, sweep_sockets, unusable
+from pftools.study import costs
 
 if TYPE_CHECKING:
     from pftools.study import Plan, PlannedStep
@@ -144,7 +145,7 @@ def _begin(step: PlannedStep, notebooks: str | Path | None, gpus: tuple[str, ...
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with run_folder.log_path(step.folder).open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pftools.steps", json.dumps(request(step, notebooks))],
+            [sys.executable, "-m", "pftools.execute.steps", json.dumps(request(step, notebooks))],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pftools import run_folder
-from pftools.plan import Plan, Variant
-from pftools.study_file import Study
+from pftools.study.file import Study
+from pftools.study.plan import Plan, Variant
 
 
 def wanted_seeds(plan: Plan) -> dict[Variant, int]:
@@ -24,7 +24,7 @@ def wanted_seeds(plan: Plan) -> dict[Variant, int]:
         plan: with the rows of all looks so far.
     """
     from pftools import compare
-    from pftools.results import block_losses, final_states, results
+    from pftools.study.finished import block_losses, final_states, results
 
     looks = plan.study.looks
     assert looks is not None

@@ -1,39 +1,15 @@
-"""A whole study: read its file, plan its steps, run them, read their results.
-
-plan = study.plan_study(study.load_study("data/studies/quick.yaml"))
-failures = study.run_study(plan)
-table = study.results(plan)
-"""
+"""Run a whole plan, by the processes of this machine or the jobs of a cluster, stage after stage."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pftools import local
-from pftools import slurm as cluster
 from pftools.errors import PftoolsError, nearest
-from pftools.plan import Plan, PlannedRow, PlannedStep, PlannedTrial, Variant, run_state
-from pftools.results import results
-from pftools.stages import grow, plan_study
-from pftools.steps import Failure
-from pftools.study_file import Study, load_study
-from pftools.trials import trials
-
-__all__ = [
-    "Plan",
-    "PlannedRow",
-    "PlannedStep",
-    "PlannedTrial",
-    "Study",
-    "Variant",
-    "grow",
-    "load_study",
-    "plan_study",
-    "results",
-    "run_state",
-    "run_study",
-    "trials",
-]
+from pftools.execute import local
+from pftools.execute import slurm as cluster
+from pftools.execute.steps import Failure
+from pftools.study.plan import Plan
+from pftools.study.stages import grow
 
 
 def run_study(

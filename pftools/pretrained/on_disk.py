@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pftools.base_models import model_source, resolve_dtype
 from pftools.errors import PftoolsError
 from pftools.files import write_json
 from pftools.layers import decoder_layers
-from pftools.suitable import skeleton, unsuitable_folder
+from pftools.pretrained.base_models import model_source, resolve_dtype
+from pftools.pretrained.suitable import skeleton, unsuitable_folder
 
 INDEX = "model.safetensors.index.json"
 # What may stand beside weights; other files may be the same weights in another format.

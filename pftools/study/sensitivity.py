@@ -20,13 +20,13 @@ import numpy as np
 import pandas as pd
 
 from pftools import run_folder, settings
+from pftools.compare.other_losses import holds_losses, read_losses
 from pftools.errors import PftoolsError
 from pftools.inference.crossed import LEVEL, Estimate, Variances, crossed_mean, crossed_proportion
 from pftools.inference.power import visible_difference
-from pftools.other_losses import holds_losses, read_losses
-from pftools.plan import Plan, variants
 from pftools.shipped import DATA
-from pftools.study_file import TRIAL_SEEDS, Study
+from pftools.study.file import TRIAL_SEEDS, Study
+from pftools.study.plan import Plan, variants
 
 SEEDS = (1, 3, 5, 10)
 PERPLEXITY = "perplexity"

@@ -16,7 +16,8 @@ from typing import Any
 
 import pandas as pd
 
-from pftools.compare import holm, p_in_words
+from pftools.compare.paired import holm
+from pftools.compare.verdicts import p_in_words
 from pftools.errors import PftoolsError
 from pftools.inference.verdict import (
     DIFFERS,

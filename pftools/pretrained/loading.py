@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pftools.base_models import cache_folder, model_source, resolve_device, resolve_dtype
 from pftools.errors import PftoolsError, nearest
+from pftools.pretrained.base_models import cache_folder, model_source, resolve_device, resolve_dtype
+from pftools.pretrained.suitable import check_whole, unsuitable, unsuitable_folder
 from pftools.settings import EMBEDDED_MODEL
-from pftools.suitable import check_whole, unsuitable, unsuitable_folder
 
 PLACEMENTS = ("one", "spread", "stream")
 
@@ -60,7 +60,7 @@ def _load_weights(
     from transformers import AutoModelForCausalLM
 
     if placement == "stream":
-        from pftools.streamed import stream
+        from pftools.pretrained.streamed import stream
 
         return stream(source, dtype, device, trust_remote_code)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
