@@ -4,10 +4,12 @@
     sparse      2:4 products beside dense ones, for the matrices of a layer
     evaluate    5-shot choices a second, beside lm-eval's HFLM
     finetune    tokens a second of masked LoRA beside PEFT's, and on an NF4 base
+    stream      a forward with no layer, half of them and all on the GPU, and what is copied there a second;
+                takes as much disk as the model, twice
 
 Each with the most memory that it held on the GPU, beside what `pftools.needs` says.
 
-    python benchmarks/gpu.py [--only prune sparse evaluate finetune] [--store]
+    python benchmarks/gpu.py [--only prune sparse evaluate finetune stream] [--store]
     python benchmarks/gpu.py --tiny     the same of a tiny model, on any machine: that it runs, not how fast
 
 What cannot be measured where it runs is told in a sentence, and the rest goes on.
@@ -16,6 +18,7 @@ What cannot be measured where it runs is told in a sentence, and the rest goes o
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,11 +27,14 @@ from typing import Any
 import torch
 from _harness import arguments, in_turns, report, seconds
 from evaluate import contest, few_shot_requests
+from memory import write_random_llama
 from prune import layerwise_forwards
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pftools import needs, settings
+from pftools.evaluate import perplexity
 from pftools.finetune import finetune_model
+from pftools.models import load_model
 from pftools.prune import inputs, prune_model
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -177,16 +183,35 @@ def _training(bench: Bench, rows: torch.Tensor, recipe: dict[str, Any]) -> dict[
     return {"tokens a second": trained[0].summary["tokens_per_second"], **memory}
 
 
+def stream(bench: Bench) -> dict[str, Any]:
+    """A forward of 4,096 tokens with some layers in the scratch file of a streamed model."""
+    layers, blocks, found = bench.facts.layers, bench.tokens(2, bench.length), {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_random_llama(Path(scratch) / "model", bench.dtype, **bench.shape)
+        bench.tokenizer.save_pretrained(folder)
+        for stay in (0, layers // 2, layers):
+            words = {"dtype": bench.dtype, "device": bench.device, "placement": "stream", "resident": stay}
+            model, _ = load_model(folder, **words)
+            forward = partial(perplexity, model, blocks, batch_size=2, progress=False)
+            forward()  # the file is in the machine's memory from now on, if that is large enough
+            found[stay] = seconds(forward, bench.device)
+            del model, forward
+    copied = bench.dtype.itemsize * bench.facts.linear / 1e9 / max(found[0] - found[layers], 1e-9)
+    told = {f"{stay} of {layers} layers stay, seconds": round(took, 3) for stay, took in found.items()}
+    return {**told, "GB copied a second": round(copied, 1)}
+
+
 def _dtype(bench: Bench) -> dict[str, str]:
     return {"dtype": str(bench.dtype).removeprefix("torch.")}
 
 
-WORK = {"prune": prune, "sparse": sparse, "evaluate": evaluate, "finetune": finetune}
+WORK = {"prune": prune, "sparse": sparse, "evaluate": evaluate, "finetune": finetune, "stream": stream}
 CLAIMS = {
     "prune": "Wanda on 128 x 2,048 tokens takes at most two plain forwards of the layers",
     "sparse": "2:4 products are faster than dense ones",
     "evaluate": "5-shot choices are answered several times as fast as by HFLM",
     "finetune": "A step of masked LoRA takes at most 1.5 x one of PEFT's",
+    "stream": "A streamed evaluation takes as much longer as its layers take to be copied",
 }
 
 

@@ -195,6 +195,7 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     placement: str = "one",
+    resident: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a finished prune or finetune run, and its tokenizer: the base with all deltas replayed.
 
@@ -208,7 +209,12 @@ def load(
     if dtype == "auto":
         dtype = run_folder.read_record(folder)["results"].get("dtype", dtype)
     model, tokenizer = load_pretrained(
-        base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, placement=placement
+        base,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        placement=placement,
+        resident=resident,
     )
     _refuse_offloaded(model)
     for delta in chain:
@@ -380,7 +386,8 @@ def export(
 def _placement(run: str | Path, asked: Placement, device: str, room: str | Path) -> Placement:
     """Where a run's model is while it is written; what `auto` comes to is decided as for an analysis."""
     given = {"model": str(run), "placement": asked, "device": device, "runs": str(room)}
-    return needs.resolve(settings.check(settings.Analyse, given))
+    placement, _ = needs.resolve(settings.check(settings.Analyse, given))
+    return placement
 
 
 def _write_model(model: PreTrainedModel, folder: Path) -> None:

@@ -25,6 +25,7 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     placement: str = "one",
+    resident: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready for evaluation.
 
@@ -36,17 +37,23 @@ def load_model(
         trust_remote_code: let a hub model run code of its own.
         placement: `one`: on the device; `spread`: over several GPUs (and what does not fit there, elsewhere);
             `stream`: in a file, from which layers are used one by one (see `streamed`).
+        resident: how many layers of a streamed model stay on the device.
 
     Raises:
         PftoolsError: no such model, or it cannot be fetched.
     """
     name = str(name)
     if (Path(name) / "run.json").exists():
-        return checkpoints.load(
-            name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, placement=placement
-        )
-    return load_pretrained(
-        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, placement=placement
+        load = checkpoints.load
+    else:
+        load = load_pretrained
+    return load(
+        name,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        placement=placement,
+        resident=resident,
     )
 
 
@@ -59,12 +66,14 @@ def load_for(parameters: Any, *, model: str | None = None) -> tuple[PreTrainedMo
         parameters: those of a step.
         model: another model than the step's own.
     """
+    placement, resident = needs.resolve(parameters)
     network, tokenizer = load_model(
         model or parameters.model,
         dtype=parameters.dtype,
         device=parameters.device,
         trust_remote_code=parameters.trust_remote_code,
-        placement=needs.resolve(parameters),
+        placement=placement,
+        resident=resident,
     )
     vars(network)[_FINGERPRINT] = fingerprint(network)
     reload_check.remember_zeros(network)

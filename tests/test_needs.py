@@ -348,14 +348,43 @@ def test_a_training_takes_its_operations_at_a_third_of_the_datasheet():
 
 def test_a_streamed_model_reads_its_weights_for_each_forward():
     words = {"tasks": [], "block_length": 2048, "batch_size": 1}
-    more = seconds(settings.Evaluate, "stream", **words, n_blocks=20) - seconds(
-        settings.Evaluate, "stream", **words, n_blocks=10
+    few = replace(ON_T4, machine=replace(ON_T4.machine, gpus=(4 * GB,)))
+    more, less = (
+        needs.seconds_on(few, settings.Evaluate(dtype="float16", **words, n_blocks=n), SEVEN, "stream")
+        for n in (20, 10)
     )
-    assert more == pytest.approx(10 * 2 * SEVEN.linear / 200e6, rel=0.01)
+    assert needs.resident_layers(settings.Evaluate(**words), SEVEN, few.machine, "stream") == 2
+    assert more - less == pytest.approx(10 * 2 * SEVEN.linear * 30 / 32 / 200e6, rel=0.05)
+    more -= less
     whole = seconds(settings.Evaluate, **words, n_blocks=20) - seconds(
         settings.Evaluate, **words, n_blocks=10
     )
     assert whole < more / 20
+
+
+@pytest.mark.parametrize("room", [4, 8, 12, 15, 40])
+def test_as_many_layers_of_a_streamed_evaluation_stay_on_the_gpu_as_fit(room):
+    found = replace(ON_T4.machine, gpus=(room * GB,))
+    parameters = settings.Evaluate(dtype="float16", tasks=["mmlu"])
+    stay, a_layer = needs.resident_layers(parameters, SEVEN, found, "stream"), 2 * SEVEN.linear / 32
+    told = needs.on(found, parameters, SEVEN, "stream")
+    assert told.scratch == 2 * SEVEN.linear - stay * a_layer
+    if stay < 32:
+        assert (told.device <= 0.9 * room * GB < told.device + a_layer) or stay == 0
+    assert stay == {4: 0, 8: 3, 12: 12, 15: 19, 40: 32}[room]
+    for other in (settings.Prune(), settings.Finetune(), settings.Analyse()):
+        assert needs.resident_layers(other, SEVEN, found, "stream") == 0
+    assert needs.resident_layers(parameters, SEVEN, replace(found, gpus=()), "stream") == 0
+
+
+def test_a_step_that_does_not_fit_goes_on_with_the_largest_batch_that_does():
+    words = {"dtype": "float16", "base": "nf4", "block_length": 2048, "blocks_per_step": 8}
+    parameters = settings.Finetune(**words, batch_size=4)
+    goes_on = needs.as_it_goes_on(parameters, SEVEN, ON_T4.machine, "stream")
+    assert goes_on == parameters.model_copy(update={"batch_size": 1, "gradient_checkpointing": True})
+    fits = parameters.model_copy(update={"gradient_checkpointing": True, "batch_size": 8})
+    assert needs.as_it_goes_on(fits, SEVEN, ON_T4.machine, "stream").batch_size == 4
+    assert needs.as_it_goes_on(fits, SEVEN, replace(ON_T4.machine, gpus=(80 * GB,)), "stream") == fits
 
 
 def test_a_gpu_does_not_stream_a_plain_base_and_nf4_with_a_streamed_model_is_the_way_out():

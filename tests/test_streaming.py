@@ -53,6 +53,21 @@ def test_a_streamed_model_is_the_model_and_leaves_no_file(folder, tmp_path):
     assert not len(mapped._files)
 
 
+def test_layers_that_stay_on_the_device_are_not_in_the_file(folder, tmp_path, monkeypatch):
+    plain, _ = load(folder, "one")
+    monkeypatch.setattr(needs, "resolve", lambda parameters: ("stream", 1))
+    streamed, _ = models.load_for(settings.Evaluate(model=str(folder), dtype="float32", device="cpu"))
+    in_file = {name for name, weight in streamed.named_parameters() if mapped.is_mapped(weight)}
+    assert in_file == {
+        name
+        for name, weight in plain.named_parameters()
+        if weight.numel() >= 2**16 and not name.startswith("model.layers.0.")
+    }
+    assert same(plain, streamed)
+    with torch.no_grad():
+        assert torch.equal(plain(tiny_blocks()).logits, streamed(tiny_blocks()).logits)
+
+
 def test_a_head_that_is_tied_to_the_embeddings_is_one_weight_in_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("PFTOOLS_CACHE", str(tmp_path / "cache"))
     plain, streamed = both(save_tiny(tmp_path / "tied", tie_word_embeddings=True, **WIDE))

@@ -7,7 +7,18 @@ needs.fitting(settings.Prune(), facts, needs.machine("runs"))
 No weight is read and no torch is loaded. `benchmarks/needs.py` holds the estimates beside measured peaks.
 """
 
-from pftools.needs.advice import ROOM, before, fitting, gpus_for, on, placement_of, resolve, shortage
+from pftools.needs.advice import (
+    ROOM,
+    as_it_goes_on,
+    before,
+    fitting,
+    gpus_for,
+    on,
+    placement_of,
+    resident_layers,
+    resolve,
+    shortage,
+)
 from pftools.needs.datasheet import DEVICES, Device, seconds_on
 from pftools.needs.estimate import CUDA_DEVICE, PLACEMENTS, DeviceKind, Needs, Placement, needs_of
 from pftools.needs.facts import Facts, facts_of, facts_of_shapes
@@ -24,6 +35,7 @@ __all__ = [
     "Machine",
     "Needs",
     "Placement",
+    "as_it_goes_on",
     "before",
     "device_kind",
     "facts_of",
@@ -34,7 +46,8 @@ __all__ = [
     "needs_of",
     "on",
     "placement_of",
-    "seconds_on",
+    "resident_layers",
     "resolve",
+    "seconds_on",
     "shortage",
 ]

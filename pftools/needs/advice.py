@@ -11,10 +11,18 @@ from typing import Any
 from pftools import settings
 from pftools.errors import PftoolsError
 from pftools.files import as_bytes
-from pftools.needs.estimate import PLACEMENTS, DeviceKind, Needs, Placement, blocks_of, needs_of
+from pftools.needs.estimate import (
+    PLACEMENTS,
+    DeviceKind,
+    Needs,
+    Placement,
+    blocks_of,
+    needs_of,
+    number_bytes,
+)
 from pftools.needs.facts import Facts, facts_of
 from pftools.needs.resources import Machine, device_kind, give_back_freed, machine
-from pftools.pretrained.model_files import HUB_ID
+from pftools.pretrained.model_files import HUB_ID, count
 
 # Estimates are within a fifth of what is measured, and other programs want some memory, too.
 ROOM = 0.9
@@ -36,8 +44,24 @@ class _Case:
     def needs(self) -> Needs:
         gpus = max(1, len(self.found.gpus)) if self.placement == "spread" else 1
         return needs_of(
-            self.parameters, self.facts, placement=self.placement, device_kind=self.kind, gpus=gpus
+            self.parameters,
+            self.facts,
+            placement=self.placement,
+            device_kind=self.kind,
+            gpus=gpus,
+            resident=self.resident(),
         )
+
+    def resident(self) -> int:
+        """How many layers of a streamed model can stay on the GPU: of an evaluation, which reads all of them
+        again and again; the other steps open a layer a few times."""
+        streams = self.placement == "stream" and self.kind == "cuda" and self.found.gpus
+        if not streams or not isinstance(self.parameters, settings.Evaluate):
+            return 0
+        bare = needs_of(self.parameters, self.facts, placement="stream", device_kind="cuda")
+        spare = ROOM * min(self.found.gpus) - bare.device
+        a_layer = number_bytes(self.parameters, self.facts, "cuda") * count(self.facts.layer)
+        return int(min(max(spare // a_layer, 0), self.facts.layers))
 
     def compared(self) -> list[tuple[str, int, int]]:
         """(what, bytes needed, bytes there)"""
@@ -127,8 +151,10 @@ def before(parameters: settings.Step) -> list[str]:
         raise PftoolsError(too_little)
     if too_little or placement == "stream":
         give_back_freed()
+    stay = case.resident()
     return [
         f"needs about {_beside(case.compared())}",
+        *([f"{stay} of {facts.layers} layers stay on the GPU, the others are streamed"] if stay else []),
         *([f"this may not fit: {too_little}"] if too_little else []),
     ]
 
@@ -144,12 +170,35 @@ def _facts_to_load(model: str) -> Facts | None:
     return facts
 
 
-def resolve(parameters: settings.Step) -> Placement:
-    """`placement_of`, on this machine; `auto` is `one` where nothing can be known of the model."""
-    if parameters.placement != "auto":
-        return parameters.placement
-    facts = _facts_to_load(parameters.model)
-    return placement_of(parameters, facts, machine(parameters.runs)) if facts else "one"
+def resolve(parameters: settings.Step) -> tuple[Placement, int]:
+    """(`placement_of`, layers of a streamed model that stay on the GPU), on this machine; `auto` is `one`
+    where nothing can be known of the model."""
+    asked = parameters.placement
+    facts = _facts_to_load(parameters.model) if asked in ("auto", "stream") else None
+    if facts is None:
+        return ("one" if asked == "auto" else asked), 0
+    found = machine(parameters.runs)
+    placement = placement_of(parameters, facts, found)
+    return placement, resident_layers(parameters, facts, found, placement)
+
+
+def resident_layers(parameters: settings.Step, facts: Facts, found: Machine, placement: Placement) -> int:
+    """How many layers of a streamed model stay on the GPU of a machine."""
+    return _Case(parameters, facts, placement, device_kind(parameters.device, found), found).resident()
+
+
+def as_it_goes_on(
+    parameters: settings.Step, facts: Facts, found: Machine, placement: Placement
+) -> settings.Step:
+    """The settings that a step comes to when memory runs out: the largest batch that fits, and gradient
+    checkpointing last; its own, where it fits, or nothing helps."""
+    case = _Case(parameters, facts, placement, device_kind(parameters.device, found), found)
+    known = type(parameters).model_fields
+    changes = [{}, *({"batch_size": rows} for rows in (8, 4, 2, 1) if "batch_size" in known)]
+    if "gradient_checkpointing" in known:
+        changes.append(_BY_ITSELF)
+    steps = (parameters.model_copy(update=change) for change in changes)
+    return next((step for step in steps if not replace(case, parameters=step).lacking()), parameters)
 
 
 def shortage(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pftools import settings
+from pftools.needs.advice import on
 from pftools.needs.estimate import Placement, blocks_of, number_bytes, task_of
 from pftools.needs.facts import Facts
 from pftools.needs.resources import Machine
@@ -31,7 +32,7 @@ class Device:
         half, single: operations of its matrix units in 16 bit, and in float32.
         share: of these that are reached (a guess).
         bandwidth: of its own memory.
-        bus: between it and the machine's memory (a guess, of a datasheet's 16).
+        bus: from the machine's pageable memory to it (a guess, of a datasheet's 16).
         disk: of the machine's disk (a guess).
         machine: what it has.
         session_hours: how long one may use it at a time (a guess).
@@ -57,7 +58,7 @@ DEVICES = {
         single=8.1e12,
         share=0.35,
         bandwidth=320e9,
-        bus=10e9,
+        bus=4e9,
         disk=200e6,
         machine=Machine(
             memory=round(11.2 * _GB),
@@ -93,22 +94,27 @@ class _Reading:
 def seconds_on(device: Device, parameters: settings.Step, facts: Facts, placement: Placement) -> float:
     """Seconds of a step on a device.
 
-    A streamed model is read from disk where the machine's memory cannot hold its file.
+    A streamed model is read from disk where the machine's memory cannot hold its file beside the step. Its
+    layers are copied to the device before they compute, not meanwhile.
     """
     d, streams = number_bytes(parameters, facts, "cuda"), placement == "stream"
-    linear, stored = d * facts.linear, facts.stored * facts.total
-    speed = device.bus if linear < device.machine.memory else min(device.bus, device.disk)
-    a_look = linear / (speed if streams else device.bandwidth)
-    seconds = (
-        _START_SECONDS + stored / device.disk + (linear / device.disk if streams else stored / device.bus)
+    linear, stored, needed = (
+        d * facts.linear,
+        facts.stored * facts.total,
+        on(device.machine, parameters, facts, placement),
     )
+    in_file = needed.scratch
+    speed = device.bus if in_file + needed.memory < device.machine.memory else min(device.bus, device.disk)
+    a_look = (linear - in_file) / device.bandwidth + in_file / speed
+    seconds = _START_SECONDS + stored / device.disk + in_file / device.disk + stored / device.bus
     seconds += _LOOKS[parameters.step] * a_look
     for reading in _readings(parameters):
         flops = 2 * facts.total + 2 * facts.layers * reading.length * facts.queries
         peak = device.share * (device.half if d == 2 else device.single)
         compute = reading.passes * reading.tokens * flops / peak
-        waits = a_look if reading.streamed else d * facts.total / device.bandwidth
-        seconds += reading.forwards * max(compute, waits)
+        reads = d * facts.total / device.bandwidth
+        waits = in_file / speed if streams and reading.streamed else 0
+        seconds += reading.forwards * (max(compute, reads) + waits)
     if parameters.step in ("prune", "analyse"):
         seconds += facts.linear * _SCORING
     return seconds

@@ -108,7 +108,13 @@ class _Phase:
 
 
 def needs_of(
-    parameters: settings.Step, facts: Facts, *, placement: Placement, device_kind: DeviceKind, gpus: int = 1
+    parameters: settings.Step,
+    facts: Facts,
+    *,
+    placement: Placement,
+    device_kind: DeviceKind,
+    gpus: int = 1,
+    resident: int = 0,
 ) -> Needs:
     """What a step needs.
 
@@ -118,8 +124,9 @@ def needs_of(
         placement: `one` device for the whole model; `spread` over several; `stream`: a layer at a time.
         device_kind: where it computes.
         gpus: how many the model is spread over.
+        resident: how many layers of a streamed model stay on a GPU.
     """
-    step = _Step(parameters, facts, placement, device_kind, gpus)
+    step = _Step(parameters, facts, placement, device_kind, gpus, resident)
     phases = list(step.phases())
     baseline = BASELINE[parameters.step]
     if device_kind == "cpu":
@@ -166,17 +173,19 @@ class _Step:
     """The phases of one step, in bytes."""
 
     def __init__(
-        self, parameters: Any, facts: Facts, placement: Placement, kind: DeviceKind, gpus: int
+        self,
+        parameters: Any,
+        facts: Facts,
+        placement: Placement,
+        kind: DeviceKind,
+        gpus: int,
+        resident: int,
     ) -> None:
-        self.parameters, self.facts, self.placement, self.kind, self.gpus = (
-            parameters,
-            facts,
-            placement,
-            kind,
-            gpus,
-        )
+        self.parameters, self.facts, self.placement, self.kind = parameters, facts, placement, kind
+        self.gpus = gpus
         self.d = number_bytes(parameters, facts, kind)
         self.per_layer = count(facts.layer)
+        self.resident = min(resident * self.per_layer, facts.linear)
 
     def phases(self) -> Iterator[_Phase]:
         """All phases of the step, each with the model that it holds."""
@@ -190,27 +199,30 @@ class _Step:
         """Weights where the step computes: all of them, or a part.
 
         A streamed model has the matrix in use in memory, and the layer that runs; on a GPU also all that is
-        not in layers.
+        not in layers, and the layers that stay.
         """
         if self.placement == "stream":
             embeddings = self.facts.vocabulary * self.facts.hidden
             outside = self.facts.outside if self.kind == "cuda" else max(0, embeddings - self.per_layer)
-            return self.d * (outside + 2 * self.per_layer)
+            return self.d * (outside + 2 * self.per_layer + self.resident)
         return self.d * self.facts.total / (self.gpus if self.placement == "spread" else 1)
 
     def _loading(self) -> _Phase:
-        """The models, and what is read as it is on disk: a matrix, or a layer; deltas a matrix at a time.
+        """The models, and what is read as it is on disk: a matrix, or a layer; then the masks.
 
-        Where numbers are converted on a CPU, the pages of the file stay mapped until its end.
+        Where numbers are converted on a CPU, the pages of the file stay mapped until its end. A streamed
+        model has only the part in memory that is on its way from one file to the other.
         """
         facts, converts = self.facts, self.facts.stored != self.d
+        deltas = facts.linear / 8 if facts.is_run else 0
         read = float(max(facts.largest, facts.vocabulary * facts.hidden))
         if self.placement == "stream":
-            read = max(read, self.per_layer)
+            part = max(read, self.per_layer) * (facts.stored + (2 * self.d if converts else facts.stored))
+            replayed = deltas + facts.largest * self.d
+            return _Phase(self._model() if self.kind == "cuda" else 0, max(part, replayed))
         read *= facts.stored + (self.d if converts else 0)
         if self.placement == "one" and self.kind == "cpu" and converts:
             read = max(read, min(facts.stored * facts.total, _FILE))
-        deltas = facts.linear / 8 if facts.is_run else 0
         return _Phase(self._models() * self._model(), read + deltas)
 
     # ------------------------------------------------------------------------------------------------------
@@ -413,7 +425,8 @@ class _Step:
         """Bytes of the files that hold a streamed model."""
         if self.placement != "stream":
             return 0
-        return self._models() * self.d * (self.facts.total if self.kind == "cpu" else self.facts.linear)
+        in_file = self.facts.total if self.kind == "cpu" else self.facts.linear - self.resident
+        return self._models() * self.d * in_file
 
     def disk(self) -> float:
         """Bytes that the run keeps, and what a training writes on its way."""

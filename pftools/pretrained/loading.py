@@ -24,6 +24,7 @@ def load_pretrained(
     device: str = "auto",
     trust_remote_code: bool = False,
     placement: str = "one",
+    resident: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Like `load_model`, for models in Hugging Face format only (embedded, hub id or folder)."""
     from transformers import AutoTokenizer
@@ -38,7 +39,7 @@ def load_pretrained(
         _refuse_unsuitable(name, source, trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = _load_weights(
-            name, source, resolve_dtype(dtype, device), device, trust_remote_code, placement
+            name, source, resolve_dtype(dtype, device), device, trust_remote_code, placement, resident
         )
     except (PftoolsError, MemoryError):
         raise
@@ -54,7 +55,13 @@ def load_pretrained(
 
 
 def _load_weights(
-    name: str, source: str, dtype: torch.dtype, device: str, trust_remote_code: bool, placement: str
+    name: str,
+    source: str,
+    dtype: torch.dtype,
+    device: str,
+    trust_remote_code: bool,
+    placement: str,
+    resident: int,
 ) -> PreTrainedModel:
     """The model, its weights read straight to where they stay."""
     from transformers import AutoModelForCausalLM
@@ -62,7 +69,7 @@ def _load_weights(
     if placement == "stream":
         from pftools.pretrained.streamed import stream
 
-        return stream(source, dtype, device, trust_remote_code)
+        return stream(source, dtype, device, trust_remote_code, resident)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,

@@ -3,7 +3,7 @@
 It is an ordinary model of transformers (`placement: stream`). Weights are read from safetensors a layer at a
 time, as `on_disk` reads them, in the dtype of the computation, and put into a `mapped.Scratch`. On a CPU a
 layer's weights are let go of after it has run. With a GPU, embeddings, norms and head live there, and the
-matrices of a layer are copied there for as long as it runs.
+matrices of a layer are copied there for as long as it runs; where there is room, some layers stay.
 """
 
 from __future__ import annotations
@@ -27,27 +27,31 @@ _LEAST = 2**16
 _SOURCE = "pftools_source"  # the attribute of a model that holds its `OnDisk`
 
 
-def stream(name: str, dtype: torch.dtype, device: str, trust_remote_code: bool) -> PreTrainedModel:
+def stream(
+    name: str, dtype: torch.dtype, device: str, trust_remote_code: bool, resident: int = 0
+) -> PreTrainedModel:
     """A model whose matrices lie in a scratch file.
 
     Args:
         name: a model in Hugging Face format, with safetensors.
         dtype: of the computation, and of the file.
         device: where layers are computed.
+        resident: how many layers, from the first one, are on the device all the time, and not in the file.
 
     Raises:
         PftoolsError: as `OnDisk`, or too little room on the disk of the user's cache.
     """
     source = OnDisk(name, dtype, "cpu", trust_remote_code)
     model = source.model
-    in_file = _in_file(model, everything=device == "cpu")
-    sizes = room_for(value for key, value in model.named_parameters() if key in in_file)
+    in_file = _in_file(model, resident, everything=device == "cpu")
+    parameters = {key for key, _ in model.named_parameters()}
+    sizes = room_for(model.get_parameter(key) for key in in_file)
     scratch = Scratch(sizes, cache_folder() / "scratch")
     for names in source.parts():
         source.load(names)
-        for key in names & in_file:
+        for key in names & parameters:
             weight = model.get_parameter(key)
-            weight.data = scratch.place(weight.data)
+            weight.data = scratch.place(weight.data) if key in in_file else weight.data.to(device)
     _tie(model)
     source.check_whole()
     _to_device(model, device)
@@ -62,11 +66,17 @@ def source_of(model: nn.Module) -> OnDisk | None:
     return vars(model).get(_SOURCE)
 
 
-def _in_file(model: PreTrainedModel, *, everything: bool) -> set[str]:
-    """The parameters that go to the file: all large ones, or those of the layers only."""
+def _in_file(model: PreTrainedModel, resident: int, *, everything: bool) -> set[str]:
+    """The parameters that go to the file: all large ones, or those of the layers only; none of resident
+    layers."""
     prefix, _ = decoder_layers(model)
     large = {name for name, value in model.named_parameters() if value.numel() >= _LEAST}
-    return large if everything else {name for name in large if name.startswith(f"{prefix}.")}
+    staying = tuple(f"{prefix}.{index}." for index in range(resident))
+    return {
+        name
+        for name in large
+        if not name.startswith(staying) and (everything or name.startswith(f"{prefix}."))
+    }
 
 
 def _tie(model: PreTrainedModel) -> None:

@@ -83,11 +83,12 @@ def on_paper(plan: Plan, device: needs.Device) -> list[dict[str, Any]]:
 
     Returns:
         A row a kind of step: step, steps (how many), placement, memory, gpu, scratch (bytes at most), seconds
-        (of one), hours (of all), note (what would make it fit, or what it would take held whole).
+        (of one), hours (of all), note (what does not fit, and what the step does about it).
     """
     rows: dict[str, dict[str, Any]] = {}
-    for step, facts in with_facts(plan):
-        placement = needs.placement_of(step, facts, device.machine)
+    for asked, facts in with_facts(plan):
+        placement = needs.placement_of(asked, facts, device.machine)
+        step = needs.as_it_goes_on(asked, facts, device.machine, placement)
         needed = needs.on(device.machine, step, facts, placement)
         seconds = needs.seconds_on(device, step, facts, placement)
         new = {"step": step.step, "steps": 0, "memory": 0, "gpu": 0, "scratch": 0, "hours": 0.0}
@@ -98,24 +99,21 @@ def on_paper(plan: Plan, device: needs.Device) -> list[dict[str, Any]]:
             "memory": max(row["memory"], needed.memory),
             "gpu": max(row["gpu"], needed.device),
             "scratch": max(row["scratch"], needed.scratch),
-            "note": needs.shortage(step, facts, device.machine) or _held_whole(step, facts, device),
+            "note": _note(asked, step, facts, device),
             "hours": row["hours"] + seconds / 3600,
         }
         row["seconds"] = 3600 * row["hours"] / row["steps"]
     return [rows[kind] for kind in settings.STEPS if kind in rows]
 
 
-def _held_whole(step: settings.Step, facts: needs.Facts, device: needs.Device) -> str:
-    """What a streamed evaluation would need and take with the whole model on the GPU, a row at a time."""
-    if not isinstance(step, settings.Evaluate) or needs.placement_of(step, facts, device.machine) == "one":
-        return ""
-    alone = step.model_copy(update={"batch_size": 1})
-    needed = needs.on(device.machine, alone, facts, "one")
-    minutes = needs.seconds_on(device, alone, facts, "one") / 60
-    return (
-        f"with placement one and batch_size 1, an evaluation needs {as_bytes(needed.device)} of GPU memory "
-        f"and takes {minutes:.0f} minutes."
-    )
+def _note(asked: settings.Step, step: settings.Step, facts: needs.Facts, device: needs.Device) -> str:
+    """What does not fit as it was asked, and what the step does about it by itself; empty: it fits."""
+    short = needs.shortage(asked, facts, device.machine)
+    changed = {name: value for name, value in step.model_dump().items() if value != getattr(asked, name)}
+    if not changed:
+        return short
+    words = " and ".join(f"{name} {value}" for name, value in changed.items())
+    return f"{short} When memory runs out it goes on by itself with {words}, of which its line tells."
 
 
 def paper_lines(plan: Plan, device: needs.Device) -> list[str]:
