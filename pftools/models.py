@@ -43,18 +43,15 @@ def load_model(
         PftoolsError: no such model, or it cannot be fetched.
     """
     name = str(name)
-    if (Path(name) / "run.json").exists():
-        load = checkpoints.load
-    else:
-        load = load_pretrained
-    return load(
-        name,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        placement=placement,
-        resident=resident,
-    )
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "placement": placement,
+        "resident": resident,
+    }
+    is_run = (Path(name) / "run.json").exists()
+    return checkpoints.load(name, **options) if is_run else load_pretrained(name, **options)
 
 
 def load_for(parameters: Any, *, model: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
