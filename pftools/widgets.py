@@ -106,11 +106,12 @@ class OrderingExplorer(Pictured):
             return
         letters = " ".join(step.kind for step in steps) or "no step: the model as it is"
         self.said.value = f"<code>{letters}</code>"
-        self.stairs.value = figures.as_svg(figures.ordering_chart(steps))
+        self._drawing = figures.as_svg(figures.ordering_chart(steps))
+        self.stairs.value = figures.drawn_on_both_grounds(self._drawing)
 
     def still(self) -> dict[str, Any]:
         """The stairs."""
-        return {"image/svg+xml": self.stairs.value}
+        return {"image/svg+xml": self._drawing}
 
 
 class StudyPlanner(Pictured):

@@ -1,5 +1,6 @@
 """Every chart is drawn, and says what it should."""
 
+import json
 import re
 
 import numpy as np
@@ -134,6 +135,41 @@ def test_every_chart_is_drawn_with_its_words(name):
     for word in words:
         assert word in svg
     assert "NaN" not in svg and "http" not in svg.replace("http://www.w3.org", "")
+
+
+BARE = re.compile(r'"(#[0-9a-fA-F]{3,8}|white|black)"')
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_a_live_chart_follows_the_theme_of_its_place(name):
+    """In JupyterLab's dark theme charts stood on white ground."""
+    bundle, _ = CHARTS[name][0]()._repr_mimebundle_()
+    live = {part: value for part, value in bundle[figures.LIVE].items() if part != "datasets"}
+    assert live["config"]["background"].startswith("light-dark(white, ")
+    assert not BARE.search(json.dumps(live)), "a colour that is the same on dark ground"
+    assert "light-dark" not in bundle["image/svg+xml"]
+    drawing = figures.drawn_on_both_grounds(bundle["image/svg+xml"])
+    assert 'fill="light-dark(white, ' in drawing and f'fill="{figures.theme.INK}"' not in drawing
+
+
+def contrast(one, other):
+    """WCAG's ratio of two colours."""
+
+    def light(colour):
+        parts = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) / 255
+        linear = np.where(parts <= 0.03928, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    lower, higher = sorted((light(one), light(other)))
+    return (higher + 0.05) / (lower + 0.05)
+
+
+def test_what_is_drawn_is_seen_on_dark_ground_too():
+    ground = figures.DARK["white"]
+    for name in (figures.theme.INK, figures.theme.SOFT):
+        assert contrast(figures.DARK[name], ground) >= 4.5
+    for colour, _ in figures.looks_of([*PUBLISHED, *map(str, range(6))]).values():
+        assert contrast(figures.DARK[colour], ground) >= 3
 
 
 @pytest.mark.parametrize("wished", [[5], [50, 50, 50], [0, 1, 2, 90], [99, 100, 98, 3], [40, 20, 60]])

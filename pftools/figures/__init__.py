@@ -31,7 +31,17 @@ from pftools.figures.orderings import (
     quality_and_cost,
 )
 from pftools.figures.plans import ordering_chart, plan_chart
-from pftools.figures.theme import DARK, LIVE, ORDERING_COLOURS, as_svg, colours_of, looks_of, save
+from pftools.figures.theme import (
+    DARK,
+    LIVE,
+    ORDERING_COLOURS,
+    as_svg,
+    colours_of,
+    drawn_on_both_grounds,
+    light_or_dark,
+    looks_of,
+    save,
+)
 from pftools.figures.training import learning_rate_curve, loss_curve, tuning_curves
 
 __all__ = [
@@ -43,8 +53,10 @@ __all__ = [
     "asked_and_measured",
     "block_losses",
     "colours_of",
+    "drawn_on_both_grounds",
     "heat_map",
     "learning_rate_curve",
+    "light_or_dark",
     "lines_by_layer",
     "looks_of",
     "loss_curve",

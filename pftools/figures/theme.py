@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ ORDERING_COLOURS = {
     "iter_fp": "#572263",
 }
 _SPARE_COLOURS = ["#00796b", "#8a6d00", "#0b7fab", "#b0307e", "#4d7c0f", "#6b4f3a"]
-# What a colour of a chart becomes on a dark page.
+# What a colour of a chart becomes on dark ground.
 DARK = {
     INK: "#e6e8eb",
     SOFT: "#a9b1ba",
@@ -121,6 +122,7 @@ def _theme() -> alt.theme.ThemeConfig:
                 "titleFontWeight": "normal",
                 "symbolStrokeWidth": 3,
             },
+            "text": {"color": INK},
             "header": {"labelColor": INK, "titleColor": SOFT, "labelFontSize": 12},
             "range": {"category": [BLUE, ORANGE, GREEN, "#341f97", "#b0307e", "#8a6d00", "#6381f8", GREY]},
         }
@@ -139,7 +141,28 @@ def _both(spec: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, Any
     import vl_convert
 
     svg = vl_convert.vegalite_to_svg(spec, vl_version=".".join(alt.SCHEMA_VERSION.split(".")[:2]))
-    return {LIVE: {**spec, "$schema": _SCHEMA, "usermeta": _EMBEDDED}, "image/svg+xml": svg}, {}
+    live = _of_both_grounds(spec) | {"$schema": _SCHEMA, "usermeta": _EMBEDDED}
+    return {LIVE: live, "image/svg+xml": svg}, {}
+
+
+def _of_both_grounds(part: Any) -> Any:
+    """A part of a chart whose colours follow its place, light or dark; the data are as they were."""
+    if isinstance(part, dict):
+        kept = ("datasets", "values")
+        return {key: value if key in kept else _of_both_grounds(value) for key, value in part.items()}
+    if isinstance(part, list):
+        return [_of_both_grounds(value) for value in part]
+    return light_or_dark(part) if isinstance(part, str) else part
+
+
+def light_or_dark(colour: str) -> str:
+    """A colour as CSS that follows the colour scheme of its place; what is none of ours, as it is."""
+    return f"light-dark({colour}, {DARK[colour]})" if colour in DARK else colour
+
+
+def drawn_on_both_grounds(svg: str) -> str:
+    """A drawing of a chart, in SVG, for a place that may be light or dark."""
+    return re.sub(r'(?<=fill="|roke=")[^"]+', lambda found: light_or_dark(found.group()), svg)
 
 
 alt.renderers.register("pftools", _both)

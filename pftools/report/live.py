@@ -115,8 +115,3 @@ def script() -> str:
     kept.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(kept, text)
     return text
-
-
-def dark_colours() -> dict[str, str]:
-    """What the colours of the charts become on a dark page."""
-    return dict(figures.DARK)

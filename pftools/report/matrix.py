@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from pftools.figures import looks_of
+from pftools.figures import light_or_dark, looks_of
 
-# In a notebook the matrix brings its own looks; a page has the colours as variables.
+# In a notebook the matrix brings its own looks, light or dark; a page has the colours as variables.
 STYLE = """<style>
 .matrix { border-collapse: separate; border-spacing: 2px; font-size: 12px; width: auto; margin: 6px 0 2px; }
 .matrix caption { text-align: left; font-weight: 600; padding: 4px 0; }
@@ -19,13 +19,16 @@ STYLE = """<style>
 .matrix thead th { text-align: center; padding: 0; }
 .matrix td { min-width: 44px; height: 28px; padding: 0 4px; text-align: center; border: 0; border-radius: 3px;
   font-variant-numeric: tabular-nums; cursor: default; white-space: nowrap; }
-.matrix td.better { background: color-mix(in srgb, var(--cool, #286cab) var(--w), var(--paper, #fff)); }
-.matrix td.worse { background: color-mix(in srgb, var(--warm, #ec6f00) var(--w), var(--paper, #fff)); }
-.matrix td.unsure { background: repeating-linear-gradient(135deg, var(--faint, #eef0f2) 0 4px,
-  var(--paper, #fff) 4px 8px); }
-.matrix td.alike { background: var(--faint, #eef0f2); }
-.matrix td.none { color: var(--soft, #5f6872); }
-.matrix-key { font-size: 12.5px; color: var(--soft, #5f6872); }
+.matrix td.better { background: color-mix(in srgb, var(--cool, light-dark(#286cab, #5984ae)) var(--w),
+  var(--paper, light-dark(#fff, #16191d))); }
+.matrix td.worse { background: color-mix(in srgb, var(--warm, light-dark(#ec6f00, #b9645d)) var(--w),
+  var(--paper, light-dark(#fff, #16191d))); }
+.matrix td.unsure { background: repeating-linear-gradient(135deg,
+  var(--faint, light-dark(#eef0f2, #262b31)) 0 4px,
+  var(--paper, light-dark(#fff, #16191d)) 4px 8px); }
+.matrix td.alike { background: var(--faint, light-dark(#eef0f2, #262b31)); }
+.matrix td.none { color: var(--soft, light-dark(#5f6872, #a9b1ba)); }
+.matrix-key { font-size: 12.5px; color: var(--soft, light-dark(#5f6872, #a9b1ba)); }
 </style>"""
 _KINDS = {
     "cannot be told apart": "unsure",
@@ -138,5 +141,5 @@ def glyph(ordering: str, orderings: Sequence[str], size: int = 12) -> str:
     number = list(looks).index(ordering)
     return (
         f'<svg class="glyph" width="{size}" height="{size}" viewBox="-1.4 -1.4 2.8 2.8" aria-hidden="true">'
-        f'<path d="{outline}" style="fill:var(--o{number}, {colour})"/></svg>'
+        f'<path d="{outline}" style="fill:var(--o{number}, {light_or_dark(colour)})"/></svg>'
     )

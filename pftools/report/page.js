@@ -3,8 +3,6 @@
 (() => {
   const root = document.documentElement;
   root.classList.add("scripted");
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const darkened = JSON.parse(document.getElementById("dark-colours").textContent);
   const hidden = new Map(); // ordering: its number in the study
   const charts = [];
 
@@ -37,23 +35,9 @@
   }
   const quiet = () => { tip.hidden = true; };
 
-  function painted(text) {
-    const spec = JSON.parse(text);
-    if (!dark.matches) return spec;
-    const walk = (part) => {
-      for (const key of Object.keys(part)) {
-        const value = part[key];
-        if (typeof value === "string" && darkened[value]) part[key] = darkened[value];
-        else if (value && typeof value === "object" && key !== "datasets" && key !== "values") walk(value);
-      }
-    };
-    walk(spec);
-    return spec;
-  }
-
   async function draw(figure) {
     figure.classList.add("live");
-    const spec = painted(figure.querySelector("script").textContent);
+    const spec = JSON.parse(figure.querySelector("script").textContent);
     spec.description = figure.dataset.says;
     const switched = (spec.params || []).some((param) => param.name === "hidden");
     try {
@@ -71,16 +55,11 @@
   }
   const figures = [...document.querySelectorAll("figure[data-says]")];
   async function drawAll() {
-    charts.length = 0;
-    for (const figure of figures) {
-      figure.querySelector(".chart").replaceChildren();
-      await draw(figure);
-    }
+    for (const figure of figures) await draw(figure);
     root.dataset.ready = "yes";
   }
   if (window.vegaEmbed) {
     drawAll();
-    dark.addEventListener("change", drawAll);
   } else {
     root.dataset.ready = "yes";
   }

@@ -9,7 +9,6 @@ tagged `lesson` are for readers of the notebook.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tempfile
 from html import escape
@@ -130,7 +129,6 @@ def _html(notebook: Any, name: str, state: str, orderings: list[str]) -> str:
         body=body,
         sections=cells_html.sections(body),
         key=_key(orderings),
-        dark=json.dumps(live.dark_colours()),
         vega=live.script() if alive else "",
         script=templates.text_of("page.js"),
     )

@@ -16,6 +16,7 @@ import yaml
 from pftools import run_folder
 from pftools.report.notebooks import given
 from tests.browser.conftest import keep
+from tests.browser.test_report_page import CONTRAST
 from tests.made_up import fill_weights, seal_study
 from tests.tiny import save_tiny
 
@@ -107,6 +108,13 @@ class Lab:
     def inside(self, selector):
         """What is in the notebook that is open."""
         return self.page.locator(f".jp-NotebookPanel:not(.lm-mod-hidden) {selector}")
+
+    def grounds(self):
+        """The colours that the charts of the open notebook stand on."""
+        found = self.inside(".vega-embed svg").evaluate_all(
+            "all => all.map(one => getComputedStyle(one).backgroundColor)"
+        )
+        return set(found)
 
     def made(self, step):
         """The folder of the one run of a step, whose files are as they were sealed."""
@@ -269,4 +277,13 @@ def test_orderings_seeds_and_layers_are_chosen_by_hand(lab):
     weights = Choice(lab, "module")
     weights.pick("ordering", ["prune"], "4 of 16 rows")
     weights.pick("value", ["kurtosis"], "Tails, layer by layer")
+    keep(lab.page, "lab-06-light")
+    for theme, ground in (("JupyterLab Dark", "rgb(22, 25, 29)"), ("JupyterLab Light", "rgb(255, 255, 255)")):
+        lab.command("apputils:change-theme", theme=theme)
+        until(lambda: lab.grounds() == {ground}, f"charts follow {theme}")  # noqa: B023
+        for part in (".vega-embed", ".matrix"):
+            assert lab.page.evaluate(CONTRAST, f".jp-NotebookPanel:not(.lm-mod-hidden) {part}") == []
+        if theme == "JupyterLab Dark":
+            weights.box.scroll_into_view_if_needed()
+            keep(lab.page, "lab-06-dark")
     lab.close("lab-06", weights.box)
