@@ -36,7 +36,7 @@ _STACKED = {
 _PLAIN_SUBCLASSES = ("FalconLinear",)
 # Module classes and parameters that are known, small, and neither pruned nor counted.
 _SMALL_PARTS = re.compile(
-    r"\w*Router|\w*HyperConnection|\w*Relative(PositionBias|Logits)|Embedding|Conv[123]d"
+    r"\w*Router|\w*Norm|\w*HyperConnection|\w*Relative(PositionBias|Logits)|Embedding|Conv[123]d"
     r"|\w*\.(\w*bias|\w*scale|query|static_weight|A_log|D|[xd]t?_proj_weight)"
 )
 

@@ -326,6 +326,14 @@ def test_nan_in_a_weight_names_it():
         prune.prune_model(model, tiny_blocks(), method="magnitude", progress=False)
 
 
+def test_huge_weights_are_no_infinite_ones():
+    """Their sum was infinite, and the model was called broken."""
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(1e37)
+    prune.prune_model(model, tiny_blocks(), method="magnitude", progress=False)
+    assert measured_sparsity(model) == pytest.approx(0.5, abs=0.01)
+
+
 def test_inputs_that_are_all_zero_are_reported():
     model = tiny_llama()
     model.model.layers[0].post_attention_layernorm.weight.data.zero_()

@@ -233,6 +233,14 @@ def test_a_matrix_in_an_unknown_layout_is_an_error_that_names_it():
             ask(model)
 
 
+@pytest.mark.parametrize("deed", DEEDS)
+def test_a_model_that_cannot_read_is_one_sentence(deed):
+    model = tiny_llama()
+    model.model.layers[1].mlp.forward = lambda hidden: hidden.view(3, -1, 7)
+    with pytest.raises(PftoolsError, match="LlamaForCausalLM itself cannot read a row of .* tokens: shape"):
+        DEEDS[deed](model)
+
+
 class Twice(nn.Module):
     """An MLP whose up_proj is given zeros, too."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from pftools.causal import ahead, pair_of, reads_ahead, tolerance, without_cache
+from pftools.causal import ahead, pair_of, reading, reads_ahead, tolerance, without_cache
 from pftools.errors import PftoolsError
 from pftools.layers import decoder_layers
 from pftools.memory import ran_out
@@ -31,7 +31,8 @@ def check_replay(source: Source, blocks: torch.Tensor, batch_size: int) -> None:
 
     Raises:
         PftoolsError: a replayed layer gives another output than in the model; hidden states are changed
-            between layers; or earlier positions depend on later tokens, as in an encoder.
+            between layers; earlier positions depend on later tokens, as in an encoder; or the model itself
+            cannot read the block.
     """
     model = source.model
     prefix, layers = decoder_layers(model)
@@ -46,7 +47,8 @@ def check_replay(source: Source, blocks: torch.Tensor, batch_size: int) -> None:
             layer.register_forward_hook(check.after(index), with_kwargs=True),
         ]
     try:
-        body_of(model)(rows, **without_cache(body_of(model)))
+        with reading(model, rows.shape[1]):
+            body_of(model)(rows, **without_cache(body_of(model)))
     except (MemoryError, RuntimeError) as error:
         at = min(check.done, len(layers) - 1)
         with naming_the_levers(f"{prefix}.{at}", layers[at], blocks.shape, batch_size):

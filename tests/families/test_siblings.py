@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "mixtral",
         {"num_local_experts": 8, "num_experts_per_tok": 1, "num_key_value_heads": 2},
     ),
+    "a norm for every head": ("cohere", {"use_qk_norm": True, "num_key_value_heads": 2}),
     "a bias on the output of ALiBi": (
         "falcon",
         {"alibi": True, "bias": True, "new_decoder_architecture": True},
