@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -302,7 +303,9 @@ def test_tasks_are_pooled_over_seeds_and_corrected_by_task():
         assert pairs.loc[task, "p_holm"].tolist() == pytest.approx(
             compare.holm(pairs.loc[task, "p"].tolist())
         )
-    assert (pairs.loc["few", "visible"] == 1).all()  # four questions show nothing
+    assert (pairs.loc["few", "visible"] > 1).all()  # four questions show nothing
+    assert "no difference would be seen four times in five" in pairs.loc["few", "verdict"].iloc[0]
+    assert pairs["low"].min() >= -1 and pairs["high"].max() <= 1
 
 
 def test_too_few_blocks_are_a_verdict_not_a_failure():
@@ -355,6 +358,47 @@ def test_several_trainings_differ_and_say_what_varies():
     assert row["verdict_kind"] == "differs" and row["verdict"].startswith("prune_finetune is better than")
     assert "the same sign in 4 of 4 seeds" in row["verdict"] and "% is seeds" in row["verdict"]
     assert row["low"] < row["ratio"] < row["high"] and row["ratio"] == pytest.approx(math.exp(0.5), rel=0.05)
+
+
+def test_where_a_seed_failed_numbers_and_winner_are_those_of_the_seeds_that_both_have():
+    """The number of one ordering was told as the other's, and the loser was bold."""
+    table, losses = trained(3, gap=0.1, by_seed=0.0)
+    for run in table.loc[table["seed"] == 2, "run"]:
+        losses[run] = losses[run] + 0.4  # a hard seed, whatever the ordering
+    table["perplexity"] = [float(np.exp(np.mean(losses[run]))) for run in table["run"]]
+    worse, better = "finetune_prune", "prune_finetune"
+    table = table[(table["ordering"] != worse) | (table["seed"] < 2)]
+    entries = compare.entries(table).set_index("ordering")
+    assert (
+        entries.loc[worse, "perplexity"] < entries.loc[better, "perplexity"] and entries.loc[better, "best"]
+    )
+    row = compare.compare_orderings(table, losses).iloc[0]
+    assert f"{better} is better than {worse}" in row["verdict"] and "2 seeds that both have" in row["verdict"]
+    shared = table[table["seed"] < 2].groupby("ordering")["perplexity"]
+    told = " vs ".join(f"{compare.geometric_mean(shared.get_group(name)):.2f}" for name in (better, worse))
+    assert f"({told}, ratio " in row["verdict"] and row["alone"] == 1
+
+
+def test_an_interval_that_leaves_no_difference_out_says_why_none_is_found():
+    """Of ten orderings a pair by itself would differ, and the sentence showed its interval only."""
+    generator = np.random.default_rng(0)
+    rows, losses = [], {}
+    for place in range(10):
+        run = f"run {place}"
+        losses[run] = 3 + (0.0052 if place else 0.0) + generator.normal(0, 0.01, 40)
+        rows.append({**results().iloc[0], "ordering": "P F" + " F" * place, "run": run, "perplexity": 20.0})
+    pairs = compare.compare_orderings(pd.DataFrame(rows), losses)
+    own = pairs[((pairs["low"] > 1) | (pairs["high"] < 1)) & (pairs["verdict_kind"] != "differs")]
+    assert len(own) and own["verdict"].str.contains("p 0.0.. before the correction for all pairs").all()
+    rest = pairs.drop(own.index)
+    assert not rest["verdict"].str.contains("before the correction").any()
+
+
+def test_numbers_beyond_reason_are_short():
+    """Two seeds that vary gave a ratio of ninety digits."""
+    row = compare.compare_orderings(*trained(2, gap=0.1, by_seed=3.0)).iloc[0]
+    assert row["high"] > 1e6 and len(row["verdict"]) < 400 and re.search(r"\de\+\d\d", row["verdict"])
+    assert "only a ratio of" in row["verdict"]
 
 
 def test_doubt_has_a_price():

@@ -9,7 +9,7 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from pftools import cli
-from pftools.compare.other_losses import compare_losses
+from pftools.compare.other_losses import compare_losses, sentences
 from pftools.compare.other_results import compare_results, read_results
 from pftools.errors import PftoolsError
 from tests import oracles
@@ -246,6 +246,25 @@ def test_losses_of_one_training_each_say_nothing_of_the_ways_of_training(tmp_pat
     assert "one training each cannot say" in found.sentence
 
 
+def named(table):
+    """The same, with seeds and blocks that have names."""
+    return table.assign(
+        seed=table["seed"].map(["first", "second", "third"].__getitem__),
+        block="b" + table["block"].astype(str),
+    )
+
+
+def test_named_spaced_and_huge_losses_are_compared(tmp_path):
+    one, other = named(losses(key=1)), named(losses(key=2, gap=800))
+    for name, table in (("a.csv", one), ("b.csv", other)):
+        text = table.to_csv(index=False).replace("seed,block,nll", "seed, block, nll")
+        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+    (said,) = sentences(tmp_path / "b.csv", tmp_path / "a.csv")
+    assert "b.csv and a.csv differ in perplexity (infinite and 2" in said and "ratio infinite [" in said
+    (said,) = sentences(tmp_path / "a.csv", tmp_path / "b.csv")
+    assert "ratio 0.0e+00 [" in said
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -253,6 +272,11 @@ def test_losses_of_one_training_each_say_nothing_of_the_ways_of_training(tmp_pat
         (lambda table: table.iloc[:-1], "no loss for block 29 of the seed 2"),
         (lambda table: pd.concat([table, table.iloc[:1]]), "block 0 of the seed 0 twice"),
         (lambda table: table[table["block"] < 4], "has 4 blocks"),
+        (
+            lambda table: table.assign(nll=table["nll"].mask(table["block"] == 7, np.inf)),
+            "no loss for block 7",
+        ),
+        (lambda table: pd.concat([named(table)] * 2), "block b0 of the seed first twice"),
     ],
 )
 def test_losses_that_cannot_be_paired_are_refused(tmp_path, change, says):

@@ -7,6 +7,7 @@ that their docstrings name.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -25,6 +26,7 @@ from statsmodels.stats.multitest import multipletests
 from pftools import report, study
 from tests.stub_engine import StubEngine
 
+PUBLISHED = ("prune_finetune_llm_llama7b.csv", "wanda_llama2_wikitext2_ppl.csv")
 GAP = {"prune": 0.20, "finetune_prune": 0.012, "prune_finetune": 0.0}
 RIGHT = {"prune": 0.35, "finetune_prune": 0.62, "prune_finetune": 0.66}
 SEEDS = 4
@@ -309,3 +311,125 @@ def test_guessing_and_what_every_training_reached(told):
         found = runs[row.ordering]
         assert row.perplexity == pytest.approx(found["perplexity"][row.seed], abs=0.0051)
         assert row.facts == f"{found['correct'][row.seed].mean():.1%}"
+
+
+def power_of(
+    difference: float, squares: tuple[float, float, float], seeds: int, blocks: int, level: float
+) -> float:
+    """In which share of 4,000 simulated studies with these variances a true difference is found."""
+    by_seed, by_block, rest = squares
+    spread = [max(by_seed - rest, 0.0) * seeds, max(by_block - rest, 0.0) * blocks, rest * seeds * blocks]
+    draw = np.random.default_rng(5).normal
+    found = 0
+    for _ in range(4000):
+        d = (
+            difference
+            + draw(0, math.sqrt(spread[0]), (seeds, 1))
+            + draw(0, math.sqrt(spread[1]), (1, blocks))
+        )
+        d = d + draw(0, math.sqrt(spread[2]), (seeds, blocks))
+        rows, columns = d.mean(axis=1), d.mean(axis=0)
+        left = ((d - rows[:, None] - columns + d.mean()) ** 2).sum() / ((seeds - 1) * (blocks - 1))
+        drawn = (rows.var(ddof=1) * blocks, columns.var(ddof=1) * seeds, left)
+        found += d.mean() > half_width(tuple(one / d.size for one in drawn), seeds, blocks, level)
+    return found / 4000
+
+
+def test_what_is_seen_four_times_in_five_is(told):
+    table, words, runs = told
+    level = 0.05 / len(PAIRS)  # Holm's strictest step
+    pairs = report.pair_table(table).set_index(["first", "second"])
+    tasks = report.task_pairs(table).set_index(["first", "second"])
+    shown = pd.read_html(StringIO(report.visible_differences(tasks.reset_index()).to_html()))[0]
+    shown = shown.set_index("pair")["seen four times in five"]
+    for first, second in PAIRS:
+        d = runs[first]["nll"] - runs[second]["nll"]
+        row = pairs.loc[(first, second)]
+        power = power_of(math.log(row["visible"]), mean_squares(d), *d.shape, level)
+        assert power == pytest.approx(0.8, abs=0.03)
+        if row["verdict_kind"] == "cannot be told apart":
+            assert f"a difference of {row['visible'] - 1:.1%} would be seen four times in five" in words
+        d = runs[first]["correct"] - runs[second]["correct"]
+        more = np.concatenate([d, np.tile([1.0, -1.0], (SEEDS, 1))], axis=1)
+        squares = tuple(square * more.shape[1] / d.shape[1] for square in mean_squares(more))
+        visible = float(shown[f"{first} / {second}, 50%"]) / 100
+        assert power_of(visible, squares, *d.shape, level) == pytest.approx(0.8, abs=0.03)
+    assert (pairs["verdict_kind"] == "cannot be told apart").any()
+
+
+# Where and how fast a step ran, and what a table of results says anyway.
+NO_SETTINGS = set(
+    "model parent calibration seed method pattern sparsity tokens device placement runs batch_size "
+    "held_out_blocks show_dense_cost gradient_checkpointing track save_every data".split()
+)
+
+
+def test_the_settings_that_decided_the_numbers(told):
+    table, _, _ = told
+    records, orderings = records_of(table), dict(zip(table["run"], table["ordering"]))
+    expected: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for run, ordering in orderings.items():
+        for name in chain_of(records, run):
+            record = records[name]
+            told_of = {k: v for k, v in record["parameters"].items() if k not in NO_SETTINGS}
+            told_of |= {k: record["results"][k] for k in ("dtype", "merge") if record["results"].get(k)}
+            for setting, value in told_of.items():
+                expected.setdefault((record["step"], setting), {}).setdefault(said_of(value), set()).add(
+                    ordering
+                )
+    shown = pd.read_html(StringIO(report.settings_table(table).to_html()), keep_default_na=False)[0].astype(
+        str
+    )
+    shown = shown[~shown["setting"].str.endswith(", sha256")]
+    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for row in shown.itertuples():
+        values = found.setdefault((row.step, row.setting), {})
+        values[row.value] = set(orderings.values()) if row.of == "all" else set(row.of.split(", "))
+    assert set(found) == set(expected)
+    for place, values in expected.items():
+        assert set(found[place]) == set(values), place
+        if len(values) > 1:
+            assert found[place] == values, place
+
+
+def said_of(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    return "all" if value is None else str(value)
+
+
+def test_the_published_numbers_are_those_of_their_files(told):
+    table, _, _ = told
+    folder = Path(__file__).parents[1] / "data" / "published"
+    study_rows, wanda = (list(csv.DictReader((folder / name).open())) for name in PUBLISHED)
+    theirs = [
+        (row["pipeline"], float(row["sparsity_measured"]), float(row["wikitext2_ppl"])) for row in study_rows
+    ]
+    theirs += [
+        ("base" if row["method"] == "dense" else "prune", float(row["sparsity"]), float(row["llama2_7b"]))
+        for row in wanda
+    ]
+    drawn = [row for rows in report.published_chart(table).to_dict()["datasets"].values() for row in rows]
+    marks = sorted(
+        {(row["ordering"], row["measured"], row["perplexity"]) for row in drawn if "perplexity" in row}
+    )
+    assert marks == sorted(set(theirs))
+    drawn = [row for rows in report.sparsity_chart(table).to_dict()["datasets"].values() for row in rows]
+    hollow = {
+        (r["ordering"], r["asked"], r["measured"]) for r in drawn if r.get("source", "").startswith("Prune-")
+    }
+    asked = {
+        (r["pipeline"], float(r["sparsity_requested"]), float(r["sparsity_measured"])) for r in study_rows
+    }
+    assert hollow == asked
+    said = report.lost_zeros()
+    for row in study_rows:
+        lost = float(row["sparsity_requested"]) - float(row["sparsity_measured"])
+        if row["sparsity_requested"] == "0.5":
+            words = f"{row['pipeline']} asked 50% and has {float(row['sparsity_measured']):.0%}"
+            assert (words in said) == (lost > 0.005)
+    for metric in ("mmlu", "belebele_eng", "factoid_qa", "bbh_logical_deduction_five_objects"):
+        column = report.published_numbers()[metric].dropna() * 100
+        assert sorted(column) == pytest.approx(sorted(float(row[metric]) for row in study_rows))

@@ -73,6 +73,9 @@ def test_only_seeds_that_all_have_count():
     table, losses = study(GAPS)
     (found,) = best_sets(table[(table["ordering"] != "prune") | (table["seed"] < 2)], losses)
     assert found.n_seeds == 2
+    assert "(95% confidence, the 2 seeds that all have, 40 blocks)" in set_in_words(found)
+    (found,) = best_sets(table[(table["ordering"] != "prune") | (table["seed"] == 2)], losses)
+    assert "(95% confidence, the one seed that all have, 40 blocks)" in set_in_words(found)
 
 
 def test_equivalence_is_claimed_only_within_a_margin_and_over_seeds():

@@ -29,7 +29,12 @@ from pftools.compare.paired import (
 )
 from pftools.compare.pairs import compare_orderings, compare_tasks
 from pftools.compare.sets import PERPLEXITY, BestSet, Spent, best_sets, decisions, set_in_words
-from pftools.compare.verdicts import p_in_words, perplexity_in_words, perplexity_verdict
+from pftools.compare.verdicts import (
+    p_in_words,
+    perplexity_in_words,
+    perplexity_verdict,
+    ratio_in_words,
+)
 
 __all__ = [
     "ALPHA",
@@ -52,6 +57,7 @@ __all__ = [
     "p_in_words",
     "perplexity_in_words",
     "perplexity_verdict",
+    "ratio_in_words",
     "set_in_words",
     "smallest_visible_difference",
     "smallest_visible_ratio",

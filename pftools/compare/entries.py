@@ -32,14 +32,16 @@ def entries(results: pd.DataFrame, **more: Any) -> pd.DataFrame:
         ordering, also (other words for the same runs), label (ordering and what else tells it apart), method,
         pattern, merge (empty where all of the study's share the runs), asked, measured (mean), perplexity
         (geometric mean), finetune_tokens, n_finetunes, seeds, collapsed, level (the highest measured sparsity
-        of the entries that it can be compared with), best (whether it is the best of its asked sparsity),
-        runs (a tuple), and the columns of ``more``.
+        of the entries that it can be compared with), behind (how many of those are ahead of it), best
+        (whether it is the best of its asked sparsity), gone (how many of its seeds have collapsed), runs (a
+        tuple), and the columns of ``more``.
     """
-    rows = [_pooled(group, more) for _, group in rows_by_entry(results)]
-    table = pd.DataFrame(rows)
+    frames = [group for _, group in rows_by_entry(results)]
+    table = pd.DataFrame([_pooled(group, more) for group in frames])
     if not len(table):
         return table
     table["level"] = table.groupby("asked", sort=False)["measured"].transform(_levels)
+    table["behind"] = _behind(table, [group.set_index("seed")["perplexity"] for group in frames])
     winners = [best_entry(table, asked) for asked in table["asked"].unique()]
     table["best"] = table.index.isin([winner.name for winner in winners if winner is not None])
     return table
@@ -77,6 +79,7 @@ def _pooled(rows: pd.DataFrame, more: dict[str, Any]) -> dict[str, Any]:
         "measured": float(rows["measured"].mean()),
         "perplexity": geometric_mean(rows["perplexity"]),
         "collapsed": bool(is_collapsed(rows).any()),
+        "gone": int(is_collapsed(rows).sum()),
         "seeds": int(rows["run"].nunique()),
         "runs": tuple(dict.fromkeys(rows["run"])),
         **{name: rows[name].agg(how) for name, how in more.items()},
@@ -111,11 +114,33 @@ def _levels(measured: pd.Series) -> pd.Series:
     return pd.Series(levels).reindex(measured.index)
 
 
+def _behind(table: pd.DataFrame, perplexities: list[pd.Series]) -> pd.Series:
+    """How many entries are ahead of each, of those that it can be compared with.
+
+    Two are compared over the seeds that both have: a seed that only one of them has, as where another failed,
+    may be an easy one.
+
+    Args:
+        table: a row an entry. perplexities: of each, by seed.
+    """
+    behind = pd.Series(0, index=table.index)
+    for _, group in table[~table["collapsed"]].groupby(["asked", "level"], sort=False):
+        by_seed = pd.concat([perplexities[place] for place in group.index], axis=1)
+        losses = np.log(by_seed.to_numpy(dtype=float)).T  # (entries, seeds)
+        apart = losses[:, None] - losses[None]
+        shared = np.isfinite(apart).sum(axis=-1)
+        alone = np.log(group["perplexity"].to_numpy(dtype=float))
+        means = np.nansum(apart, axis=-1) / np.maximum(shared, 1)
+        means = np.where(shared > 0, means, alone[:, None] - alone[None])
+        behind[group.index] = (means > 0).sum(axis=1)
+    return behind
+
+
 def best_entry(table: pd.DataFrame, asked: float) -> pd.Series | None:
     """The best entry of an asked sparsity; every table, chart and sentence asks here. None: all collapsed.
 
-    It has the lowest perplexity of the entries that have the sparsity that was asked. If a merge has lost
-    zeros of all of them, of those that come nearest.
+    It has the lowest perplexity of the entries that have the sparsity that was asked, over the seeds that
+    they share. If a merge has lost zeros of all of them, of those that come nearest.
 
     Args:
         table: what `entries` returns.
@@ -125,7 +150,7 @@ def best_entry(table: pd.DataFrame, asked: float) -> pd.Series | None:
         return None
     nearest = there.iloc[int((there["measured"] - there["asked"]).abs().argmin())]
     alike = there[there["level"] == nearest["level"]]
-    return alike.iloc[int(alike["perplexity"].argmin())]
+    return alike.sort_values(["behind", "perplexity"], kind="stable").iloc[0]
 
 
 def sparsity_words(values: Iterable[float]) -> dict[float, str]:

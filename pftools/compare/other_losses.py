@@ -10,10 +10,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from pftools.compare import other_results
-from pftools.compare.verdicts import p_in_words, perplexity_in_words
+from pftools.compare.verdicts import p_in_words, perplexity_in_words, ratio_in_words
 from pftools.errors import PftoolsError
 from pftools.inference.verdict import (
     DIFFERS,
@@ -65,11 +66,13 @@ class LossComparison:
         return f"{one} and {other} cannot be told apart ({self._numbers()}): {doubt}."
 
     def _numbers(self) -> str:
-        ratio, low, high = (math.exp(value) for value in (self.judged.mean, *self.judged.interval))
+        ratio, low, high = (
+            ratio_in_words(_exp(value)) for value in (self.judged.mean, *self.judged.interval)
+        )
         first, second = (perplexity_in_words(value) for value in self.perplexities)
         seeds = f", {self.judged.n_seeds} seeds" if self.judged.n_seeds > 1 else ""
         return (
-            f"{first} and {second}, ratio {ratio:.3f} [{low:.3f}, {high:.3f}], "
+            f"{first} and {second}, ratio {ratio} [{low}, {high}], "
             f"{self.judged.estimate.n_blocks:,} blocks{seeds}, p {p_in_words(self.judged.p)}"
         )
 
@@ -79,7 +82,7 @@ def holds_losses(path: str | Path) -> bool:
     path = Path(path)
     if path.suffix != ".csv" or not path.is_file():
         return False
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         return {name.strip() for name in file.readline().split(",")} >= _COLUMNS
 
 
@@ -114,8 +117,13 @@ def compare_losses(first: str | Path, second: str | Path, *, margin: float | Non
         )
     judged = judge_losses(one, other)
     names = (paths[0].name, paths[1].name) if paths[0].name != paths[1].name else (str(first), str(second))
-    perplexities = (math.exp(one.to_numpy().mean()), math.exp(other.to_numpy().mean()))
+    perplexities = (_exp(one.to_numpy().mean()), _exp(other.to_numpy().mean()))
     return LossComparison(names, perplexities, judged, margin)
+
+
+def _exp(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
 
 
 def _of(table: pd.DataFrame) -> str:
@@ -127,20 +135,21 @@ def read_losses(path: Path) -> pd.DataFrame:
     """Losses in nats a token: a row a seed, a column a block.
 
     Raises:
-        PftoolsError: a loss that is missing, not a number or there twice; or fewer than five blocks.
+        PftoolsError: no CSV; a loss that is missing, infinite, no number or there twice; or fewer than five
+            blocks.
     """
-    table = pd.read_csv(path)
+    table = other_results.read_csv(path)
     table["seed"] = table["seed"] if "seed" in table else 0
     repeated = table.duplicated(["seed", "block"])
     if repeated.any():
-        row = table[repeated].iloc[0]
+        seed, block = (table.loc[repeated, name].iloc[0] for name in ("seed", "block"))
         raise PftoolsError(
-            f"{path} has block {row['block']:g} of the seed {row['seed']:g} twice: a file holds the losses "
+            f"{path} has block {block} of the seed {seed} twice: a file holds the losses "
             "of one way of training, with a column seed where there are several."
         )
     table["nll"] = pd.to_numeric(table["nll"], errors="coerce")
     grid = table.pivot(index="seed", columns="block", values="nll")
-    missing = grid.isna()
+    missing = ~grid.apply(np.isfinite)
     if missing.any(axis=None):
         place, column = divmod(int(missing.to_numpy().argmax()), missing.shape[1])
         seed, block = grid.index[place], grid.columns[column]

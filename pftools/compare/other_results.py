@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def read_results(path: str | Path, *, metric: str | None = None) -> pd.DataFrame
     if path.is_dir():
         table = _read_folder(path, metric)
     elif path.suffix == ".csv":
-        table = _checked(_read_csv(path), path)
+        table = _checked(read_csv(path, text=("question", "seed", "task")), path)
     elif path.suffix in (".jsonl", ".json"):
         table = _read_jsonl(path, metric)
     else:
@@ -148,14 +149,21 @@ def read_results(path: str | Path, *, metric: str | None = None) -> pd.DataFrame
     return table
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def read_csv(path: Path, *, text: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV whose first line names its columns; those in ``text`` are no numbers.
+
+    Raises:
+        PftoolsError: it is not there, or no CSV.
+    """
     try:
-        return pd.read_csv(path, dtype={"question": str, "seed": str, "task": str})
+        kinds = dict.fromkeys(text, str)
+        return pd.read_csv(path, dtype=kinds, encoding="utf-8-sig", skipinitialspace=True)
     except FileNotFoundError:
         raise PftoolsError(f"{path} is not there: give a CSV, a JSONL or a folder of results.") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise PftoolsError(
-            f"{path} cannot be read as CSV ({error}): its first line names the columns question and correct."
+            f"{path} cannot be read as CSV ({' '.join(str(error).split())}): its first line names the "
+            "columns."
         ) from None
 
 

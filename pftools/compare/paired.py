@@ -155,6 +155,9 @@ def smallest_visible_difference(
             Pooled over seeds: the mean square of the questions' differences.
         alpha: the level of the test; over several pairs, the level of Holm's strictest step, 0.05 / pairs.
 
+    Returns:
+        The difference; infinite where so few questions show none.
+
     Source: Connor (1987), Biometrics 43, the sample size of McNemar's test, solved for the difference. Never
     less than the number of one-sided questions that an exact test needs to reach ``alpha`` at all.
     """
@@ -162,16 +165,17 @@ def smallest_visible_difference(
     least = math.ceil(1 + math.log2(1 / alpha)) / n
 
     def needed(difference: float) -> float:
-        spread = math.sqrt(max(disagreement - difference**2, 0))
-        return ((z_alpha * math.sqrt(disagreement) + z_power * spread) / difference) ** 2
+        one_sided = max(disagreement, difference)  # no difference is larger than the disagreement
+        spread = math.sqrt(one_sided - difference**2)
+        return ((z_alpha * math.sqrt(one_sided) + z_power * spread) / difference) ** 2
 
-    low, high = 1e-6, max(disagreement, 1e-6)
-    if needed(high) > n:
-        return min(1.0, max(high, least))
+    low, high = 1e-6, 1.0
+    if needed(high) > n or least > 1:
+        return math.inf
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if needed(middle) <= n else (middle, high)
-    return min(1.0, max(high, least))
+    return max(high, least)
 
 
 def smallest_visible_ratio(

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from pftools.compare.entries import best_entry, entries, rows_by_entry, sparsity_words
+from pftools.compare.entries import best_entry, entries, geometric_mean, rows_by_entry, sparsity_words
 from pftools.compare.paired import (
     ALPHA,
     FEWEST_BLOCKS,
@@ -57,6 +57,7 @@ COLUMNS = [
     "tokens_first",
     "tokens_second",
     "seeds",
+    "alone",
     "low",
     "high",
     "p",
@@ -80,6 +81,7 @@ class _Pair:
     best: str
     one: pd.DataFrame
     other: pd.DataFrame
+    alone: int  # trainings of one of them with a seed that the other lacks, which are left out
     level: float = ALPHA  # of this look, where seeds are spent one look after the other
 
     @property
@@ -104,6 +106,7 @@ class _Pair:
             "tokens_first": int(self.one["finetune_tokens"].iloc[0]),
             "tokens_second": int(self.other["finetune_tokens"].iloc[0]),
             "seeds": len(self.one),
+            "alone": self.alone,
             "low": math.nan,
             "high": math.nan,
             "p": math.nan,
@@ -122,7 +125,7 @@ class _Row:
 
     values: dict[str, Any]
     judged: Judged | None = None
-    visible: Callable[..., float] | None = None
+    visible: Callable[[float], float] | None = None
     level: float = ALPHA
 
 
@@ -150,6 +153,7 @@ def _pairs(results: pd.DataFrame, looks: Looks | None) -> Iterator[_Pair]:
         for first, second in itertools.combinations(group.index, 2):
             one, other = frames[first], frames[second]
             seeds = [seed for seed in one.index if seed in other.index]
+            alone = len(one) + len(other) - 2 * len(seeds)
             seeds = sorted(seeds)[: looks.last(len(seeds))] if looks else seeds
             if seeds:
                 yield _Pair(
@@ -159,6 +163,7 @@ def _pairs(results: pd.DataFrame, looks: Looks | None) -> Iterator[_Pair]:
                     "" if best is None else str(best["label"]),
                     one.loc[seeds],
                     other.loc[seeds],
+                    alone,
                     looks.share(len(seeds)) if looks else ALPHA,
                 )
 
@@ -184,8 +189,9 @@ def compare_orderings(
     Returns:
         A row a pair. first, second (labels of the entries), pair (both, and where), asked, where (the
         sparsity in words), best (the label of the best entry there, empty where all collapsed), measured,
-        tokens and perplexity of both (_first, _second), seeds, n (blocks), agree (seeds with the sign of
-        the whole), ratio, low, high, p, p_holm, visible (the ratio that would be seen four times in five),
+        tokens and perplexity of both (_first, _second) over the seeds that both have, seeds (how many those
+        are), alone (how many trainings have no partner), n (blocks), agree (seeds with the sign of the
+        whole), ratio, low, high, p, p_holm, visible (the ratio that would be seen four times in five),
         verdict_kind (`differs`, `cannot be told apart`, `equivalent`, `not comparable` or `collapsed`),
         meaning (what follows from that about orderings, or what would show more) and verdict, a sentence.
     """
@@ -199,8 +205,8 @@ def compare_orderings(
 def _perplexity_row(pair: _Pair, block_nll: Mapping[str, ArrayLike]) -> _Row:
     row = {
         **pair.row(),
-        "perplexity_first": float(pair.first["perplexity"]),
-        "perplexity_second": float(pair.second["perplexity"]),
+        "perplexity_first": geometric_mean(pair.one["perplexity"]),
+        "perplexity_second": geometric_mean(pair.other["perplexity"]),
         "collapsed_first": bool(pair.first["collapsed"]),
         "collapsed_second": bool(pair.second["collapsed"]),
         "ratio": math.nan,
@@ -216,11 +222,11 @@ def _perplexity_row(pair: _Pair, block_nll: Mapping[str, ArrayLike]) -> _Row:
     if len(first) == 1:
         found = compare_perplexity(first[0], second[0])
         row |= {"ratio": found.estimate, **_numbers(found)}
-        return _Row(row, judged, partial(smallest_visible_ratio, first[0], second[0]))
-    low, high = judged.estimate.interval(pair.level)
+        return _Row(row, judged, lambda level: smallest_visible_ratio(first[0], second[0], alpha=level))
+    low, high = judged.interval_at(pair.level)
     p = _over_looks(judged.p, pair.level)
     row |= {"ratio": _ratio(judged.mean), "low": _ratio(low), "high": _ratio(high), "p": p}
-    return _Row(row, judged, lambda alpha: _ratio(judged.visible(alpha)), pair.level)
+    return _Row(row, judged, lambda level: _ratio(judged.visible(level)), pair.level)
 
 
 def _over_looks(p: float, level: float) -> float:
@@ -297,17 +303,17 @@ def _task_rows(pair: _Pair, one: pd.DataFrame, other: pd.DataFrame) -> Iterator[
         if len(first) == 1:
             found = compare_accuracy(first[0], second[0])
             disagreement = float(((first - second) ** 2).mean())
-            visible = partial(smallest_visible_difference, found.n, disagreement=disagreement)
+            visible = partial(_visible_share, found.n, disagreement)
             yield str(task), _Row({**row, **_numbers(found)}, judged, visible)
         else:
-            low, high = judged.estimate.interval(pair.level)
+            low, high = judged.interval_at(pair.level)
             p = _over_looks(judged.p, pair.level)
             row |= {"low": low, "high": high, "p": p, "n": first.shape[1]}
-            yield str(task), _Row(row, judged, partial(_visible_accuracy, judged), pair.level)
+            yield str(task), _Row(row, judged, judged.visible, pair.level)
 
 
-def _visible_accuracy(judged: Judged, alpha: float) -> float:
-    return min(1.0, judged.visible(alpha))
+def _visible_share(n: int, disagreement: float, level: float) -> float:
+    return smallest_visible_difference(n, disagreement=disagreement, alpha=level)
 
 
 def _answers(samples: pd.DataFrame) -> pd.Series:
@@ -338,7 +344,7 @@ def _corrected(rows: list[_Row], numbers: list[str], size: _Size) -> pd.DataFram
         kind = row.judged.kind(p, size.margin, level=row.level)
         row.values["p_holm"] = p
         row.values["verdict_kind"] = kind
-        row.values["visible"] = row.visible(alpha=level)
+        row.values["visible"] = row.visible(level)
         row.values["meaning"] = _meaning(row.judged, kind, size, level)
     return pd.DataFrame([row.values for row in rows])
 

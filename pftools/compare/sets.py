@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,7 @@ class BestSet:
         labels: of the entries that took part, the best found first. leaves: the level at which each
             leaves the set, 1 for those that never do.
         n_seeds, n: how many seeds, and blocks or questions, all of them have.
+        unequal: whether some have more seeds, which are left out.
         equivalent: whether those in the set are shown to be alike within the margin.
         margin: of the reader; None where none was set.
         looks: those that were taken, where seeds are spent one look after the other; then ``leaves`` is
@@ -52,6 +53,7 @@ class BestSet:
     equivalent: bool = False
     margin: float | None = None
     looks: tuple[Look, ...] = ()
+    unequal: bool = False
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -74,7 +76,7 @@ def decisions(
 ) -> dict[float, Spent]:
     """{asked sparsity: which entries need more seeds}; the arguments are those of `best_sets`."""
     found = {}
-    for asked, _, frames in _compared(results, looks):
+    for asked, _, frames, _ in _compared(results, looks):
         losses = _losses(frames, block_nll)
         if losses is not None:
             decision = decide(
@@ -107,13 +109,15 @@ def best_sets(
             is looked at with as many seeds, each at its own 5%.
     """
     found = []
-    for asked, where, frames in _compared(results, looks):
+    for asked, where, frames, unequal in _compared(results, looks):
+        sets = []
         losses = _losses(frames, block_nll)
         if losses is not None:
             limit = None if margin is None else float(np.log1p(margin))
-            found.append(_set_of(PERPLEXITY, asked, where, losses, crossed_mean, limit, margin, looks))
+            sets.append(_set_of(PERPLEXITY, asked, where, losses, crossed_mean, limit, margin, looks))
         for task, wrong in _wrong_answers(frames, samples or {}):
-            found.append(_set_of(task, asked, where, wrong, crossed_proportion, margin, margin, looks))
+            sets.append(_set_of(task, asked, where, wrong, crossed_proportion, margin, margin, looks))
+        found += [replace(one, unequal=unequal) for one in sets]
     return found
 
 
@@ -130,8 +134,9 @@ def _losses(
 
 def _compared(
     results: pd.DataFrame, looks: Looks | None = None
-) -> Iterator[tuple[float, str, dict[str, pd.DataFrame]]]:
-    """(asked, in words, {label: rows by seed}) of at least two entries that can be compared.
+) -> Iterator[tuple[float, str, dict[str, pd.DataFrame], bool]]:
+    """(asked, in words, {label: rows by seed}, whether seeds were left out) of at least two entries that can
+    be compared.
 
     All have the same seeds; with looks, each as many of the first ones as it has.
     """
@@ -148,7 +153,8 @@ def _compared(
         own = {row["label"]: frames[place] for place, row in alike.iterrows()}
         shared = _first_seeds(own) if looks else _common_seeds(own)
         if len(own) > 1 and all(shared.values()):
-            yield asked, words[asked], {label: own[label].loc[seeds] for label, seeds in shared.items()}
+            kept = {label: own[label].loc[seeds] for label, seeds in shared.items()}
+            yield asked, words[asked], kept, any(len(own[label]) > len(kept[label]) for label in kept)
 
 
 def _common_seeds(frames: dict[str, pd.DataFrame]) -> dict[str, list[int]]:
@@ -242,6 +248,12 @@ def set_in_words(found: BestSet, *, value: str = "") -> str:
     reached = f", {value}" if value and len(members) == 1 else ""
     unit = "blocks" if found.metric == PERPLEXITY else "questions"
     drawn = f"{found.n_seeds} seeds, " if found.n_seeds > 1 else ""
+    if found.unequal:
+        drawn = (
+            f"the {found.n_seeds} seeds that all have, "
+            if found.n_seeds > 1
+            else "the one seed that all have, "
+        )
     if found.looks:
         seeds = [str(look.n_seeds) for look in found.looks]
         drawn = f"at the first look, {seeds[0]} seeds, "

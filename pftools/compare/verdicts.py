@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pftools.compare.entries import SPARSITY_TOLERANCE, sparsity_words
-from pftools.compare.paired import FEWEST_BLOCKS
+from pftools.compare.paired import ALPHA, FEWEST_BLOCKS
 
 _EQUAL_BUDGETS = 0.001  # a total that is split over several F's loses a token or two
 
@@ -26,10 +26,11 @@ def perplexity_verdict(row: Mapping[str, Any], *, brief: bool = False) -> str:
     better, worse = (second, first) if swapped else (first, second)
     ends = [row["ratio"], row["low"], row["high"]]
     ratio, low, high = [1 / ends[0], 1 / ends[2], 1 / ends[1]] if swapped else ends
-    values = sorted((row["perplexity_first"], row["perplexity_second"]))
+    values = [row["perplexity_first"], row["perplexity_second"]][:: -1 if swapped else 1]
     numbers = (
         f"{perplexity_in_words(values[0])} vs {perplexity_in_words(values[1])}, "
-        f"ratio {ratio:.3f} [{low:.3f}, {high:.3f}], corrected p {p_in_words(row['p_holm'])}{_seeds(row)}"
+        f"ratio {ratio_in_words(ratio)} [{ratio_in_words(low)}, {ratio_in_words(high)}], "
+        f"{_p_values(row)}{_seeds(row)}"
     )
     budgets = _budgets(row, swapped=swapped)
     if row["verdict_kind"] == "differs":
@@ -39,8 +40,7 @@ def perplexity_verdict(row: Mapping[str, Any], *, brief: bool = False) -> str:
         return f"{better} and {worse} are equivalent within {row['meaning']} at {at} ({numbers}); {budgets}."
     return (
         f"{better} and {worse} cannot be told apart at {at} on {row['n']} blocks ({numbers}): "
-        f"a difference of {row['visible'] - 1:.1%} would be seen four times in five; {row['meaning']}; "
-        f"{budgets}."
+        f"{_visible_ratio(row['visible'])} would be seen four times in five; {row['meaning']}; {budgets}."
     )
 
 
@@ -93,10 +93,10 @@ def task_verdict(row: Mapping[str, Any]) -> str:
             f"{_budgets(row)}."
         )
     if row["verdict_kind"] != "differs":
+        own = f" ({_uncorrected(row)})" if _uncorrected(row) else ""
         return (
-            f"{row['task']}: at {at}, {first} and {second} cannot be told apart on {row['n']:,} questions: a "
-            f"difference under {row['visible'] * 100:.0f} points would be seen less than four times in five; "
-            f"{row['meaning']}; {_budgets(row)}."
+            f"{row['task']}: at {at}, {first} and {second} cannot be told apart on {row['n']:,} questions"
+            f"{own}: {_visible_points(row['visible'])}; {row['meaning']}; {_budgets(row)}."
         )
     swapped = row["difference"] < 0
     better, worse = (second, first) if swapped else (first, second)
@@ -104,7 +104,7 @@ def task_verdict(row: Mapping[str, Any]) -> str:
     values = sorted((row["accuracy_first"], row["accuracy_second"]), reverse=True)
     numbers = (
         f"{values[0]:.1%} vs {values[1]:.1%}, {abs(row['difference']) * 100:.1f} points "
-        f"[{low * 100:.1f}, {high * 100:.1f}], corrected p {p_in_words(row['p_holm'])}{_seeds(row)}"
+        f"[{low * 100:.1f}, {high * 100:.1f}], {_p_values(row)}{_seeds(row)}"
     )
     budgets = _budgets(row, swapped=swapped)
     return f"{row['task']}: {_ahead(row, better, worse)} at {at} ({numbers}): {row['meaning']}; {budgets}."
@@ -124,8 +124,42 @@ def perplexity_in_words(perplexity: float) -> str:
     return f"{perplexity:,.0f}" if perplexity < 1e7 else f"{perplexity:.1e}"
 
 
+def ratio_in_words(ratio: float) -> str:
+    """A ratio of perplexities as it is written: "0.832", "1,234", "3.1e+12", "infinite"."""
+    if 0.001 <= ratio < 1000:
+        return f"{ratio:.3f}"
+    return f"{ratio:.1e}" if ratio < 0.001 else perplexity_in_words(ratio)
+
+
+def _visible_ratio(ratio: float) -> str:
+    return f"a difference of {ratio - 1:.1%}" if ratio < 10 else f"only a ratio of {ratio_in_words(ratio)}"
+
+
+def _visible_points(difference: float) -> str:
+    """Whether a difference of accuracies would be seen; one above 1 there is none of."""
+    if difference > 1:
+        return "no difference would be seen four times in five"
+    return f"a difference under {difference * 100:.0f} points would be seen less than four times in five"
+
+
+def _p_values(row: Mapping[str, Any]) -> str:
+    own = _uncorrected(row)
+    return f"corrected p {p_in_words(row['p_holm'])}" + (f", {own}" if own else "")
+
+
+def _uncorrected(row: Mapping[str, Any]) -> str:
+    """The pair's own p, where the correction decides: its interval, which is its own, leaves "no difference"
+    out."""
+    if row["p"] < ALPHA <= row["p_holm"]:
+        return f"p {p_in_words(row['p'])} before the correction for all pairs"
+    return ""
+
+
 def _seeds(row: Mapping[str, Any]) -> str:
-    return f", {row['seeds']} seeds" if row["seeds"] > 1 else ""
+    seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
+    if row["alone"]:
+        return f", {seeds} that both have"
+    return f", {seeds}" if row["seeds"] > 1 else ""
 
 
 def _budgets(row: Mapping[str, Any], *, swapped: bool = False) -> str:

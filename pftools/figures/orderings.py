@@ -290,7 +290,11 @@ def pair_ratios(pairs: pd.DataFrame, *, title: str) -> alt.LayerChart:
     one = alt.Chart(pd.DataFrame({"one": [1.0]})).mark_rule(color=SOFT, strokeDash=[5, 4]).encode(x="one:Q")
     interval = base.mark_rule(strokeWidth=3).encode(x=x, x2="high:Q")
     dots = base.mark_circle(size=90, opacity=1).encode(x="ratio:Q")
-    words = title_of(title, "Ratio of two perplexities with its 95% interval; 1 is no difference.")
+    words = title_of(
+        title,
+        "Ratio of two perplexities with its own 95% interval; 1 is no difference. Colours are after the "
+        "correction for all pairs.",
+    )
     return _layered(one, interval, dots).properties(title=words, height=44 * len(drawn))
 
 

@@ -28,9 +28,9 @@ def visible_difference(
 
     Mean squares are random too, most of all that of few seeds: the power is averaged over their
         quantiles. NaN where the seeds' variance is unknown;
-    infinite for one seed, which says nothing about other trainings.
+    infinite for one seed, which says nothing about other trainings, and for one block.
     """
-    if n_seeds < 2:
+    if n_seeds < 2 or n_blocks < 2:
         return math.inf
     of_seeds, of_blocks, rest = variances.of_mean(n_seeds, n_blocks)
     error = math.sqrt(of_seeds + of_blocks + rest)

@@ -48,8 +48,17 @@ class Judged:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95% interval of the mean difference."""
-        low, high = self.estimate.interval(LEVEL)
-        return float(low), float(high)
+        return self.interval_at(LEVEL)
+
+    def interval_at(self, level: float) -> tuple[float, float]:
+        """The interval that misses the mean difference with probability ``level``.
+
+        Of shares of questions it ends at -1 and 1, as one question alone says no more.
+        """
+        low, high = (float(end) for end in self.estimate.interval(level))
+        if self.unit == "questions":
+            low, high = (-1.0, 1.0) if math.isnan(low) else (max(low, -1.0), min(high, 1.0))
+        return low, high
 
     def kind(self, p_corrected: float, margin: float | None = None, *, level: float = LEVEL) -> str:
         """ "differs", "equivalent" (within the margin, over several seeds) or "cannot be told apart".

@@ -116,7 +116,8 @@ def _best_in_words(ends: pd.DataFrame, best: pd.Series, found: compare.BestSet |
     if found is not None and found.members == (best["label"],):
         return compare.set_in_words(found, value=value)
     if found is not None:
-        return f"{compare.set_in_words(found)} The lowest number is that of {best['label']}, {value}."
+        lowest = "The lowest number" + (" over the seeds that they share" if found.unequal else "")
+        return f"{compare.set_in_words(found)} {lowest} is that of {best['label']}, {value}."
     where = sparsity_words(ends["asked"])[asked]
     if (ends["asked"] == asked).sum() == 1:
         return f"At {where}, {best['label']} has a perplexity of {value}; there is nothing to compare."
@@ -129,10 +130,16 @@ def _collapsed(entries: pd.DataFrame) -> str:
     if not len(gone):
         return ""
     named = [
-        f"{code(label)} (perplexity {plain(perplexity_in_words(perplexity))})"
-        for label, perplexity in zip(gone["label"], gone["perplexity"])
+        f"{code(entry['label'])} (perplexity {plain(perplexity_in_words(entry['perplexity']))}"
+        f"{_seeds_of(entry)})"
+        for _, entry in gone.iterrows()
     ]
     return f"{', '.join(named)}, worse than guessing among all tokens of the vocabulary."
+
+
+def _seeds_of(entry: pd.Series) -> str:
+    """How many of a collapsed entry's seeds have collapsed, where not all have."""
+    return f"; {entry['gone']} of {entry['seeds']} seeds" if entry["gone"] < entry["seeds"] else ""
 
 
 def verdict_list(pairs: pd.DataFrame) -> str:

@@ -186,14 +186,15 @@ def visible_differences(compared: pd.DataFrame) -> Styler:
                 for low, high in zip(compared["low"], compared["high"])
             ],
             "corrected p": compared["p_holm"],
-            "seen four times in five": compared["visible"] * 100,
+            "seen four times in five": [
+                f"{100 * visible:.1f}" if visible <= 1 else "none" for visible in compared["visible"]
+            ],
             "told apart": ["yes" if kind == "differs" else "no" for kind in compared["verdict_kind"]],
         }
     )
     formats = {
         "difference": "{:+.1f}",
         "corrected p": compare.p_in_words,
-        "seen four times in five": "{:.1f}",
         "questions": "{:,}",
     }
     return styled(shown, formats).apply(_bold_where_told_apart, axis=1)
