@@ -2,7 +2,8 @@
 
 A row is a conversation when it has one of these sets of columns:
 
-- `messages`: a list of {"role", "content"}; in a table, the same list as JSON.
+- `messages`: a list of {"role", "content"}, with what else the template reads (`tool_calls`); in a table,
+  the same list as JSON.
 - `prompt` and `completion`.
 - `instruction` and `output` (or `response`), with an optional `input` that follows the instruction.
 """
@@ -17,7 +18,7 @@ from pftools.errors import PftoolsError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
+Message = dict[str, Any]
 _ANSWERS = {"completion": "prompt", "output": "instruction", "response": "instruction"}  # {answer: question}
 
 
@@ -47,16 +48,29 @@ def conversations_of(rows: list[dict[str, Any]], place: str) -> list[Conversatio
 
 def _conversation(row: dict[str, Any], place: str) -> Conversation:
     messages = _messages(row, place) if "messages" in row else _pair(row, place)
-    for number, message in enumerate(messages, 1):
-        known = isinstance(message, dict) and isinstance(message.get("role"), str)
-        if not known or not isinstance(message.get("content"), str):
-            raise PftoolsError(
-                f"{place}, message {number}, is no message: it should be "
-                '{"role": "user", "content": "..."}, with text in both.'
-            )
+    messages = [_message(found, f"{place}, message {number}") for number, found in enumerate(messages, 1)]
     if not any(message["role"] == "assistant" for message in messages):
-        raise PftoolsError(f"{place} has no message of the role 'assistant': there is nothing to learn from.")
-    return Conversation(json.dumps([{name: m[name] for name in ("role", "content")} for m in messages]))
+        raise PftoolsError(
+            f"{place} has no message of the role 'assistant', so there is nothing to learn from: remove the "
+            "row."
+        )
+    return Conversation(json.dumps(messages))
+
+
+def _message(found: Any, place: str) -> Message:
+    """A message with all that it says; of a table, what other rows have and this one lacks is left out."""
+    message = (
+        {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}
+    )
+    if message.get("tool_calls"):
+        message.setdefault("content", "")
+    if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+        raise PftoolsError(
+            f'{place}, is no message: it should be {{"role": "user", "content": "..."}}, with text in both.'
+        )
+    if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
+        raise PftoolsError(f"{place}, is an empty answer, of which nothing can be learnt: remove the row.")
+    return message
 
 
 def _messages(row: dict[str, Any], place: str) -> list[Any]:
@@ -83,13 +97,13 @@ def _pair(row: dict[str, Any], place: str) -> list[Any]:
 def tokens_of(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation by the model's chat template, and which of them are answers.
 
-    An answer is what the template adds to the conversation before it, up to the next message: the text and
-    the end of the turn, without the header that says whose turn it is. A token is part of an answer when it
-    begins inside it.
+    An answer is what the template adds to its own prompt for one, up to the next message: the text and the
+    end of the turn, without the header that says whose turn it is. A token is part of an answer when one of
+    its letters is, as in transformers' own mask.
 
     Raises:
-        PftoolsError: the model has no chat template, or one that writes earlier turns differently when
-            another follows.
+        PftoolsError: the model has no chat template, or one that refuses the conversation or does not show
+            where its answers are.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise PftoolsError(
@@ -101,36 +115,62 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) ->
             f"{type(tokenizer).__name__} does not say which letters a token stands for, so answers cannot "
             "be told from questions: give a model with a fast tokenizer (tokenizer.json)."
         )
-    text, answers = _text_and_answers(tokenizer, conversation.messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    begins = [start for start, _ in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), [any(a <= start < b for a, b in answers) for start in begins]
-
-
-def _text_and_answers(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
-) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as the template writes it, and where its answers begin and end."""
+    messages = conversation.messages
     text = _applied(tokenizer, messages)
-    answers = []
-    for place, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _applied(tokenizer, messages[:place], add_generation_prompt=True)
-            until = _applied(tokenizer, messages[: place + 1])
-            if not (text.startswith(until) and until.startswith(before)):
-                raise PftoolsError(
-                    "the model's chat template writes a turn differently when another follows it, so answers "
-                    f"cannot be told from the rest (message {place + 1} of {len(messages)}): give "
-                    "conversations of one question and one answer each."
-                )
-            answers.append((len(before), len(until)))
-    return text, answers
+    answers = [
+        _span(tokenizer, messages, place, text)
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    is_answer = [any(start < b and end > a for a, b in answers) for start, end in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), is_answer
+
+
+_MARK = "\ue000an answer\ue001"  # stands in for an answer; letters that no text has
+
+
+def _span(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: int, text: str
+) -> tuple[int, int]:
+    """Where the answer at a place of a conversation begins and ends in its text.
+
+    Most templates write the messages one after the other, so an answer lies between the prompt for it and
+    the conversation up to it. Some change what they wrote when another message follows (they drop what a
+    model was thinking), or have no prompt: there the answer is where a mark in its place would stand.
+    """
+    until = _applied(tokenizer, messages[: place + 1])
+    asked = _applied(tokenizer, messages[:place]) if place else ""
+    prompt = _applied(tokenizer, messages[:place], add_generation_prompt=True) if place else ""
+    if prompt != asked and until.startswith(prompt) and text.startswith(until):
+        return len(prompt), len(until)
+    marked = [*messages[:place], {**messages[place], "content": _MARK}, *messages[place + 1 :]]
+    before, mark, after = _applied(tokenizer, marked).partition(_MARK)
+    end_of_turn = _applied(tokenizer, marked[: place + 1]).partition(_MARK)[2]
+    begin = len(prompt) if prompt != asked and text.startswith(prompt) else len(before)
+    end = len(text) - len(after)
+    if not (mark and begin <= end and text.startswith(before[:begin]) and text.endswith(after)):
+        raise PftoolsError(
+            f"the model's chat template does not show where message {place + 1} of {len(messages)} is in "
+            f"{_shown(messages)}, so its answer cannot be told from the rest: give conversations of one "
+            "question and one answer each, or a model with another template."
+        )
+    return begin, end + (len(end_of_turn) if after.startswith(end_of_turn) else 0)
 
 
 def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
-    from jinja2 import TemplateError
-
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except TemplateError as error:
-        raise PftoolsError(f"the model's chat template refuses a conversation: {error}.") from None
+    except Exception as error:  # a template is foreign code, and says itself what it does not take
+        cause = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise PftoolsError(
+            f"the model's chat template refuses a conversation: {cause}, in {_shown(messages)}: change or "
+            "remove the row, or give a model whose template takes it."
+        ) from None
+
+
+def _shown(messages: list[Message]) -> str:
+    """A conversation in a few words, for a message."""
+    roles = ", ".join(message["role"] for message in messages[:4])
+    more = ", ..." if len(messages) > 4 else ""
+    return f"the one that begins {messages[0]['content'][:40]!r} ({roles}{more})"
