@@ -25,7 +25,7 @@ The helper package behind the notebooks. A module is one idea, and imports only 
     redaction, settings                     secrets stay out of what is kept; validated parameters
     criteria                                how much a weight matters
     contents, files, shipped, records       digests; atomic writes; what comes along; files of text and rows
-    cells, colab                            what a cell sets; Colab
+    cells, colab, hub                       what a cell sets; Colab; what the hub says when it gives nothing
     memory, errors                          what runs out; errors in one sentence
 
 Importing pftools imports nothing heavy: torch and its friends come with the module that needs them.

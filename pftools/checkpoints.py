@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pftools import contents, needs, reload_check, run_folder, settings
+from pftools import contents, hub, needs, reload_check, run_folder, settings
 from pftools.adapters import Adapter, add_masks, load_adapter, merge_adapter, set_base
 from pftools.errors import PftoolsError
 from pftools.files import refuse_full, replacing, write_json, write_text
@@ -407,19 +407,24 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
 def push(folder: str | Path, repository: str) -> str:
     """Push an exported folder to a repository of the hub, made private if it is new; returns its address.
 
+    Weights that are there from an earlier push are removed: a model of several files beside one of a single
+    file would be read in its place. Other files of the repository stay.
+
     Raises:
         PftoolsError: not logged in, no network, or the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         address = HfApi().create_repo(repository, private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=repository, folder_path=folder)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        HfApi().upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+        )
+    except Exception as error:  # the hub refuses, or is not to be reached, in many ways
         raise PftoolsError(
-            f"{folder} could not be pushed to {repository!r} ({cause}): log in with `hf auth login` where "
-            "there is network; the folder stays as it is."
-        ) from None
+            f"{folder} could not be pushed to {repository!r} ({hub.cause_of(error)}): log in with `hf "
+            "auth login` as somebody who may write there, where there is network; the folder stays as it is."
+        ) from error
     return str(address)

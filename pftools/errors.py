@@ -1,7 +1,14 @@
 """Errors that people read: one sentence with the cause, the place and the remedy."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from yaml import MarkedYAMLError
 
 
 class PftoolsError(ValueError):
@@ -32,3 +39,14 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     close = get_close_matches(word, valid, n=1, cutoff=0.5)
     listed = f"valid: {', '.join(valid)}"
     return f"did you mean {close[0]!r}? ({listed})" if close else listed
+
+
+def not_yaml(path: Path, error: MarkedYAMLError) -> PftoolsError:
+    """What is wrong with a file that PyYAML does not take, and where."""
+    mark = error.problem_mark or error.context_mark
+    place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+    problem = " ".join((error.problem or error.context or "it cannot be read").split())
+    return PftoolsError(
+        f"{place}: this is not valid YAML ({problem}): look there for a bracket, a quote, a colon or an "
+        "indentation that is missing or one too many."
+    )

@@ -12,7 +12,7 @@ from pftools.settings import EMBEDDED_MODEL, STEPS
 
 _EMBEDDED = ("HuggingFaceTB/SmolLM2-135M", "apache-2.0")  # its name on the hub, its licence
 _SHOWN = {
-    "prune": "method pattern sparsity inputs allocation reconstruct_steps seed",
+    "prune": "method pattern sparsity inputs allocation reconstruct_steps corpus n_blocks block_length seed",
     "finetune": "corpus tokens steps epochs learning_rate adapter rank alpha targets base seed",
 }
 _LETTERS = {"prune": "P", "finetune": "F"}
@@ -29,13 +29,14 @@ def model_card(base: str, chain: list[Path], sparsity: float) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    records = [run_folder.read_record(folder) for folder in chain]
+    records = [_record(folder) for folder in chain]
     name, licence = _origin(base)
+    told = licence.get("license_name") or licence.get("license")
     corpora = {record["parameters"].get("corpus") for record in records} - {None}
     hub = [source for corpus in sorted(corpora) if (source := _on_the_hub(corpus))]
     data = ModelCardData(
         base_model=name,
-        license=licence,
+        **licence,
         datasets=list(dict.fromkeys(hub)) or None,
         metrics=["perplexity"],
         library_name="transformers",
@@ -56,7 +57,7 @@ def model_card(base: str, chain: list[Path], sparsity: float) -> str:
         "## What it is worth",
         _worth(base, chain),
         "## Licence",
-        f"That of the base model{f': {licence}' if licence else ', see there'}.",
+        f"That of the base model{f': {told}' if told else ', see there'}.",
         "## Again",
         "Each step starts from the model that the one before has left:",
         "```sh\n" + "\n".join(map(_command, records)) + "\n```",
@@ -105,6 +106,18 @@ tokenizer.save_pretrained("merged")
 """
 
 
+def _record(folder: Path) -> dict[str, Any]:
+    """The record of a run; of one that was pruned on a calibrate run's blocks, with what these are."""
+    record = run_folder.read_record(folder)
+    given = record["parameters"]
+    calibration = folder.parent / Path(given.get("calibration") or "none").name
+    if run_folder.is_finished(calibration):
+        blocks = run_folder.read_record(calibration)["parameters"]
+        chosen = {name: blocks[name] for name in ("corpus", "n_blocks", "block_length")}
+        record = {**record, "parameters": {**given, **chosen}}
+    return record
+
+
 def _asked(records: list[dict[str, Any]]) -> str:
     asked = [record["parameters"]["sparsity"] for record in records if record["step"] == "prune"]
     return f"{asked[-1]:.2%} was asked, and " if asked else ""
@@ -118,20 +131,29 @@ def _on_the_hub(corpus: str) -> str | None:
     return found[0] if found else None
 
 
-def _origin(base: str) -> tuple[str | None, str | None]:
-    """(the base model's id on the hub, its licence), each None where it is not known."""
+def _origin(base: str) -> tuple[str | None, dict[str, Any]]:
+    """The base model's id on the hub (None: it has none), and what its card says of its licence."""
     if base == EMBEDDED_MODEL:
-        return _EMBEDDED
+        name, licence = _EMBEDDED
+        return name, {"license": licence}
     folder = Path(base).expanduser()
-    if not folder.is_dir():
-        return base, None
+    return (None, _licence(str(folder / "README.md"))) if folder.is_dir() else (base, _licence(base))
+
+
+def _licence(source: str) -> dict[str, Any]:
+    """{"license": ...}, with name and link where the hub has no word for it; empty where no card says it.
+
+    Args:
+        source: a model card's file, or a model's id on the hub.
+    """
     from huggingface_hub import ModelCard
 
     try:
-        card = ModelCard.load(folder / "README.md").data
-    except (OSError, ValueError):
-        return None, None
-    return None, card.get("license")
+        card = ModelCard.load(source).data
+    except Exception:  # no card, a damaged one, or no hub, which fails in many ways
+        return {}
+    told = {name: card.get(name) for name in ("license", "license_name", "license_link")}
+    return {name: text for name, text in told.items() if isinstance(text, str)}
 
 
 def _steps(records: list[dict[str, Any]]) -> str:

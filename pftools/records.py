@@ -2,7 +2,8 @@
 
 Text: `.txt`, `.md`. Rows: `.jsonl` (one JSON object a line), `.json` (a list of objects), `.csv`, `.tsv` and
 `.parquet`. All but the last may be gzipped (`.jsonl.gz`). Text is UTF-8, or UTF-16 or UTF-32 with a byte
-order mark.
+order mark. The columns of a `.csv` are parted by commas, or by what its first line has instead: semicolons,
+tabs or vertical bars.
 """
 
 from __future__ import annotations
@@ -93,7 +94,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return _table(path, kind)
 
 
-def check_columns(rows: list[dict[str, Any]], columns: Iterable[str], place: str) -> None:
+def check_columns(
+    rows: list[dict[str, Any]],
+    columns: Iterable[str],
+    place: str,
+    remedy: str = "give rows that all have these columns",
+) -> None:
     """Refuse rows that lack a column.
 
     Raises:
@@ -106,7 +112,7 @@ def check_columns(rows: list[dict[str, Any]], columns: Iterable[str], place: str
         if missing:
             raise PftoolsError(
                 f"{place}, row {number}, has no column {', '.join(missing)}: it has "
-                f"{', '.join(row) or 'none'}."
+                f"{', '.join(row) or 'none'}; {remedy}."
             )
 
 
@@ -164,10 +170,10 @@ def _table(path: Path, kind: str) -> list[dict[str, Any]]:
     try:
         if kind == ".parquet":
             return parquet.read_table(io.BytesIO(_bytes(path))).to_pylist()
-        separator = "," if kind == ".csv" else "\t"
-        text = io.StringIO(read_text(path))
+        text = read_text(path)
+        separator = _separator(text) if kind == ".csv" else "\t"
         # Every value as the text that stands there: "NA" is a word, and 007 is not a number.
-        table = pd.read_csv(text, sep=separator, dtype=str, keep_default_na=False)
+        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
         return []
     except pyarrow.ArrowException:
@@ -177,4 +183,11 @@ def _table(path: Path, kind: str) -> list[dict[str, Any]]:
         raise PftoolsError(
             f"{path} is not a table ({said}): put text that holds separators or line breaks in double quotes."
         ) from None
-    return [dict(zip(table.columns, row)) for row in table.itertuples(index=False, name=None)]
+    names = [name.strip() for name in table.columns]
+    return [dict(zip(names, row)) for row in table.itertuples(index=False, name=None)]
+
+
+def _separator(text: str) -> str:
+    """What parts the columns of a table, by its first line."""
+    header = text.partition("\n")[0]
+    return next((letter for letter in (",", ";", "\t", "|") if letter in header), ",")

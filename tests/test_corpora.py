@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pftools import corpora
+from pftools import corpora, inputs, settings
 from pftools.corpora import pydocs, splits
 from pftools.errors import PftoolsError
 from tests.tiny import tiny_tokenizer
@@ -141,6 +141,10 @@ READABLE = {
     "quoted-line-breaks.csv": CSV.replace("night,", "night,\n"),
     "words-that-look-missing.csv": CSV + "\nNA,1\nnull,2\nnan,3\n007,4",
     "rows.tsv": CSV.replace(",", "\t").replace("night\t", "night,"),
+    "semicolons.csv": CSV.replace(",", ";").replace("night;", "night,"),
+    "bars.csv": CSV.replace(",", "|").replace("night|", "night,"),
+    "excel.csv": CSV.replace(",", "\t").replace("night\t", "night,").encode("utf-16"),
+    "spaces-in-header.csv": CSV.replace("text,number", " text , number"),
     "rows.parquet": parquet_of(ROWS),
     "some-empty.jsonl": LINES + '\n{"text": ""}\n{"text": " "}',
     "twice.jsonl": LINES + "\n" + LINES,
@@ -172,7 +176,7 @@ REFUSED = {
     "deep.jsonl": ("[" * 10**5, "line 1, is not a JSON object"),
     "null.jsonl": (LINES + '\n{"text": null}', "row 41, has null in the column 'text'"),
     "list.jsonl": (LINES + '\n{"text": ["a", "b"]}', "row 41, has a list in the column 'text'"),
-    "number.jsonl": (LINES + '\n{"text": 5}', "row 41, has a int in the column 'text'"),
+    "number.jsonl": (LINES + '\n{"text": 5}', "row 41, has a number in the column 'text'"),
     "other-column.jsonl": (LINES.replace('"text"', '"content"'), "row 1, has no column text: it has content"),
     "missing-late.jsonl": (LINES + '\n{"words": "x"}', "row 41, has no column text: it has words"),
     "no-columns.jsonl": ("{}\n" * 30, "row 1, has no column text: it has none"),
@@ -186,7 +190,7 @@ REFUSED = {
     "open-quote.csv": (CSV + '\n"a,1', "is not a table"),
     "short-row.csv": ("number,text\n1", "is empty"),
     "no-header.csv": (CSV.partition("\n")[2], "row 1, has no column text"),
-    "semicolons.csv": (CSV.replace(",", ";"), "has no column text: it has text;number"),
+    "colons.csv": (CSV.replace(",", ":"), "has no column text: it has text:number; name the column"),
     "no.parquet": (CSV, "damaged, or no Parquet file"),
     "cut.parquet": (parquet_of(ROWS)[:-20], "damaged, or no Parquet file"),
     "null.parquet": (parquet_of([*ROWS, {"text": None, "number": 1}]), "row 41, has null"),
@@ -247,6 +251,29 @@ def test_odd_folders_are_refused_in_one_sentence(tmp_path):
         corpora.documents(f"{tmp_path}/nowhere.txt", split="train")
     with pytest.raises(PftoolsError, match="there is no corpus 'gone.csv.gz'"):
         corpora.documents("gone.csv.gz", split="train")
+
+
+def test_a_folder_of_texts_is_split_like_one_file(tokenizer, tmp_path, monkeypatch):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number, tale in enumerate(TALES):
+        written(texts, f"tale {number}.txt", f"{tale}\n\n{tale} Again.\n")
+    with pytest.warns(UserWarning, match="texts has no file for a split, so its paragraphs are split"):
+        parts = {split: corpora.documents(f"{texts}/", split=split) for split in corpora.SPLITS}
+    assert all(parts.values()) and len(set(sum(parts.values(), []))) == sum(map(len, parts.values()))
+    whole = "\n\n".join(sum(parts.values(), []))
+    assert all(whole.count(tale) == 2 for tale in TALES)
+    # A run knows it by all of its files.
+    parameters = settings.Finetune(corpus=f"{texts}/")
+    before = inputs.visible(parameters)["corpus/train"]
+    written(texts, "tale 3.txt", "Another tale.")
+    assert inputs.visible(parameters)["corpus/train"] != before
+    written(texts, "test.txt", PARAGRAPHS)
+    with pytest.raises(PftoolsError, match="has no train split: it holds .*; add a file such as train.jsonl"):
+        corpora.documents(f"{texts}/", split="train")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PftoolsError, match="'texts' is none of the data root: .* as ./texts"):
+        corpora.documents("texts", split="train")
 
 
 def test_a_folders_files_may_be_of_any_kind(tmp_path):

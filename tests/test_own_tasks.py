@@ -111,6 +111,70 @@ def test_what_is_not_there_is_one_sentence(folder, tmp_path):
         evaluate.evaluate_tasks(tiny_llama(), tiny_tokenizer(), ["facts"], limit=1, apply_chat_template=True)
 
 
+def test_more_examples_than_there_are_is_one_sentence(folder):
+    words = {"include": folder, "progress": False}
+    with pytest.raises(
+        PftoolsError, match="with 13 examples, and has 12 to draw them from: give a num_fewshot"
+    ):
+        evaluate.evaluate_tasks(tiny_llama(), tiny_tokenizer(), ["capitals"], num_fewshot=13, **words)
+    text = (
+        (folder / "file_of_capitals.yaml").read_text().replace("fewshot_split: train", "fewshot_split: test")
+    )
+    (folder / "file_of_capitals.yaml").write_text(text)
+    with pytest.raises(PftoolsError, match="with 12 examples, and has 11 to draw them from"):
+        evaluate.evaluate_tasks(tiny_llama(), tiny_tokenizer(), ["capitals"], num_fewshot=12, **words)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (
+            "broken.yaml",
+            "task: [x\n  y: :",
+            "broken.yaml, line 2, column 4: this is not valid YAML .*: look there",
+        ),
+        ("empty.yaml", "", "empty.yaml holds no settings: it needs lines such as 'task: empty'"),
+        ("other.yaml", "include: gone.yaml\ntask: other", "other.yaml cannot be read .*gone.yaml.*: mend it"),
+        (
+            "below/again.yaml",
+            "task: capitals",
+            "'capitals' stands in .*again.yaml and in .*capitals.yaml: give",
+        ),
+    ],
+)
+def test_files_that_lm_eval_passes_over_are_named(folder, name, text, says):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    with pytest.raises(PftoolsError, match=says):
+        check_tasks(["bare"], include=folder)
+    (folder / name).rename(folder / "kept.txt")
+    check_tasks(["bare"], include=folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (
+            "capitals.jsonl",
+            "gone.jsonl",
+            "'capitals' reads .*gone.jsonl, and no such file .*: .*; mend data_files in",
+        ),
+        (
+            "{{question}}",
+            "{{questoin}}",
+            "UndefinedError: 'questoin' is undefined.: mend its file, or what that reads",
+        ),
+        ("test_split: test", "test_split: tset", "KeyError: 'tset'.: mend its file, or what that reads, in"),
+    ],
+)
+def test_a_mistake_in_a_task_of_ones_own_is_one_sentence(folder, old, new, says):
+    file = folder / "file_of_capitals.yaml"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(PftoolsError, match=says):
+        evaluate.evaluate_tasks(tiny_llama(), tiny_tokenizer(), ["capitals"], include=folder, progress=False)
+
+
 @pytest.mark.parametrize("task", ["facts", "reading"])
 def test_examples_before_the_embedded_questions(task):
     model, tokenizer = tiny_llama(max_position_embeddings=4096), tiny_tokenizer()

@@ -90,7 +90,7 @@ def test_a_task_without_a_metric_that_pftools_judges_by_is_refused(small_lm_eval
         ("[{metric: acc, aggregation: average}]", "unknown aggregation 'average' of acc: .*mean"),
         ("[{metric: bleu}]", "reports none of acc_norm"),
         ("[acc]", "write '- metric: acc'"),
-        ("[{metric: acc", "is not YAML"),
+        ("[{metric: acc", "line 4, column 1: this is not valid YAML"),
     ],
 )
 def test_an_unknown_metric_in_a_task_file_is_one_sentence(tmp_path, monkeypatch, metrics, says):

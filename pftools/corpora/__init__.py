@@ -2,7 +2,7 @@
 
 - `pydocs`: Python's own language reference, inside every Python: no network needed.
 - any folder of the data root (`PFTOOLS_DATA`) or a path to a folder: a file for each split, such as
-  `train.jsonl`.
+  `train.jsonl`; where no file has the name of a split, all files together, which are split like one.
 - a path to one file, which is split by its documents. What files may be is told in `records`.
 - `wikitext2` and `c4`: from the data root where it has them, else from the hub.
 - `owner/name:column`: a column of a data set of the hub, `owner/name/configuration:column` where it has

@@ -9,6 +9,9 @@ from pftools.corpora.chat import are_conversations, conversations_of
 from pftools.errors import PftoolsError
 from pftools.records import TEXT_ENDINGS, check_columns, kind_of, read_rows, read_text
 
+_WORDS = {int: "a number", float: "a number", bool: "a truth value", list: "a list", dict: "an object"}
+_OTHER_COLUMN = "name the column of text after a colon, as in my/rows.csv:story"
+
 
 def texts_of(path: Path, columns: str = "") -> list[str]:
     """The documents of a file, as `documents_of` finds them in its rows; of a text without rows, the whole.
@@ -37,7 +40,7 @@ def documents_of(rows: list[dict[str, Any]], columns: str, place: str) -> list[s
     """
     names = [name.strip() for name in columns.split(",") if name.strip()]
     if names:
-        check_columns(rows, names, place)
+        check_columns(rows, names, place, _OTHER_COLUMN)
         rows = [{name: row[name] for name in names} for row in rows]
     if are_conversations(rows):
         return list(conversations_of(rows, place))
@@ -55,11 +58,11 @@ def column_of(rows: list[dict[str, Any]], column: str, place: str) -> list[str]:
     Raises:
         PftoolsError: a row has no such column, or something else than text in it.
     """
-    check_columns(rows, (column,), place)
+    check_columns(rows, (column,), place, _OTHER_COLUMN)
     for number, row in enumerate(rows, 1):
         value = row[column]
         if not isinstance(value, str):
-            found = "null" if value is None or value != value else f"a {type(value).__name__}"
+            found = "null" if value is None or value != value else _WORDS.get(type(value), "something")
             raise PftoolsError(
                 f"{place}, row {number}, has {found} in the column {column!r}: it should be text; mend or "
                 "remove the row."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from pftools import contents
+from pftools import contents, hub
 from pftools.corpora import pydocs
 from pftools.corpora.data_root import data_root, read_split
 from pftools.corpora.rows import column_of, documents_of, texts_of
@@ -43,14 +43,21 @@ def _documents_of(corpus: str, split: str, data: str | Path | None) -> list[str]
         return _of_data_set(*data_set, column, split)
     if path is None:
         raise PftoolsError(_unknown(corpus, data_root(data)))
-    if path.is_dir():
+    if path.is_dir() and not _is_heap(path):
         return texts_of(_file_for(path, split), column)
-    whole = texts_of(path, column)
+    files = _files_of(path) if path.is_dir() else [path]
+    why = "has no file for a split" if path.is_dir() else "is one file"
+    whole = [_pieces_of(file, column) for file in files]
+    plain = all(kind_of(file) in TEXT_ENDINGS for file in files)
+    return _part(sum(whole, []), split, f"{path}", why, "paragraphs" if plain else "documents")
+
+
+def _pieces_of(file: Path, column: str) -> list[str]:
+    """The documents of a file that is to be split; of a text, its paragraphs."""
+    whole = texts_of(file, column)
     if not any(document.strip() for document in whole):
-        raise PftoolsError(f"{path} is empty: give a file with text in it.")
-    if kind_of(path) in TEXT_ENDINGS:
-        return _part(pieces(whole[0]), split, f"{path}", "is one file", "paragraphs")
-    return _part(whole, split, f"{path}", "is one file")
+        raise PftoolsError(f"{file} is empty: give a file with text in it.")
+    return pieces(whole[0]) if kind_of(file) in TEXT_ENDINGS else whole
 
 
 def _part(whole: list[str], split: str, place: str, why: str, kind: str = "documents") -> list[str]:
@@ -69,11 +76,12 @@ def _of_data_set(name: str, configuration: str | None, column: str, split: str) 
 
         found = dict(datasets.load_dataset(name, configuration))
     except Exception as error:  # the hub and its data sets fail in many ways (offline, gated, no such name)
-        cause = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        # One of several configurations has to be named.
+        several = isinstance(error, ValueError) and "config" in str(error).lower()
+        remedy = f"name one of them, as {name}/CONFIGURATION:{column}" if several else hub.remedy_of(error)
         raise PftoolsError(
             f"{place!r} is no file or folder here, and as a data set of the hub it could not be loaded "
-            f"({type(error).__name__}: {cause}): mend the name, or fetch it into the hub's cache where there "
-            "is network."
+            f"({type(error).__name__}: {hub.cause_of(error)}): {remedy}."
         ) from error
     if len(found) == 1:
         (only,) = found
@@ -87,10 +95,10 @@ def _of_data_set(name: str, configuration: str | None, column: str, split: str) 
 
 
 def file_of(corpus: str, split: str, data: str | Path | None = None) -> Path | None:
-    """The file that a split is read from; None where it is no file on this machine, or none that is read."""
+    """The file, or folder of files, that a split is read from; None: none that is here and read."""
     path = _local_path(corpus, data_root(data))
     try:
-        return _file_for(path, split) if path and path.is_dir() else path
+        return _file_for(path, split) if path and path.is_dir() and not _is_heap(path) else path
     except PftoolsError:
         return None
 
@@ -101,6 +109,8 @@ def _unknown(corpus: str, root: Path | None) -> str:
             f"there is no corpus {corpus!r}: give the path of a file or of a folder that is there, or a data "
             "set of the hub with its column, as owner/name:text."
         )
+    if Path(corpus).is_dir():
+        return f"the corpus {corpus!r} is none of the data root: give the folder that is here as ./{corpus}."
     known = {"pydocs", *_HUB}
     if root and root.is_dir():
         known |= {folder.name for folder in root.iterdir() if folder.is_dir()}
@@ -116,16 +126,14 @@ def _file_for(folder: Path, split: str) -> Path:
     Raises:
         PftoolsError: there is none, or more than one.
     """
-    files = sorted(
-        file for file in folder.iterdir() if is_readable(file.name) and not file.name.startswith(".")
-    )
     held: dict[str, list[Path]] = {}
-    for file in files:
+    for file in _files_of(folder):
         held.setdefault(file.name.partition(".")[0], []).append(file)
     name = "train" if split == "calibration" and "calibration" not in held else split
     if name not in held:
         raise PftoolsError(
-            f"the corpus folder {folder} has no {split} split: it holds {', '.join(held) or 'no files'}."
+            f"the corpus folder {folder} has no {split} split: it holds {', '.join(held) or 'no files'}; add "
+            f"a file such as {split}.jsonl."
         )
     if len(held[name]) > 1:
         both = " and ".join(file.name for file in held[name])
@@ -133,9 +141,21 @@ def _file_for(folder: Path, split: str) -> Path:
     return held[name][0]
 
 
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(
+        file for file in folder.iterdir() if is_readable(file.name) and not file.name.startswith(".")
+    )
+
+
+def _is_heap(folder: Path) -> bool:
+    """Whether a folder's files are no splits."""
+    names = {file.name.partition(".")[0] for file in _files_of(folder)}
+    return bool(names) and not names & set(SPLITS)
+
+
 def _local_path(corpus: str, root: Path | None) -> Path | None:
     place, _ = contents.place_and_column(corpus)
-    candidates = [Path(place).expanduser()] if contents.is_path(corpus) else []
+    candidates = [Path(place).expanduser()] if contents.is_path(corpus) or Path(place).is_file() else []
     if root:
         candidates.append(root / place)
     return next((path for path in candidates if path.exists()), None)

@@ -7,6 +7,7 @@ installed version.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -18,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from pftools.errors import PftoolsError, nearest
+from pftools.errors import PftoolsError, nearest, not_yaml
 from pftools.evaluate.questions import PACKAGE_DATA
 from pftools.files import write_json
 from pftools.pretrained.base_models import cache_folder
@@ -48,6 +49,7 @@ def check_tasks(names: Sequence[str], *, include: str | Path = "") -> None:
             _check_own(name, own[name])
         else:
             _check_judged(name, index_with(name, included))
+            _check_data(name, included)
 
 
 def own_tasks() -> dict[str, Path]:
@@ -63,8 +65,12 @@ def read_task(path: Path) -> dict[str, Any]:
     """
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        raise not_yaml(path, error) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PftoolsError(f"the task file {path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise PftoolsError(
+            f"the task file {path} is no text ({' '.join(str(error).split())}): save it as UTF-8."
+        ) from None
     if not isinstance(settings, dict):
         raise PftoolsError(
             f"the task file {path} holds no settings: it needs lines such as 'task: {path.stem}'."
@@ -129,6 +135,26 @@ def _check_judged(name: str, index: Index) -> None:
             raise _not_judged(part)
 
 
+# Kinds of data sets that are files.
+_OF_FILES = ("json", "csv", "parquet", "text", "arrow")
+
+
+def reads_files(name: str, index: Index) -> bool:
+    """Whether a task reads files, and nothing of the hub."""
+    return all(index[part]["data"] in _OF_FILES for part in parts_of(name, index))
+
+
+def _check_data(name: str, index: Index) -> None:
+    """Check that the files of an included task are there, where it names files of this machine."""
+    for part in parts_of(name, index):
+        for file in index[part]["files"] if reads_files(part, index) else ():
+            if "://" not in file and not glob.glob(str(Path(file).expanduser())):
+                raise PftoolsError(
+                    f"the task {part!r} reads {file}, and no such file is there: paths count from "
+                    f"{Path.cwd()}; mend data_files in {index[part]['path']}."
+                )
+
+
 def _not_judged(name: str) -> PftoolsError:
     return PftoolsError(
         f"the task {name!r} reports none of {', '.join(METRICS)}: pftools does not know how to judge it."
@@ -156,11 +182,13 @@ def included_tasks(include: str | Path) -> Index:
     """The tasks, groups and tags of a folder's files, as `lm_eval_index` tells them; empty for no folder.
 
     Raises:
-        PftoolsError: the folder is not there, or has no task files.
+        PftoolsError: the folder is not there, has no task files, one that cannot be read, or two of one name.
     """
     if not str(include):
         return {}
     folder = Path(include).expanduser()
+    if folder.is_dir():
+        _check_files(folder)
     found = _read_index(folder) if folder.is_dir() else {}
     if not found:
         raise PftoolsError(
@@ -168,6 +196,29 @@ def included_tasks(include: str | Path) -> Index:
             "lm-eval's kind (YAML)."
         )
     return found
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse files that lm-eval would pass over without a word."""
+    from lm_eval.tasks._index import TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    homes: dict[str, Path] = {}
+    for path in TaskIndex._iter_yaml_files(folder):
+        read_task(path)
+        try:
+            settings = load_yaml(path, resolve_func=False)
+        except Exception as error:  # a file that it includes is missing, or includes this one
+            cause = " ".join(str(error).split()).rstrip(".")
+            raise PftoolsError(
+                f"the task file {path} cannot be read ({type(error).__name__}: {cause}): mend it, or take it "
+                "out of the folder."
+            ) from None
+        name = settings.get("group") or settings.get("task")
+        if isinstance(name, str) and homes.setdefault(name, path) != path:
+            raise PftoolsError(
+                f"the task {name!r} stands in {homes[name]} and in {path}: give one of them another name."
+            )
 
 
 def index_with(name: str, included: Index) -> Index:

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pftools import corpora
+from pftools import corpora, hub
 from pftools.errors import PftoolsError
 from pftools.evaluate import task_names
 from pftools.evaluate.block_perplexity import first_token, first_token_in_words, perplexity
@@ -183,6 +183,7 @@ def _ask(lm: PrefixCachedLM, loaded: dict[str, Any], way: _Way) -> dict[str, Any
             logging.getLogger(__name__).warning("%s is asked without examples, as its file says", name)
         elif way.num_fewshot is not None:
             task.set_config(key="num_fewshot", value=way.num_fewshot)
+        _check_examples(name, task)
     results = lm_eval.evaluate(
         lm,
         found,
@@ -198,6 +199,19 @@ def _ask(lm: PrefixCachedLM, loaded: dict[str, Any], way: _Way) -> dict[str, Any
     if way.apply_chat_template:
         about["chat_template"] = lm.tokenizer.chat_template
     return {**results, **about}
+
+
+def _check_examples(name: str, task: Any) -> None:
+    """Refuse more examples than a task has rows for."""
+    wanted = task.get_config("num_fewshot") or 0
+    if wanted:
+        own = task.fewshot_cfg.split == task.get_config("test_split")  # the question itself is no example
+        there = len(list(task.fewshot_docs())) - own
+        if wanted > there:
+            raise PftoolsError(
+                f"the task {name!r} is asked with {wanted} examples, and has {there} to draw them from: give "
+                "a num_fewshot of at most that."
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -247,13 +261,13 @@ def _load_foreign(name: str, index: task_names.Index) -> list[Any]:
     folders = task_names.folders_of(name, index)
     try:
         found = TaskManager(include_path=list(folders), include_defaults=False).load(name)
-    except Exception as error:  # the hub fails in many ways; the remedy is the same
-        cause = (str(error).strip().splitlines() or [""])[0]
-        raise PftoolsError(
-            f"the task {name!r} ({folders[0]}) could not be loaded ({type(error).__name__}: {cause}): data "
-            "of the hub need network or the hub's cache; the tasks of this kit read the data root "
-            f"({', '.join(task_names.own_tasks())})."
-        ) from error
+    except Exception as error:  # a mistake in its file, or the hub, which fails in many ways
+        remedy = f"mend its file, or what that reads, in {folders[0]}"
+        if not task_names.reads_files(name, index):
+            ours = ", ".join(task_names.own_tasks())
+            remedy = f"{hub.remedy_of(error)}; the tasks of this kit read the data root ({ours})"
+        cause = f"{type(error).__name__}: {hub.cause_of(error)}"
+        raise PftoolsError(f"the task {name!r} could not be loaded ({cause}): {remedy}.") from error
     group = found["groups"].get(name)
     return [group] if group else list(found["tasks"].values())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pftools import hub
 from pftools.errors import PftoolsError, nearest
 from pftools.pretrained.base_models import cache_folder, model_source, resolve_device, resolve_dtype
 from pftools.pretrained.suitable import check_whole, unsuitable, unsuitable_folder
@@ -44,10 +45,13 @@ def load_pretrained(
     except (PftoolsError, MemoryError):
         raise
     except Exception as error:  # damaged files, foreign code and the hub fail in many ways
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        remedy = (
+            f"give {EMBEDDED_MODEL!r}, or another folder in Hugging Face format"
+            if Path(source).is_dir()
+            else f"{hub.remedy_of(error)}; or give {EMBEDDED_MODEL!r}, or a folder in Hugging Face format"
+        )
         raise PftoolsError(
-            f"the model {name!r} could not be loaded ({first_line}): give {EMBEDDED_MODEL!r}, a folder in "
-            "Hugging Face format, or a hub id (which needs network, or the files in the hub's cache)."
+            f"the model {name!r} could not be loaded ({hub.cause_of(error)}): {remedy}."
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -93,6 +97,11 @@ def _refuse_unsuitable(name: str, source: str, trust_remote_code: bool) -> None:
     from transformers import PretrainedConfig
 
     config, _ = PretrainedConfig.get_config_dict(source, trust_remote_code=trust_remote_code)
+    if not config:
+        raise PftoolsError(
+            f"the model {name!r} has no config.json: give a repository or folder in Hugging Face format, or "
+            f"{EMBEDDED_MODEL}."
+        )
     folder = Path(source)
     why = unsuitable_folder(folder, config, trust_remote_code) if folder.is_dir() else unsuitable(config)
     if why:

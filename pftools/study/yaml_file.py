@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pftools.errors import PftoolsError
+from pftools.errors import PftoolsError, not_yaml
 
 _TAG = "tag:yaml.org,2002:"
 # The core schema of YAML 1.2 (chapter 10.3 of its specification), and `<<`, which merges a dictionary into
@@ -106,13 +106,7 @@ def read_yaml(path: Path) -> YamlFile:
             "remove it."
         ) from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-        problem = " ".join((error.problem or error.context or "it cannot be read").split())
-        raise PftoolsError(
-            f"{place}: this is not valid YAML ({problem}): look there for a bracket, a quote, a colon or an "
-            "indentation that is missing or one too many."
-        ) from None
+        raise not_yaml(path, error) from None
     except RecursionError:
         raise PftoolsError(f"{path} has brackets in brackets without end: remove some.") from None
 
