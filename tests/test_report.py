@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from nbconvert.filters.markdown_mistune import markdown2html_mistune
 
-from pftools import memory, report
+from pftools import figures, memory, report
 from pftools.errors import PftoolsError
 from pftools.report import tables
 from tests.made_up import GAIN, published_harm, seal_study
@@ -315,3 +315,50 @@ def test_what_a_step_made_smaller_when_memory_ran_out_stands_in_its_row(tmp_path
     table = made_up(tmp_path, orderings=["base", "prune"], sparsities=[0.5], harm=short_of_memory)
     html = tables.step_table(table).to_html()
     assert html.count("finished; calibration blocks were read 4 at a time") == 1
+
+
+def test_a_training_that_collapsed_does_not_set_the_scale(tmp_path):
+    """One of 1e88 pressed all others into a line of pixels, with a hundred ticks."""
+    table = made_up(
+        tmp_path,
+        seeds=[0, 1],
+        harm=lambda row: 200.0 if row.ordering == "prune" and row.seed else published_harm(row),
+    )
+    for chart, axis in ((report.quality_chart(table), "y"), (report.perplexity_chart(table), "x")):
+        drawn = chart.to_dict()
+        scales = [
+            layer["encoding"][axis]["scale"]["domain"]
+            for layer in drawn["layer"]
+            if axis in layer.get("encoding", {})
+        ]
+        assert max(domain[1] for domain in scales if len(domain) == 2) < 100
+        singly = [row for rows in drawn["datasets"].values() for row in rows if "seed" in row]
+        assert len(singly) == len(table) - 1
+    ticks, _ = figures.theme.ticks_of(1e-5, 1e90, log=True)
+    assert 4 <= len(ticks) <= 8
+
+
+def test_what_shares_no_seed_is_not_tested_and_said_so(tmp_path):
+    table = made_up(
+        tmp_path,
+        orderings=["prune", "prune_finetune"],
+        seeds=[0, 1],
+        skip=lambda row: row.seed == (row.ordering == "prune"),
+    )
+    assert len(table) == 2
+    assert "prune_finetune has the lowest perplexity, " in (said := report.headline(table))
+    assert "This is not tested: no seed is that of another training, too." in said
+    assert "nothing to compare" in report.verdict_list(report.pair_table(table))
+
+
+def test_a_collapse_of_one_seed_is_told_as_that(tmp_path):
+    """Its pooled perplexity, below the vocabulary's size, was called worse than guessing."""
+    table = made_up(
+        tmp_path, seeds=[0, 1, 2], harm=lambda row: 9.0 if row.ordering == "prune" and row.seed == 1 else 0.1
+    )
+    assert re.search(r"`prune` \(perplexity \d+\.\d\d; 1 of 3 seeds\), worse than", report.headline(table))
+
+
+def test_nearly_all_is_not_called_all(tmp_path):
+    table = made_up(tmp_path, orderings=["prune", "prune_finetune"], sparsities=[0.999999])
+    assert "At 99.9999%" in (said := report.headline(table)) and "at a measured" not in said

@@ -16,7 +16,14 @@ other_results  right and wrong answers that other programs wrote
 other_losses   block losses of other programs, and those that come with pftools
 """
 
-from pftools.compare.entries import SPARSITY_TOLERANCE, best_entry, entries, geometric_mean, sparsity_words
+from pftools.compare.entries import (
+    SPARSITY_TOLERANCE,
+    best_entry,
+    entries,
+    geometric_mean,
+    is_collapsed,
+    sparsity_words,
+)
 from pftools.compare.paired import (
     ALPHA,
     Comparison,
@@ -54,6 +61,7 @@ __all__ = [
     "entries",
     "geometric_mean",
     "holm",
+    "is_collapsed",
     "p_in_words",
     "perplexity_in_words",
     "perplexity_verdict",

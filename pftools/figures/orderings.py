@@ -55,7 +55,8 @@ def metric_chart(
         chance: the level of guessing, drawn as a dashed line.
         percent: the metric is a share, written in per cent.
         orderings: all of the study, which decide colours and shapes; None: those of ``results``.
-        seeds: single trainings, drawn small: columns ordering, label, measured, seed and ``metric``.
+        seeds: single trainings, drawn small: columns ordering, label, measured, seed and ``metric``;
+            optional: collapsed, which are left out.
         published: numbers of others, drawn hollow: columns ordering, source, measured and ``metric``.
     """
     shown = _shown(results, metric)
@@ -212,7 +213,8 @@ def _singly(
 ) -> alt.Chart:
     """One small mark a training, so that the spread over seeds is seen."""
     (axis, (channel, scale)) = next(iter(at.items()))
-    kept = seeds[["ordering", "label", "measured", "seed", metric]]
+    standing = seeds[~seeds["collapsed"]] if "collapsed" in seeds else seeds
+    kept = standing[["ordering", "label", "measured", "seed", metric]]
     marks = alt.Chart(kept.replace([np.inf, -np.inf], np.nan).dropna()).mark_point(
         filled=True, size=26, opacity=0.5, clip=True
     )
@@ -255,7 +257,8 @@ def _collapsed(base: alt.Chart, at: dict[str, Any], tooltip: list[alt.Tooltip]) 
     marks = base.transform_filter("datum.collapsed")
     cross = marks.mark_point(shape="cross", angle=45, filled=True, size=110, opacity=1)
     words = marks.mark_text(align="right", dx=-10, fontSize=11, fontStyle="italic")
-    return _layered(cross.encode(**at, tooltip=tooltip), words.encode(**at, text=alt.value("collapsed")))
+    said = words.encode(**at, text=alt.value("collapsed"), color=alt.value(INK))
+    return _layered(cross.encode(**at, tooltip=tooltip), said)
 
 
 def _layered(*layers: alt.Chart | alt.LayerChart) -> alt.LayerChart:

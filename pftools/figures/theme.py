@@ -251,7 +251,7 @@ def ticks_of(low: float, high: float, *, log: bool) -> tuple[list[float], str]:
             found = [value for value in found if low <= value <= high]
             if len(found) <= 8:
                 break
-        return found, ",~g"
+        return found[:: math.ceil(len(found) / 8) or 1], ",~g"
     rough = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)

@@ -11,8 +11,10 @@ from pftools.compare import perplexity_in_words, sparsity_words
 from pftools.files import as_bytes
 from pftools.report.lineage import in_words, study_cost
 from pftools.report.markdown import bullets, code, plain
+from pftools.report.matrix import NOTHING
 from pftools.report.results import best_sets, entry_table, final_states, pair_table
 
+_NO_SEED = "This is not tested: no seed is that of another training, too."
 _MOST_BULLETS = 10  # that are read without being asked for
 
 
@@ -96,7 +98,7 @@ def _answer(ends: pd.DataFrame, pairs: pd.DataFrame, asked: float, found: compar
         ours = (pairs["asked"] == asked) & pairs["first"].isin(two) & pairs["second"].isin(two)
         rows: list[Any] = pairs[ours].to_dict("records")
         verdicts = [compare.perplexity_verdict(row, brief=True) for row in rows]
-        sentence += f" The nearest rival: {plain(verdicts[0])}" if verdicts else ""
+        sentence += f" The nearest rival: {plain(verdicts[0])}" if verdicts else f" {_NO_SEED}"
     lost = there[(there["level"] != best["level"]) & ~there["collapsed"]]
     if len(lost):
         names = ", ".join(lost["label"])
@@ -108,9 +110,9 @@ def _best_in_words(ends: pd.DataFrame, best: pd.Series, found: compare.BestSet |
     """The best entry of a sparsity, its perplexity beside the dense one's; how sure, where it was tested."""
     asked, words = best["asked"], sparsity_words([*ends["asked"], round(best["measured"], 4)])
     dense = ends.loc[ends["ordering"] == "base", "perplexity"]
-    value, measured = perplexity_in_words(best["perplexity"]), words[round(best["measured"], 4)]
-    if measured != words[asked]:
-        value += f" at a measured {measured}"
+    value = perplexity_in_words(best["perplexity"])
+    if round(best["measured"] - asked, 4):
+        value += f" at a measured {words[round(best['measured'], 4)]}"
     if len(dense) and asked > 0:
         value += f" where the dense model has {perplexity_in_words(dense.iloc[0])}"
     if found is not None and found.members == (best["label"],):
@@ -145,7 +147,7 @@ def _seeds_of(entry: pd.Series) -> str:
 def verdict_list(pairs: pd.DataFrame) -> str:
     """The verdicts by sparsity, the highest first; pairs without the best are folded away."""
     if not len(pairs):
-        return "Only one ordering is finished at each sparsity: there is nothing to compare yet."
+        return NOTHING
     parts = []
     for asked in sorted(pairs["asked"].unique(), reverse=True):
         group = pairs[pairs["asked"] == asked]

@@ -80,9 +80,10 @@ def quality_chart(table: pd.DataFrame) -> alt.LayerChart:
 
 
 def trainings(table: pd.DataFrame) -> pd.DataFrame:
-    """The results singly, a row a training, with the labels of their entries."""
+    """The results singly, a row a training, with the labels of their entries, and whether each collapsed."""
     labels = {run: row["label"] for _, row in entry_table(table).iterrows() for run in row["runs"]}
-    return table.assign(label=table["run"].map(labels)).dropna(subset=["label"])
+    singly = table.assign(label=table["run"].map(labels), collapsed=compare.is_collapsed(table))
+    return singly.dropna(subset=["label"])
 
 
 def described(table: pd.DataFrame, metric: str) -> str:

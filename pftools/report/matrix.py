@@ -36,6 +36,9 @@ _KINDS = {
     "not comparable": "none",
     "collapsed": "none",
 }
+NOTHING = (
+    "No two orderings have a finished training of one seed at one sparsity: there is nothing to compare yet."
+)
 KEY = (
     "A cell is the perplexity of its row over that of its column: blue is lower, so better, orange higher; "
     "hatched: cannot be told apart; plain grey: equivalent within the study's margin; – not comparable; "
@@ -55,7 +58,7 @@ def verdict_matrix(pairs: pd.DataFrame, orderings: Sequence[str], order: pd.Data
         HTML. A cell's `title` is the verdict's sentence.
     """
     if not len(pairs):
-        return "<p>Only one ordering is finished at each sparsity: there is nothing to compare yet.</p>"
+        return f"<p>{NOTHING}</p>"
     verdicts: dict[tuple[float, str, str], Any] = {}
     for row in pairs.to_dict("records"):
         verdicts[(row["asked"], row["first"], row["second"])] = {**row, "turned": False}
