@@ -5,6 +5,7 @@ Each command is a few lines over a function of the package; heavy imports wait u
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 from pathlib import Path
@@ -40,8 +41,23 @@ def main() -> None:
     try:
         app()
     except PftoolsError as error:
-        err.print(f"[bold red]pftools:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _refuse(str(error))
+    except OSError as error:
+        if error.errno not in _NO_PLACE or not error.filename:
+            raise
+        _refuse(
+            f"{error.filename} cannot be written ({error.strerror}): make room, or give --runs and --output "
+            "places that are yours to write to."
+        )
+
+
+# A disk that is read-only or full, or somebody else's.
+_NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+
+
+def _refuse(sentence: str) -> None:
+    err.print(f"[bold red]pftools:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+    sys.exit(1)
 
 
 @app.command()
@@ -386,7 +402,7 @@ def _print_results(planned: studies.Plan) -> None:
             *(str(row[name]) if same[name].nunique() == 1 else "all" for name in several),
             asked[round(row["asked"], 10)],
             f"{row['measured']:.2%}",
-            f"{row['perplexity']:.2f}",
+            compare.perplexity_in_words(row["perplexity"]),
             *scores,
         )
     out.print(table)

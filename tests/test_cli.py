@@ -1,7 +1,10 @@
 """The command line, on a study whose runs are made without notebooks."""
 
+import errno
 import os
 import shlex
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +14,25 @@ from pftools.errors import PftoolsError
 from pftools.finetune import finetune_model
 from pftools.prune import prune_model
 from pftools.study import load_study, plan_study, run_study
+from tests.made_up import seal_study
 from tests.tiny import save_tiny, tiny_blocks
+
+
+@pytest.mark.parametrize("command", ["run", "report"])
+def test_a_disk_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch, capsys, command):
+    study = seal_study(tmp_path, orderings=["prune"]) if command == "report" else tmp_path / "one.yaml"
+    if command == "run":
+        study.write_text(f"model: {save_tiny(tmp_path / 'tiny')}\norderings: [P]\nevaluate: {{tasks: []}}\n")
+
+    def read_only(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(sys, "argv", ["pftools", command, str(study), "--runs", str(tmp_path / "runs")])
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("pftools: ") and "Read-only file system" in said and "--runs" in said
 
 
 @pytest.fixture

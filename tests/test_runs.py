@@ -11,6 +11,7 @@ from pftools import checkpoints, contents, files, inputs, models, run_folder, se
 from pftools.errors import PftoolsError
 from pftools.finetune import finetune_model, merge_adapter
 from pftools.prune import prune_model
+from pftools.run_folder import attempt
 from tests.tiny import save_tiny, tiny_blocks
 
 
@@ -157,6 +158,18 @@ def test_a_changed_number_in_the_record_breaks_its_seal(sealed):
     path.write_text(path.read_text().replace('"measured": 0.5', '"measured": 0.6'))
     with pytest.raises(PftoolsError, match="damaged"):
         run_folder.read_record(sealed[0])
+
+
+def test_a_run_under_the_name_of_another_is_refused_and_never_removed(sealed, tmp_path, capsys):
+    """A folder that was given another run's name stood for that run, with other numbers."""
+    run = sealed[0]
+    other = run.rename(run.with_name("prune-000000000000"))
+    with pytest.raises(PftoolsError, match=f"by its record it is {run.name}; give it that name"):
+        run_folder.verify(other)
+    with attempt.attempting(other) as begun:
+        assert begun is not None and not other.exists()
+    (kept,) = (other.parent / ".replaced").iterdir()
+    assert run_folder.verify(kept) and "has the name of another run" in capsys.readouterr().out
 
 
 def test_work_is_not_finished_until_it_is_sealed(tmp_path):

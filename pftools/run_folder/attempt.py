@@ -32,6 +32,7 @@ from pftools.redaction import redact
 from pftools.run_folder.record import (
     NOTEBOOK,
     RECORD,
+    Misnamed,
     damage,
     is_finished,
     is_whole,
@@ -63,13 +64,21 @@ def attempting(
         recover(folder)
         if is_finished(folder) and (why := damage(folder)) is not None:
             print(f"Again: {why}", flush=True)
-            _remove_folder(folder)
+            (set_aside if _is_anothers(folder) else _remove_folder)(folder)
         if is_finished(folder) and (why := outdated()) is not None:
             print(f"Again: {why}", flush=True)
             set_aside(folder)
         yield None if is_finished(folder) else begin(folder, resumes)
     finally:
         lock.release()
+
+
+def _is_anothers(folder: Path) -> bool:
+    try:
+        read_record(folder)
+    except PftoolsError as error:
+        return isinstance(error, Misnamed)
+    return False
 
 
 def publish(attempt: Path, folder: Path) -> None:
@@ -242,7 +251,13 @@ def log_path(folder: Path) -> Path:
 
 def _beside(folder: Path, name: str) -> Path:
     path = folder.parent / name
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PftoolsError(
+            f"{folder.parent} cannot hold runs ({error.strerror}): give a folder that can be written to, "
+            "with --runs, or as the parameter `runs`."
+        ) from None
     return path
 
 

@@ -141,6 +141,10 @@ def _read_told(path: Path, inode: int, size: int, modified: int) -> tuple[dict[s
     return dict(record.get("inputs", {})), digest
 
 
+class Misnamed(PftoolsError):
+    """A run in a folder that has the name of another run."""
+
+
 def is_finished(folder: str | Path) -> bool:
     """Whether the run is sealed. Its files are checked when they are read (`verify`)."""
     return (Path(folder) / RECORD).exists()
@@ -150,7 +154,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """The contents of `run.json`.
 
     Raises:
-        PftoolsError: the run is not finished, or its record is damaged.
+        PftoolsError: the run is not finished, its record is damaged, or its folder has another run's name.
     """
     path = Path(folder) / RECORD
     try:
@@ -164,6 +168,11 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         whole = False
     if not whole:
         raise PftoolsError(f"{path} is damaged: {_REMEDY}.")
+    if is_reference(str(folder)) and Path(folder).name != (own := f"{record['step']}-{record['key']}"):
+        raise Misnamed(
+            f"{folder} has the name of another run: by its record it is {own}; give it that name, or "
+            "remove it."
+        )
     return record
 
 
