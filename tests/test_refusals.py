@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BartConfig,
@@ -27,11 +28,11 @@ from tests.tiny import save_tiny, tiny_blocks, tiny_llama, tiny_tokenizer
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def plan(folder, tmp_path):
+def plan(folder, tmp_path, more=""):
     """`pftools plan` of a study of the model in a folder; what it raises is printed by the command."""
     study = tmp_path / "mine.yaml"
     study.write_text(
-        f"orderings: [P, P F]\nmodel: {folder}\ncalibrate: {{block_length: 16}}\n"
+        f"orderings: [P, P F]\nmodel: {folder}\n{more}calibrate: {{block_length: 16}}\n"
         f"finetune: {{block_length: 16}}\nevaluate: {{block_length: 16, tasks: []}}\n"
     )
     return CliRunner().invoke(app, ["plan", str(study), "--runs", str(tmp_path / "runs")])
@@ -136,6 +137,115 @@ def test_loading_refuses_what_plan_refuses(tmp_path, kind):
         pytest.skip("it can be evaluated; only pruning refuses it")
     with pytest.raises(PftoolsError, match=says):
         loading.load_pretrained(str(tmp_path / "model"))
+
+
+def in_shards(folder):
+    tiny_llama().save_pretrained(folder, max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(folder)
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def adapter(folder):
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    save_file({"lora_A.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+
+
+def adapter_beside_a_config(folder):
+    save_tiny(folder)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+
+
+def rewritten(change):
+    """A folder whose weights are others."""
+
+    def make(folder):
+        path = save_tiny(folder) / "model.safetensors"
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+    return make
+
+
+def eight_bits(weights):
+    return {
+        name: (weight * 9).to(torch.int8) if "proj" in name else weight for name, weight in weights.items()
+    }
+
+
+def renamed(weights):
+    return {f"base_model.model.{name}": weight for name, weight in weights.items()}
+
+
+def edits(**changes):
+    def make(folder):
+        edited(save_tiny(folder), **changes)
+
+    return make
+
+
+def writes(name, text):
+    def make(folder):
+        (save_tiny(folder) / name).write_text(text)
+
+    return make
+
+
+BROKEN = {
+    "a shard is missing": (
+        lambda folder: in_shards(folder)[1].unlink(),
+        "lacks the file model-00002-of-0000",
+    ),
+    "an adapter": (adapter, "is an adapter of PEFT and no whole model"),
+    "an adapter and a config": (adapter_beside_a_config, "is an adapter of PEFT and no whole model"),
+    "whole numbers": (rewritten(eight_bits), "quantized weights .*down_proj.weight is I8"),
+    "other names": (rewritten(renamed), "is not whole .*lack lm_head.weight and 20 others"),
+    "more layers than files": (edits(num_hidden_layers=3), "is not whole .*layers.2.* and 8 others"),
+    "other sizes": (
+        edits(hidden_size=48),
+        r"of shape \(260, 32\), where its config.json describes \(260, 48\)",
+    ),
+    "an empty file": (writes("model.safetensors", ""), "has files that cannot be read"),
+    "a broken tokenizer": (writes("tokenizer.json", "{"), "has no tokenizer that can be read"),
+    "no tokenizer": (
+        lambda folder: tiny_llama().save_pretrained(folder),
+        "has no tokenizer that can be read",
+    ),
+    "a broken config": (writes("config.json", "{"), "has a config.json that is no JSON object"),
+    "a list for a config": (writes("config.json", "[]"), "has a config.json that is no JSON object"),
+    "a file": (lambda folder: folder.write_text("weights"), "is a file, and a model is a folder"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_plan_reads_the_names_and_headers_of_a_models_files(tmp_path, kind):
+    """They were found out by the first step, after minutes or in the queue of a cluster."""
+    make, says = BROKEN[kind]
+    make(tmp_path / "model")
+    found = plan(tmp_path / "model", tmp_path).exception
+    assert isinstance(found, PftoolsError), found
+    assert (
+        re.search(says, str(found))
+        and re.match(r".*mine.yaml, line 2", str(found))
+        and "\n" not in str(found)
+    )
+    if kind != "a file":
+        with pytest.raises(PftoolsError):
+            loading.load_pretrained(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "says"), [("mamba", "2:8", ""), ("gpt2", "2:64", "no multiple of 64")]
+)
+def test_a_pattern_is_held_against_the_matrices_that_are_pruned(tmp_path, kind, pattern, says):
+    """A short convolution, which is none of them, made plan refuse it; a wide output of GPT-2 let it pass."""
+    from tests.families import zoo
+
+    zoo.build(kind).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    group = int(pattern[2:])
+    found = plan(tmp_path / "model", tmp_path, f"patterns: ['{pattern}']\nsparsities: [{1 - 2 / group}]\n")
+    assert (found.exit_code == 0) == (not says) and says in str(found.exception or ""), found.exception
 
 
 def test_a_plain_model_is_planned(tmp_path):

@@ -60,6 +60,8 @@ def read_config(name: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
     except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
         return {}
     inner = config.get("text_config")
     return {**config, **inner} if isinstance(inner, dict) else dict(config)

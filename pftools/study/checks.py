@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pftools import contents, corpora, settings
+from pftools import contents, corpora, run_folder, settings
 from pftools.corpora.data_root import data_root
 from pftools.errors import PftoolsError
 from pftools.evaluate.task_names import check_tasks
@@ -19,10 +19,19 @@ from pftools.pretrained.model_files import (
     module_name,
     read_config,
 )
-from pftools.pretrained.suitable import unsuitable, unsuitable_folder
+from pftools.pretrained.suitable import (
+    has_weights,
+    unlike_its_files,
+    unreadable_tokenizer,
+    unsuitable,
+    unsuitable_folder,
+)
 from pftools.study.costs import estimate_disk, shapes_of
 from pftools.study.file import Study
 from pftools.study.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HUB_CORPORA = ("wikitext2", "c4")
 _MOST_READ = 64 * 2**20  # bytes of a corpus that are read to check it
@@ -32,8 +41,8 @@ def check_plan(plan: Plan) -> None:
     """Refuse a plan of which a step would fail.
 
     Checked are the tasks and their metrics, corpora with their splits, the model's class, the length of
-    blocks, the targets of adapters, N:M patterns, and the room on the disk. What is on the hub only is taken
-    on trust.
+    blocks, the targets of adapters, N:M patterns, and the room on the disk; of a model's files their names,
+    headers and tokenizer. What is on the hub only is taken on trust.
 
     Raises:
         PftoolsError: what is wrong, and in which line of the study.
@@ -46,16 +55,17 @@ def check_plan(plan: Plan) -> None:
             _check_corpus(study, section)
     if study.tune is not None:
         _check_corpus(study, "evaluate", split="validation")
-    config = read_config(study.model)
+    config, model = read_config(study.model), None
+    _check_folder(study, config)
     if config:
-        _check_class(study, config, prunes="prune" in steps)
+        model = _check_class(study, config, prunes="prune" in steps)
         for section in ("calibrate", "finetune", "evaluate"):
             if section in steps:
                 _check_block_length(study, section, context_length(config))
     if "finetune" in steps:
         _check_targets(study)
     if "prune" in steps:
-        _check_patterns(study, config)
+        _check_patterns(study, model)
     _check_room(plan)
 
 
@@ -89,21 +99,47 @@ def _size(path: Path) -> int:
     return max((file.stat().st_size for file in files if file.is_file()), default=0)
 
 
-def _check_class(study: Study, config: dict[str, Any], *, prunes: bool) -> None:
-    """Refuse a model that the steps would refuse, as far as its files tell."""
+def _check_folder(study: Study, config: dict[str, Any]) -> None:
+    """Refuse a folder that holds no model; a run is one."""
+    place = Path(study.model)
+    if config or not place.exists() or run_folder.is_finished(place):
+        return
+    why = "is a file, and a model is a folder"
+    if place.is_dir():
+        why = "holds no model: it has no config.json"
+        if (place / "adapter_config.json").exists():
+            why = "is an adapter of PEFT and no whole model: merge it into its base and save that"
+        if (place / "config.json").exists():
+            why = "has a config.json that is no JSON object"
+    raise PftoolsError(f"{study.place('model')}: {study.model!r} {why}.")
+
+
+def _check_class(study: Study, config: dict[str, Any], *, prunes: bool) -> PreTrainedModel | None:
+    """Refuse a model that the steps would refuse, as far as its files tell.
+
+    Returns:
+        What is pruned, without its weights; None where its files are not here, or nothing is pruned.
+    """
     folder, trusted = model_folder(study.model), study.parameters(settings.Prune).trust_remote_code
+    if folder and not Path(study.model).is_dir() and not has_weights(folder):
+        folder = None  # the hub's cache: they come when they are needed
     why = unsuitable_folder(folder, config, trusted) if folder else unsuitable(config)
-    if not why and prunes and folder and study.model != settings.EMBEDDED_MODEL:
-        why = _unknown_layout(folder, trusted)
+    model = None
+    if folder and not why and study.model != settings.EMBEDDED_MODEL:
+        if prunes:
+            model, why = _without_weights(folder, trusted)
+        why = why or unlike_its_files(folder, trusted) or unreadable_tokenizer(folder, trusted)
     if why:
         raise PftoolsError(
             f"{study.place('model')}: {study.model!r} {why}: give a causal language model with "
             f"plain weights, such as {settings.EMBEDDED_MODEL}."
         )
+    return model
 
 
-def _unknown_layout(folder: Path, trust_remote_code: bool) -> str:
-    """Why the matrices of a model cannot be pruned, as half a sentence; empty: they can."""
+def _without_weights(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel | None, str]:
+    """A model without its weights, and why its matrices cannot be pruned, as half a sentence; empty: they
+    can."""
     from pftools.pretrained.suitable import skeleton
     from pftools.prune.patterns import parse_pattern
     from pftools.prune.request import check_matrices
@@ -113,11 +149,11 @@ def _unknown_layout(folder: Path, trust_remote_code: bool) -> str:
         model.tie_weights()  # what layers share, they share here too
         check_matrices(model, parse_pattern("unstructured"))
     except PftoolsError as error:
-        return f"cannot be pruned ({str(error).rstrip('.')})"
+        return None, f"cannot be pruned ({str(error).rstrip('.')})"
     except Exception as error:  # what a model's own code raises
         cause = " ".join(str(error).split())[:150]
-        return f"cannot be built from its config.json ({type(error).__name__}: {cause})"
-    return ""
+        return None, f"cannot be built from its config.json ({type(error).__name__}: {cause})"
+    return model, ""
 
 
 def _check_block_length(study: Study, section: str, context: int | None) -> None:
@@ -146,10 +182,12 @@ def _check_targets(study: Study) -> None:
         )
 
 
-def _check_patterns(study: Study, config: dict[str, Any]) -> None:
-    if config.get("model_type") in ("gpt2", "openai-gpt"):  # store their weights the other way round
-        return
+def _check_patterns(study: Study, model: PreTrainedModel | None) -> None:
+    """Every pattern fits the matrices: of the model itself, or of Llama's layout where it is not here."""
     for number, pattern in enumerate(study.patterns):
+        if model is not None:
+            _check_pattern(study, number, model)
+            continue
         group = (settings.parse_nm(pattern) or (0, 1))[1]
         for name, shape in matrices(shapes_of(study)).items():
             if shape[-1] % group:
@@ -158,6 +196,16 @@ def _check_patterns(study: Study, config: dict[str, Any]) -> None:
                     f"{shape[-1]} input columns are no multiple of {group}; choose another, or "
                     "'unstructured'."
                 )
+
+
+def _check_pattern(study: Study, number: int, model: PreTrainedModel) -> None:
+    from pftools.prune.patterns import parse_pattern
+    from pftools.prune.request import check_matrices
+
+    try:
+        check_matrices(model, parse_pattern(study.patterns[number]))
+    except PftoolsError as error:
+        raise PftoolsError(f"{study.place('patterns', number)}: {error}") from None
 
 
 def _check_room(plan: Plan) -> None:
