@@ -32,19 +32,29 @@ def visible_difference(
     """
     if n_seeds < 2 or n_blocks < 2:
         return math.inf
-    of_seeds, of_blocks, rest = variances.of_mean(n_seeds, n_blocks)
-    error = math.sqrt(of_seeds + of_blocks + rest)
+    error, widths = _errors(variances, n_seeds, n_blocks, level)
     if math.isnan(error) or error == 0:
         return error
-    by_seed = (of_seeds + rest) * _quantiles(n_seeds - 1, 40)[:, None]
-    by_block = (of_blocks + rest) * _quantiles(n_blocks - 1, 4)[None, :]
-    widths = np.asarray(Estimate(0.0, by_seed, by_block, rest, n_seeds, n_blocks).half_width(level))
 
     def missing(difference: float) -> float:
-        return float(special.ndtr((difference - widths) / error).mean()) - power
+        return _share_seen(difference, error, widths) - power
 
     most = float(widths.max()) + 5 * error
     return float(optimize.brentq(missing, -5 * error, most, xtol=1e-6 * error))
+
+
+def _errors(variances: Variances, n_seeds: int, n_blocks: int, level: float) -> tuple[float, np.ndarray]:
+    """The standard error of a mean, and half widths of its interval, equally likely ones."""
+    of_seeds, of_blocks, rest = variances.of_mean(n_seeds, n_blocks)
+    by_seed = (of_seeds + rest) * _quantiles(n_seeds - 1, 40)[:, None]
+    by_block = (of_blocks + rest) * _quantiles(n_blocks - 1, 4)[None, :]
+    widths = Estimate(0.0, by_seed, by_block, rest, n_seeds, n_blocks).half_width(level)
+    return math.sqrt(of_seeds + of_blocks + rest), np.asarray(widths)
+
+
+def _share_seen(difference: float, error: float, widths: np.ndarray) -> float:
+    """In which share of studies a true difference is found."""
+    return float(special.ndtr((difference - widths) / error).mean())
 
 
 @lru_cache(maxsize=1024)
@@ -81,7 +91,10 @@ def needed_for(
     """
 
     def seen(seeds: int, blocks: int) -> bool:
-        return visible_difference(variances, seeds, blocks, level=level, power=power) <= difference
+        if blocks < 2:
+            return False
+        error, widths = _errors(variances, seeds, blocks, level)
+        return error == 0 or _share_seen(difference, error, widths) >= power
 
     seeds = max(n_seeds, 2)
     more = _smallest(lambda many: seen(many, math.ceil(n_blocks * many / seeds)), seeds, _MOST_SEEDS)
