@@ -82,6 +82,20 @@ def test_holm_agrees_with_hand_and_with_statsmodels():
     assert compare.holm([]) == []
 
 
+def test_interval_and_exact_test_say_the_same_of_any_answers():
+    """Five of five questions: p was 0.06, and the interval began at 10 points."""
+    for n, most in ((5, 5), (20, 12), (200, 16)):
+        for ahead in range(most + 1):
+            for behind in range(min(ahead, most - ahead) + 1):
+                first, second = np.zeros(n), np.zeros(n)
+                first[:ahead], second[ahead : ahead + behind] = 1, 1
+                for found in (
+                    compare.compare_accuracy(first, second),
+                    compare.compare_accuracy(second, first),
+                ):
+                    assert (found.low <= 0 <= found.high) == (found.p >= 0.05), (n, ahead, behind)
+
+
 def test_the_interval_of_guessing():
     low, high = compare.chance_interval(0.2, 245)
     assert (
