@@ -1,4 +1,5 @@
-"""The command line: pftools plan | run | status | report | compare | export | clean | fetch-data | doctor.
+"""The command line: pftools plan | run | status | report | compare | export | clean | fetch-data | settings |
+doctor.
 
 Each command is a few lines over a function of the package; heavy imports wait until a command needs them.
 """
@@ -6,6 +7,7 @@ Each command is a few lines over a function of the package; heavy imports wait u
 from __future__ import annotations
 
 import errno
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -328,6 +330,23 @@ def fetch_data(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command("settings")
+def show_settings(
+    step: Annotated[
+        str, typer.Argument(help=f"study, {', '.join(settings.STEPS)}", metavar="[STEP]")
+    ] = "study",
+) -> None:
+    """List what can be set in a study file, or in a step: each with its default and what it does."""
+    kinds: dict[str, type[settings.Parameters]] = {"study": studies.Study, **settings.STEPS}
+    if step not in kinds:
+        raise PftoolsError(f"unknown step {step!r}: {nearest(step, kinds)}.")
+    table = Table("name", "default", "what it is")
+    for name, field in kinds[step].model_fields.items():
+        default = "" if field.is_required() else json.dumps(field.default)
+        table.add_row(name, default, escape(field.description or ""))
+    out.print(table)
 
 
 @app.command()

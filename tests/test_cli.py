@@ -1,6 +1,7 @@
 """The command line, on a study whose runs are made without notebooks."""
 
 import errno
+import json
 import os
 import shlex
 import sys
@@ -13,7 +14,7 @@ from pftools import checkpoints, cli, files, models, run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.finetune import finetune_model
 from pftools.prune import prune_model
-from pftools.study import load_study, plan_study, run_study
+from pftools.study import Study, load_study, plan_study, run_study
 from tests.made_up import seal_study
 from tests.tiny import save_tiny, tiny_blocks
 
@@ -29,6 +30,7 @@ def test_a_disk_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch,
 
     monkeypatch.setattr(sys, "argv", ["pftools", command, str(study), "--runs", str(tmp_path / "runs")])
     monkeypatch.setattr(Path, "mkdir", read_only)
+    capsys.readouterr()  # a bar of the model that was saved
     with pytest.raises(SystemExit):
         cli.main()
     said = " ".join(capsys.readouterr().err.split())
@@ -90,6 +92,18 @@ def test_clean_shows_what_would_go_and_asks(call):
     code, shown = call("clean", "one.yaml", input="y\n")
     assert code == 0 and not needless.exists()
     assert "Nothing to remove" in call("clean", "one.yaml")[1]
+
+
+def test_all_that_can_be_set_is_listed(call):
+    for name, kind in {"study": Study, **settings.STEPS}.items():
+        code, shown = call("settings", name)
+        assert code == 0
+        for field, about in kind.model_fields.items():
+            (row,) = [line for line in shown.splitlines() if line.startswith(f"│ {field} ")]
+            assert about.description and about.description[:40] in row, f"{name}: {field} says what it is"
+            assert about.is_required() or json.dumps(about.default) in row
+    assert call("settings")[1] == call("settings", "study")[1]
+    assert "did you mean 'finetune'" in str(CliRunner().invoke(cli.app, ["settings", "finetun"]).exception)
 
 
 def test_a_mistake_is_one_sentence(call, monkeypatch, capsys):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import lm_eval
 import pytest
@@ -18,8 +21,9 @@ from pftools.compare.other_results import read_results
 from pftools.errors import PftoolsError
 from pftools.evaluate.tasks import load_tasks
 from tests.test_tasks import made_up, write
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
+ROOT = Path(__file__).parents[1]
 # Choices, a group of two, free answers, a perplexity, and one that lm-eval does not know.
 TASKS = ["facts", "mmlu", "freebaseqa", "wikitext2", "wikitext2_published"]
 JUDGED = {"facts", "mmlu_abstract_algebra", "mmlu_anatomy", "freebaseqa"}
@@ -155,3 +159,15 @@ def test_a_chat_template_is_told_and_the_same_records_are_the_same_bytes(finishe
         evaluate.write_samples(tmp_path / name, answers.records)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert [row["doc_id"] for row in evaluate.read_samples(tmp_path / "one")["facts"]] == [0, 1]
+
+
+@pytest.mark.slow
+def test_lm_eval_itself_runs_the_task_files(tmp_path):
+    model = save_tiny(tmp_path / "tiny", max_position_embeddings=1024)
+    command = [Path(sys.executable).parent / "lm-eval", "run", "--include_path", ROOT / "data" / "tasks"]
+    words = ["--tasks", "facts", "--model", "hf", "--model_args", f"pretrained={model}"]
+    more = ["--limit", "3", "--device", "cpu", "--output_path", tmp_path / "out"]
+    done = subprocess.run([*command, *words, *more], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(found.read_text())["n-samples"]["facts"]["effective"] == 3

@@ -105,15 +105,17 @@ class Study(settings.Parameters):
     name: str = Field(
         min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="names the report and the SLURM jobs"
     )
-    description: str = ""
+    description: str = Field("", description="a line above the report")
     model: str = Field(settings.Step.model_fields["model"].default, description="as in every step")
-    dtype: settings.DtypeName = "auto"
+    dtype: settings.DtypeName = Field("auto", description="number format, in every step")
     placement: settings.Placement = Field("auto", description="where weights are, in every step")
     orderings: list[OrderingEntry] = Field(min_length=1, description="published names or words over P and F")
     sparsities: list[float] = Field([0.5], min_length=1, description="targets; each from 0 up to 1")
-    methods: list[str] = Field(["wanda"], min_length=1)
-    patterns: list[str] = Field(["unstructured"], min_length=1)
-    merges: list[settings.Merge] = Field(["auto"], min_length=1)
+    methods: list[str] = Field(["wanda"], min_length=1, description=f"pruning criteria: {', '.join(METHODS)}")
+    patterns: list[str] = Field(["unstructured"], min_length=1, description="or N:M such as 2:4")
+    merges: list[settings.Merge] = Field(
+        ["auto"], min_length=1, description="of adapters: auto, masked or dense"
+    )
     seeds: list[Annotated[int, Field(ge=0, lt=4_000_000)]] = Field(
         [0], min_length=1, description="a training each; or {start: 3, most: 10}"
     )
