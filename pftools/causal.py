@@ -60,6 +60,19 @@ def check_causal(model: nn.Module, tokens: torch.Tensor) -> None:
         )
 
 
+def check_bare(model: nn.Module) -> None:
+    """Refuse a model with an adapter around its matrices, whose factors would be taken for weights.
+
+    Raises:
+        PftoolsError: PEFT has wrapped it.
+    """
+    if hasattr(model, "peft_config"):
+        raise PftoolsError(
+            f"{type(model).__name__} has an adapter of PEFT in it: merge that first, with "
+            "model.merge_and_unload()."
+        )
+
+
 @contextmanager
 def reading(model: nn.Module, length: int) -> Iterator[None]:
     """A plain forward of rows of ``length`` tokens. What a model raises within becomes one sentence."""

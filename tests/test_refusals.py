@@ -351,6 +351,15 @@ def test_a_model_that_cannot_read_is_one_sentence(deed):
         DEEDS[deed](model)
 
 
+@pytest.mark.parametrize("deed", ["prune", "finetune"])
+def test_a_model_that_peft_has_wrapped_is_refused(deed):
+    """The factors of its adapter were pruned and counted as weights."""
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(PftoolsError, match=r"merge that first, with model.merge_and_unload\(\)"):
+        DEEDS[deed](get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])))
+
+
 class Twice(nn.Module):
     """An MLP whose up_proj is given zeros, too."""
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from pftools.adapters import mask_digest, resolve_merge
-from pftools.causal import check_causal
+from pftools.causal import check_bare, check_causal
 from pftools.errors import PftoolsError, nearest
 from pftools.finetune.quantize import BASES, check_bitsandbytes
 from pftools.finetune.reads import read_by_model
@@ -128,6 +128,7 @@ def prepare(recipe: Recipe, model: PreTrainedModel, rows: Rows) -> Training:
         PftoolsError: targets that the model does not have, several budgets, or rows longer than its context.
     """
     length = rows.input_ids.shape[1]
+    check_bare(model)
     check_blocks(model, rows.input_ids)
     if why := unsuitable(model.config.to_dict()):
         raise PftoolsError(f"{type(model).__name__} {why}: give a causal language model with plain weights.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pftools.causal import check_bare
 from pftools.criteria import Method, find_method
 from pftools.errors import PftoolsError, nearest
 from pftools.layers import decoder_layers, linear_weights, matrices
@@ -81,6 +82,7 @@ def check_request(
             f"the calibration blocks have shape {tuple(blocks.shape)}: (n_blocks, block_length) "
             "is needed, with tokens."
         )
+    check_bare(model)
     check_blocks(model, blocks)
     weights = linear_weights(model)
     dtypes = {weight.dtype for weight in weights.values()}
