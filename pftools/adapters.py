@@ -22,7 +22,7 @@ from pftools.errors import PftoolsError, nearest
 from pftools.files import write_json
 from pftools.layers import measured_sparsity, rows_of
 from pftools.mapped import in_turn, release
-from pftools.masks import MASKS, PackedMasks, pack, read_masks, save_masks
+from pftools.masks import MASKS, PackedMasks, apply_masks, pack, read_masks, save_masks
 
 MASKED_TYPE = (
     "MASKED_LORA: load it with pftools.finetune.merge_adapter, a plain LoRA merge would fill the zeros"
@@ -123,10 +123,7 @@ def _prune_as_trained(model: nn.Module, adapter: Adapter) -> None:
             "the adapter was trained on other zeros than this model has: merge it into the model that it was "
             "trained on, in the same dtype."
         )
-    with torch.no_grad():
-        for name, kept in adapter.kept.items():
-            weights[name].masked_fill_(~kept.to(weights[name].device), 0)
-            release(weights[name])
+    apply_masks(model, adapter.kept)
 
 
 def mask_digest(model: nn.Module, names: Iterable[str]) -> str:

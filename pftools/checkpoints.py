@@ -29,13 +29,23 @@ from pftools.errors import PftoolsError
 from pftools.files import refuse_full, replacing, write_json, write_text
 from pftools.layers import linear_weights, measured_sparsity
 from pftools.mapped import in_turn, release
-from pftools.masks import MASKS, PackedMasks, load_masks, read_masks, read_tensors, save_masks, save_tensors
+from pftools.masks import (
+    MASKS,
+    PackedMasks,
+    apply_masks,
+    fitting,
+    load_masks,
+    read_masks,
+    read_tensors,
+    save_masks,
+    save_tensors,
+)
 from pftools.model_card import adapter_card, model_card
 from pftools.pretrained import base_models
 from pftools.pretrained.loading import load_pretrained
 from pftools.pretrained.streamed import source_of
 from pftools.reload_check import ADAPTER, WEIGHTS
-from pftools.settings import Placement
+from pftools.settings import Placement, PlacementName
 
 if TYPE_CHECKING:
     import torch
@@ -243,51 +253,15 @@ def _replay(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return model
 
 
-def apply_masks(
-    model: PreTrainedModel,
-    masks: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
-    *,
-    place: str = "the masks",
-) -> None:
-    """Set every weight to zero whose mask is False, in place.
-
-    Args:
-        masks: {weight name: bool tensor, True = kept}, or such pairs, one after the other.
-
-    Raises:
-        PftoolsError: a mask has no weight of its name and shape.
-    """
-    import torch
-
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
-            weight = _fitting(parameters, name, mask.shape, place)
-            weight.masked_fill_(~mask.to(weight.device), 0)
-            release(weight)
-
-
 def _overwrite(model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
     import torch
 
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in weights:
-            written = _fitting(parameters, name, weight.shape, str(folder))
+            written = fitting(parameters, name, weight.shape, str(folder))
             written.copy_(weight)
             release(written)
-
-
-def _fitting(
-    parameters: Mapping[str, torch.Tensor], name: str, shape: torch.Size, place: str
-) -> torch.Tensor:
-    weight = parameters.get(name)
-    if weight is None or weight.shape != shape:
-        found = "has no such weight" if weight is None else f"has {tuple(weight.shape)} there"
-        raise PftoolsError(
-            f"{place} does not fit the model: it holds {name} of shape {tuple(shape)}, and the model {found}."
-        )
-    return weight
 
 
 def export_adapter(
@@ -295,7 +269,7 @@ def export_adapter(
     folder: str | Path,
     *,
     trust_remote_code: bool = False,
-    placement: Placement = "auto",
+    placement: PlacementName = "auto",
 ) -> Path:
     """Write the adapter of a finetune run as a folder that PEFT reads, with how it is to be merged.
 
@@ -345,7 +319,7 @@ def export(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    placement: Placement = "auto",
+    placement: PlacementName = "auto",
 ) -> Path:
     """Write the model of a run as a plain Hugging Face folder with a model card, and check it.
 
@@ -383,7 +357,7 @@ def export(
     return folder
 
 
-def _placement(run: str | Path, asked: Placement, device: str, room: str | Path) -> Placement:
+def _placement(run: str | Path, asked: PlacementName, device: str, room: str | Path) -> Placement:
     """Where a run's model is while it is written; what `auto` comes to is decided as for an analysis."""
     given = {"model": str(run), "placement": asked, "device": device, "runs": str(room)}
     placement, _ = needs.resolve(settings.check(settings.Analyse, given))

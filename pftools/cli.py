@@ -248,7 +248,7 @@ def export(
     adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapter, in PEFT's format")] = False,
     push: Annotated[str, typer.Option(help="Also push to this repository of the hub", metavar="REPO")] = "",
     placement: Annotated[
-        settings.Placement, typer.Option(help="Where the weights are meanwhile; auto: what fits")
+        settings.PlacementName, typer.Option(help="Where the weights are meanwhile; auto: what fits")
     ] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let a hub model run its own code")

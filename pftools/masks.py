@@ -7,15 +7,17 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from pftools.mapped import in_turn
+from pftools.errors import PftoolsError
+from pftools.mapped import in_turn, release
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from torch import nn
 
 MASKS = "masks.safetensors"  # the file of a run that holds the masks of all its weights
 
@@ -93,6 +95,50 @@ def read_masks(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
     """`read_masks`, all at once."""
     return dict(read_masks(path))
+
+
+def apply_masks(
+    model: nn.Module,
+    masks: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+    *,
+    place: str = "the masks",
+) -> None:
+    """Set every weight to zero whose mask is False, in place.
+
+    Args:
+        masks: {weight name: bool tensor, True = kept}, or such pairs, one after the other.
+        place: where they are from, for the message.
+
+    Raises:
+        PftoolsError: a mask has no weight of its name and shape.
+    """
+    import torch
+
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
+            weight = fitting(parameters, name, mask.shape, place)
+            weight.masked_fill_(~mask.to(weight.device), 0)
+            release(weight)
+
+
+def fitting(parameters: Mapping[str, torch.Tensor], name: str, shape: torch.Size, place: str) -> torch.Tensor:
+    """The weight of that name.
+
+    Args:
+        parameters: {name: weight} of a model.
+        place: what holds something of that name and shape, for the message.
+
+    Raises:
+        PftoolsError: the model has none, or one of another shape.
+    """
+    weight = parameters.get(name)
+    if weight is None or weight.shape != shape:
+        found = "has no such weight" if weight is None else f"has {tuple(weight.shape)} there"
+        raise PftoolsError(
+            f"{place} does not fit the model: it holds {name} of shape {tuple(shape)}, and the model {found}."
+        )
+    return weight
 
 
 class TensorWriter:

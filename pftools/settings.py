@@ -31,7 +31,9 @@ EMBEDDED_MODEL = "smollm2-135m"
 A_PATH = "a path"  # marks parameters that are always paths; others, such as a model, may be one
 FolderPath = Annotated[str, A_PATH]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-Placement = Literal["auto", "one", "spread", "stream"]
+Placement = Literal["one", "spread", "stream"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+PlacementName = Literal["auto", Placement]
 Merge = Literal["auto", "masked", "dense"]
 
 
@@ -128,7 +130,7 @@ class Step(Parameters):
         "auto", description="number format; auto: bf16 where the hardware computes in it"
     )
     device: str = local("auto", "auto, cpu, cuda, cuda:1, mps")
-    placement: Placement = local(
+    placement: PlacementName = local(
         "auto", "where weights are: one device, spread over several GPUs, streamed from disk; auto: what fits"
     )
     runs: FolderPath = local("runs", "the folder of run folders")

@@ -11,6 +11,7 @@ import torch
 from pftools import corpora, inputs, settings
 from pftools.corpora import pydocs, splits
 from pftools.errors import PftoolsError
+from pftools.finetune import training_rows
 from tests.tiny import tiny_tokenizer
 
 
@@ -53,6 +54,17 @@ def test_calibration_blocks_follow_the_seed(tokenizer):
     assert torch.equal(draw(0), draw(0))
     assert not torch.equal(draw(0), draw(1))
     assert len(torch.unique(draw(0), dim=0)) == 8
+
+
+def test_training_rows_read_a_file_once(tokenizer, tmp_path):
+    (tmp_path / "tale.txt").write_text("\n\n".join(f"Part {n} of a tale, {n * n}." for n in range(60)))
+    parameters = settings.Finetune(corpus=str(tmp_path / "tale.txt"), block_length=16, seed=3)
+    with pytest.warns(UserWarning, match="is one file") as told:
+        rows = training_rows(parameters, tokenizer)
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match="is one file"):
+        blocks = corpora.token_blocks(tokenizer, parameters.corpus, split="train", block_length=16, seed=3)
+    assert torch.equal(rows.input_ids, blocks)
 
 
 def test_more_calibration_blocks_than_there_are_overlap_and_say_so(tokenizer, tmp_path):

@@ -11,7 +11,9 @@ from lm_eval.tasks import TaskManager
 
 from pftools import evaluate
 from pftools.errors import PftoolsError
-from pftools.evaluate.task_names import check_tasks
+from pftools.evaluate import task_names
+from pftools.evaluate.task_names import _read_index, check_tasks
+from pftools.evaluate.tasks import load_tasks
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 _TEMPLATE = (
@@ -91,6 +93,13 @@ def test_a_task_of_the_folder_wins_over_one_of_the_same_name(folder):
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     found = evaluate.evaluate_tasks(model, tokenizer, ["facts"], include=folder, progress=False)
     assert len(found.samples) == 12
+
+
+def test_the_folder_is_read_once(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(task_names, "_read_index", lambda path: read.append(path) or _read_index(path))
+    load_tasks(["capitals", "bare"], include=folder)
+    assert read == [folder]
 
 
 def test_a_task_that_says_no_examples_gets_none(folder, caplog):

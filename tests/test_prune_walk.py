@@ -12,7 +12,7 @@ from pftools.errors import PftoolsError
 from pftools.layers import linear_weights, measured_sparsity
 from pftools.models import load_model
 from pftools.pretrained import on_disk
-from pftools.prune import memory
+from pftools.prune import levers
 from tests import oracles
 from tests.tiny import save_tiny, tiny_blocks, tiny_llama
 
@@ -372,7 +372,7 @@ def test_statistics_of_another_model_are_refused():
 def test_out_of_memory_names_the_levers_and_a_size_that_fits(monkeypatch, free_blocks, says):
     model = tiny_llama()
     block = (8 * 32 + 4 * 64) * 16 * 4
-    monkeypatch.setattr(memory, "free_memory", lambda device: int(free_blocks * block))
+    monkeypatch.setattr(levers, "free_memory", lambda device: int(free_blocks * block))
 
     def no_room(*args, **kwargs):
         raise torch.OutOfMemoryError("out of memory. Tried to allocate 20 GiB")

@@ -28,6 +28,11 @@ STEPS = {
 }
 
 
+def given(name, folder):
+    """The parameters of a step on a tiny model."""
+    return {**STEPS[name], "model": str(save_tiny(folder / "tiny")), "runs": str(folder / "runs")}
+
+
 class Hand:
     """A kernel, and the code cells of a notebook, to execute in any order."""
 
@@ -87,7 +92,7 @@ def is_one_sentence(error):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_executing_the_last_cells_again_leaves_the_sealed_run_as_it_was_or_is_refused(name, tmp_path):
-    parameters = {**STEPS[name], "model": str(save_tiny(tmp_path / "tiny")), "runs": str(tmp_path / "runs")}
+    parameters = given(name, tmp_path)
     with by_hand(name, tmp_path) as hand:
         assert hand.run(hand.order, **parameters) is None
         before = sealed(tmp_path)
@@ -107,11 +112,7 @@ def test_executing_the_last_cells_again_leaves_the_sealed_run_as_it_was_or_is_re
 @pytest.mark.slow
 def test_other_parameters_with_the_model_of_the_first_are_refused(tmp_path):
     """02 at 0.6, then at 0.3 without the model cell: the model in memory has 60% zeros already."""
-    parameters = {
-        **STEPS["02_prune"],
-        "model": str(save_tiny(tmp_path / "tiny")),
-        "runs": str(tmp_path / "runs"),
-    }
+    parameters = given("02_prune", tmp_path)
     with by_hand("02_prune", tmp_path) as hand:
         assert hand.run(hand.order, **parameters) is None
         before = sealed(tmp_path)
@@ -130,11 +131,7 @@ def test_other_parameters_with_the_model_of_the_first_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_parameters_that_were_executed_and_not_read_stop_the_cells_below(tmp_path):
-    parameters = {
-        **STEPS["01_calibrate"],
-        "model": str(save_tiny(tmp_path / "tiny")),
-        "runs": str(tmp_path / "runs"),
-    }
+    parameters = given("01_calibrate", tmp_path)
     with by_hand("01_calibrate", tmp_path) as hand:
         assert hand.run(hand.order[:3], **parameters) is None
         assert hand.run(hand.order[:1], **{**parameters, "seed": 5}) is None
@@ -147,11 +144,7 @@ def test_parameters_that_were_executed_and_not_read_stop_the_cells_below(tmp_pat
 @pytest.mark.slow
 def test_an_edited_cell_by_hand_makes_a_run_of_its_own(tmp_path):
     """The batch would take a run of the notebook's own name for one that the notebook has made."""
-    parameters = {
-        **STEPS["01_calibrate"],
-        "model": str(save_tiny(tmp_path / "tiny")),
-        "runs": str(tmp_path / "runs"),
-    }
+    parameters = given("01_calibrate", tmp_path)
     with by_hand("01_calibrate", tmp_path) as hand:
         edited = hand.cells["01-04"] + "\nblocks = blocks[:2]"
         own, hand.cells["01-04"] = hand.cells["01-04"], edited
@@ -162,8 +155,7 @@ def test_an_edited_cell_by_hand_makes_a_run_of_its_own(tmp_path):
         assert hand.execute("print(blocks.shape)\nlen(blocks)") is None  # who only looks changes nothing
         assert hand.run(hand.order[3:]) is None
         (second,) = set(sealed(tmp_path)) - {first}
-    given = settings.Calibrate(**{**parameters, "runs": str(tmp_path / "runs")})
-    assert run_folder.folder_of(given).name == second
+    assert run_folder.folder_of(settings.Calibrate(**parameters)).name == second
     assert "own_cells" in json.loads((tmp_path / "runs" / first / "run.json").read_text())
     counts = [
         run_folder.read_record(tmp_path / "runs" / name)["results"]["n_blocks"] for name in (first, second)

@@ -23,13 +23,14 @@ chat       conversations, and what the model's chat template makes of them
 data_root  a folder of data sets, for machines without a hub
 """
 
-from pftools.corpora.blocks import blocks_for, load_blocks, save_blocks, token_blocks
+from pftools.corpora.blocks import blocks_for, blocks_of, load_blocks, save_blocks, token_blocks
 from pftools.corpora.sources import documents, file_of
 from pftools.corpora.splits import SPLITS
 
 __all__ = [
     "SPLITS",
     "blocks_for",
+    "blocks_of",
     "documents",
     "file_of",
     "load_blocks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +51,37 @@ def token_blocks(
     Raises:
         PftoolsError: unknown corpus or split, an empty corpus, or fewer blocks than asked.
     """
-    import torch
-
     if block_length < 2:
         raise PftoolsError(
             f"block_length is {block_length}: a block needs at least 2 tokens, one to predict the next."
         )
     if n_blocks is not None and n_blocks < 1:
         raise PftoolsError(f"n_blocks is {n_blocks}: ask for at least 1 block, or None for all.")
-    stream = _token_stream(tokenizer, corpus, split, data)
+    found = documents(corpus, split=split, data=data)
+    return blocks_of(
+        tokenizer, found, corpus, split=split, n_blocks=n_blocks, block_length=block_length, seed=seed
+    )
+
+
+def blocks_of(
+    tokenizer: PreTrainedTokenizerBase,
+    found: Sequence[str],
+    corpus: str,
+    *,
+    split: str,
+    n_blocks: int | None = None,
+    block_length: int,
+    seed: int = 0,
+) -> Tensor:
+    """`token_blocks` of a split whose documents were read already.
+
+    Args:
+        found: its documents.
+        corpus: its name, for messages.
+    """
+    import torch
+
+    stream = _token_stream(tokenizer, found)
     available = len(stream) // block_length
     if available == 0:
         raise PftoolsError(
@@ -70,7 +93,7 @@ def token_blocks(
         warnings.warn(
             f"{n_blocks} calibration blocks of {block_length} tokens are asked and {corpus!r} holds "
             f"{available} without overlap: random windows that overlap are used.",
-            stacklevel=2,
+            stacklevel=3,
         )
         starts = [chooser.randrange(len(stream) - block_length + 1) for _ in range(n_blocks)]
     elif n_blocks is not None and n_blocks > available:
@@ -126,12 +149,9 @@ def load_blocks(run: str | Path) -> Tensor:
     return load_file(Path(run) / "blocks.safetensors")["blocks"].long()
 
 
-def _token_stream(
-    tokenizer: PreTrainedTokenizerBase, corpus: str, split: str, data: str | Path | None
-) -> Tensor:
+def _token_stream(tokenizer: PreTrainedTokenizerBase, found: Sequence[str]) -> Tensor:
     import torch
 
-    found = documents(corpus, split=split, data=data)
     if isinstance(found[0], Conversation):
         written = [
             tokens_of(tokenizer, document)[0] for document in found if isinstance(document, Conversation)

@@ -105,11 +105,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) ->
         PftoolsError: the model has no chat template, or one that refuses the conversation or does not show
             where its answers are.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise PftoolsError(
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template, and the corpus "
-            "holds conversations: give a model with one (an instruct model), or rows with a column 'text'."
-        )
+    need_template(tokenizer, and_="the corpus holds conversations", otherwise="rows with a column 'text'")
     if not tokenizer.is_fast:
         raise PftoolsError(
             f"{type(tokenizer).__name__} does not say which letters a token stands for, so answers cannot "
@@ -125,6 +121,20 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) ->
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     is_answer = [any(start < b and end > a for a, b in answers) for start, end in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), is_answer
+
+
+def need_template(tokenizer: PreTrainedTokenizerBase, *, and_: str = "", otherwise: str) -> None:
+    """Refuse a model without a chat template.
+
+    Args:
+        and_: why it needs one, where nobody has asked for it.
+        otherwise: what to give instead of another model.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise PftoolsError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template"
+            f"{and_ and f', and {and_}'}: give a model with one (an instruct model), or {otherwise}."
+        )
 
 
 _MARK = "\ue000an answer\ue001"  # stands in for an answer; letters that no text has

@@ -43,7 +43,12 @@ def check_tasks(names: Sequence[str], *, include: str | Path = "") -> None:
         PftoolsError: a name that neither ``data/tasks`` nor lm-eval has (the nearest is offered), a metric or
             aggregation that lm-eval does not have, or a task with no metric that pftools knows.
     """
-    own, included = own_tasks(), included_tasks(include)
+    check_found(names, included_tasks(include))
+
+
+def check_found(names: Sequence[str], included: Index) -> None:
+    """`check_tasks`, where the folder was read already (`included_tasks`)."""
+    own = own_tasks()
     for name in names:
         if name in own and name not in included:
             _check_own(name, own[name])

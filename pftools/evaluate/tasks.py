@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from pftools import corpora, hub
+from pftools.corpora.chat import need_template
 from pftools.errors import PftoolsError
 from pftools.evaluate import task_names
 from pftools.evaluate.block_perplexity import first_token, first_token_in_words, perplexity
@@ -107,11 +108,8 @@ def evaluate_tasks(
     tasks = list(dict.fromkeys(tasks))
     blocks = {name: settings for name in tasks if (settings := _block_perplexity(name))}
     loaded = load_tasks([name for name in tasks if name not in blocks], data=data, include=include)
-    if apply_chat_template and not getattr(tokenizer, "chat_template", None):
-        raise PftoolsError(
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: give a model "
-            "with one (an instruct model), or apply_chat_template=False."
-        )
+    if apply_chat_template:
+        need_template(tokenizer, otherwise="apply_chat_template=False")
     scores: list[dict[str, Any]] = []
     samples: list[pd.DataFrame] = []
     results: dict[str, Any] = {}
@@ -229,8 +227,8 @@ def load_tasks(
     Raises:
         PftoolsError: what `check_tasks` refuses, or data that is not there.
     """
-    task_names.check_tasks(names, include=include)
     own, included = task_names.own_tasks(), task_names.included_tasks(include)
+    task_names.check_found(names, included)
     return {
         name: _load_own(name, data)
         if name in own and name not in included

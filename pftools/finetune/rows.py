@@ -73,13 +73,17 @@ class Rows(torch.utils.data.Dataset):
 
 def training_rows(parameters: Finetune, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """The rows of a step's train split: of conversations, of lines (``packing=False``), or packed blocks."""
-    documents = corpora.documents(parameters.corpus, split="train")
+    corpus, length = parameters.corpus, parameters.block_length
+    documents = corpora.documents(corpus, split="train")
     conversations = [document for document in documents if isinstance(document, Conversation)]
     if conversations:
-        return chat_rows(tokenizer, conversations, parameters.block_length)
+        return chat_rows(tokenizer, conversations, length)
     if not parameters.packing:
-        return padded_rows(tokenizer, documents, parameters.block_length)
-    return Rows(corpora.blocks_for(parameters, tokenizer, split="train"))
+        return padded_rows(tokenizer, documents, length)
+    blocks = corpora.blocks_of(
+        tokenizer, documents, corpus, split="train", block_length=length, seed=parameters.seed
+    )
+    return Rows(blocks)
 
 
 def training_order(n_rows: int, length: int, seed: int) -> list[int]:

@@ -20,9 +20,10 @@ from pftools.needs.advice import (
     shortage,
 )
 from pftools.needs.datasheet import DEVICES, Device, seconds_on
-from pftools.needs.estimate import CUDA_DEVICE, PLACEMENTS, DeviceKind, Needs, Placement, needs_of
+from pftools.needs.estimate import CUDA_DEVICE, DeviceKind, Needs, needs_of
 from pftools.needs.facts import Facts, facts_of, facts_of_shapes
 from pftools.needs.resources import Machine, device_kind, machine
+from pftools.settings import PLACEMENTS, Placement
 
 __all__ = [
     "CUDA_DEVICE",

@@ -11,18 +11,11 @@ from typing import Any
 from pftools import settings
 from pftools.errors import PftoolsError
 from pftools.files import as_bytes
-from pftools.needs.estimate import (
-    PLACEMENTS,
-    DeviceKind,
-    Needs,
-    Placement,
-    blocks_of,
-    needs_of,
-    number_bytes,
-)
+from pftools.needs.estimate import DeviceKind, Needs, blocks_of, needs_of, number_bytes
 from pftools.needs.facts import Facts, facts_of
 from pftools.needs.resources import Machine, device_kind, give_back_freed, machine
 from pftools.pretrained.model_files import HUB_ID, count
+from pftools.settings import PLACEMENTS, Placement
 
 # Estimates are within a fifth of what is measured, and other programs want some memory, too.
 ROOM = 0.9

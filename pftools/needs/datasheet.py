@@ -13,9 +13,10 @@ from typing import Any
 
 from pftools import settings
 from pftools.needs.advice import on
-from pftools.needs.estimate import Placement, blocks_of, number_bytes, task_of
+from pftools.needs.estimate import blocks_of, number_bytes, task_of
 from pftools.needs.facts import Facts
 from pftools.needs.resources import Machine
+from pftools.settings import Placement
 
 _TOKENS_A_FORWARD, _QUESTION_TOKENS = 4096, 16_384
 _LENGTHS = 40  # different lengths of questions that a reply follows, which are read one length at a time

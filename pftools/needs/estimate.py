@@ -16,10 +16,9 @@ from typing import Any, Literal
 from pftools import run_folder, settings
 from pftools.needs.facts import Facts
 from pftools.pretrained.model_files import Shapes, adapted_matrices, count, matrices
+from pftools.settings import Placement
 
-Placement = Literal["one", "spread", "stream"]
 DeviceKind = Literal["cpu", "cuda"]
-PLACEMENTS: tuple[Placement, ...] = ("one", "spread", "stream")
 
 _MB = 10**6
 # The kernel with torch, transformers and what a step imports besides: measured on a model of a few thousand

@@ -9,9 +9,7 @@ from pftools import hub
 from pftools.errors import PftoolsError, nearest
 from pftools.pretrained.base_models import cache_folder, model_source, resolve_device, resolve_dtype
 from pftools.pretrained.suitable import check_whole, unsuitable, unsuitable_folder
-from pftools.settings import EMBEDDED_MODEL
-
-PLACEMENTS = ("one", "spread", "stream")
+from pftools.settings import EMBEDDED_MODEL, PLACEMENTS
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ reconstruct   local recovery of a pruned layer
 source        where a model's weights are while it is walked
 walk          the walk through the layers: `prune_model`
 checkpoint    the same walk over a model on disk, a layer at a time: `prune_checkpoint`
-memory        what to lower when memory runs out
+levers        what to lower when memory runs out
 result        masks and the table of what was done
 
 How much a weight matters is told by `pftools.criteria`: magnitude, Wanda, RIA, SparseGPT, one small function

@@ -16,7 +16,7 @@ from pftools.layers import decoder_layers
 from pftools.memory import ran_out
 from pftools.prune.calls import LayerCall, body_of, hidden_of, record, returned_by_layers
 from pftools.prune.inputs import InputMeter
-from pftools.prune.memory import naming_the_levers
+from pftools.prune.levers import naming_the_levers
 from pftools.prune.source import Source, device_of
 
 

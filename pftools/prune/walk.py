@@ -34,7 +34,7 @@ from pftools.prune.calls import Batch, copies, inference, record_batches
 from pftools.prune.check import check_replay
 from pftools.prune.inputs import InputMeter, Measured, batch_size_for, run_layer
 from pftools.prune.layer import PrunedLayer, prune_layer, recover_layer
-from pftools.prune.memory import naming_the_levers
+from pftools.prune.levers import naming_the_levers
 from pftools.prune.request import Request, check_request
 from pftools.prune.result import PruneResult
 from pftools.prune.source import InMemory, Source, device_of

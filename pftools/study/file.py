@@ -108,7 +108,7 @@ class Study(settings.Parameters):
     description: str = Field("", description="a line above the report")
     model: str = Field(settings.Step.model_fields["model"].default, description="as in every step")
     dtype: settings.DtypeName = Field("auto", description="number format, in every step")
-    placement: settings.Placement = Field("auto", description="where weights are, in every step")
+    placement: settings.PlacementName = Field("auto", description="where weights are, in every step")
     orderings: list[OrderingEntry] = Field(min_length=1, description="published names or words over P and F")
     sparsities: list[float] = Field([0.5], min_length=1, description="targets; each from 0 up to 1")
     methods: list[str] = Field(["wanda"], min_length=1, description=f"pruning criteria: {', '.join(METHODS)}")
