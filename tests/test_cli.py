@@ -241,14 +241,14 @@ def test_a_remedy_repeats_what_was_given(call, strictly, tmp_path, monkeypatch):
     given = ["mine.yaml", "--runs", "my runs", "--jobs", "3"]
     command = shlex.join(["pftools", "run", *given])
     failure = run_study.__globals__["Failure"]("prune-0123456789ab", 3, "a cause.")
-    monkeypatch.setattr(cli.studies, "run_study", lambda *_, **__: [failure])
+    monkeypatch.setattr("pftools.study.run_study", lambda *_, **__: [failure])
     says = refused(strictly, "run", *given)
     assert f"`{command}`" in says and "mend the cause" in says
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.studies, "run_study", interrupted)
+    monkeypatch.setattr("pftools.study.run_study", interrupted)
     code, shown = call("run", *given)
     assert code == 130 and f"`{command}` goes on from there" in shown
     says = refused(strictly, "report", *given[:3])

@@ -1,0 +1,3 @@
+from pftools.cli import main
+
+main()
