@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pftools import needs, settings, study
-from pftools.execute import local, slurm
+from pftools.execute import local, sbatch
 from pftools.study import Study, costs, plan_study
 from tests.test_needs import GB, HUGE, LLAMA_7B, SEVEN
 from tests.trivial import trivial_plan, write_notebooks
@@ -57,12 +57,12 @@ def test_a_model_is_spread_over_as_few_gpus_as_it_fits_on(room, wanted):
 
 def test_memory_and_time_are_asked_of_a_cluster_where_nobody_said_them():
     estimate = costs.JobEstimate(memory=20 * GB, minutes=50, spread=False)
-    assert slurm.asked_for(estimate, {}) == {"mem": "24G", "time": "150"}
+    assert sbatch.asked_for(estimate, {}) == {"mem": "24G", "time": "150"}
     given = {"mem_per_cpu": "4G", "time": "2:00:00", "partition": "gpu"}
-    assert slurm.asked_for(estimate, given) == given
-    assert slurm.asked_for(replace(estimate, minutes=0), {}) == {"mem": "24G"}  # the executor's own limit
-    assert slurm.asked_for(replace(estimate, minutes=0.1), {})["time"] == "30"
-    assert slurm.asked_for(None, {"gres": "gpu:2"}) == {"gres": "gpu:2"}
+    assert sbatch.asked_for(estimate, given) == given
+    assert sbatch.asked_for(replace(estimate, minutes=0), {}) == {"mem": "24G"}  # the executor's own limit
+    assert sbatch.asked_for(replace(estimate, minutes=0.1), {})["time"] == "30"
+    assert sbatch.asked_for(None, {"gres": "gpu:2"}) == {"gres": "gpu:2"}
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_memory_and_time_are_asked_of_a_cluster_where_nobody_said_them():
 )
 def test_only_a_step_that_is_spread_has_all_gpus_that_were_asked_for(name, given, one):
     estimate = costs.JobEstimate(memory=GB, minutes=0, spread=False)
-    assert slurm.asked_for(estimate, {name: given})[name] == one
-    assert slurm.asked_for(replace(estimate, spread=True), {name: given})[name] == given
+    assert sbatch.asked_for(estimate, {name: given})[name] == one
+    assert sbatch.asked_for(replace(estimate, spread=True), {name: given})[name] == given
 
 
 def test_the_estimates_of_jobs_are_those_of_their_steps(tmp_path):

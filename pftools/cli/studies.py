@@ -225,10 +225,10 @@ def _queue(planned: studies.Plan) -> dict[str, Any]:
     """{run: job} of SLURM's queue; empty where no study with this folder of runs was given to SLURM."""
     if not (Path(planned.runs) / ".slurm").is_dir():
         return {}
-    from pftools.execute import slurm
+    from pftools.execute import slurm_queue
 
     try:
-        return slurm.queue(Path(planned.runs))
+        return slurm_queue.queue(Path(planned.runs))
     except PftoolsError as error:  # what the run folders say is still worth showing
         err.print(f"[yellow]The queue is not known:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return {}

@@ -17,13 +17,10 @@ too short.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
-import shutil
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +29,9 @@ from filelock import FileLock
 from pftools import run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.execute.progress import progress_of
+from pftools.execute.sbatch import NoSuchMemory, asked_for, sort_options
+from pftools.execute.slurm_queue import job_name, queue
 from pftools.execute.steps import Failure, execute_step, read_failure, request, unusable
-from pftools.needs import ROOM
 from pftools.study import costs
 from pftools.study.file import Study
 from pftools.study.stages import grow, plan_study
@@ -45,19 +43,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MINUTES = 240  # sbatch's own default is the partition's, which may be endless or a minute
 _PLANNING_MINUTES = 30
-# A step's time limit, where earlier runs tell how long it takes: other nodes may be slower.
-_LEAST_MINUTES, _TIMES_AS_LONG = 30, 3
 _POLL_SECONDS = 2.0
 _PATIENCE = 300  # seconds for which a controller may be out of reach before that is an error
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job in the queue: its id, its state (PENDING, RUNNING, ...) and why it waits, in SLURM's words."""
-
-    id: str
-    state: str
-    reason: str
 
 
 def run_plan(
@@ -106,7 +93,7 @@ def submit(
                 asked, of_step = request(step, notebooks), asked_for(estimates.get(name), options or {})
                 try:
                     jobs[name] = _submit_job(folder, step.folder, StepJob(), asked, parents, of_step)
-                except _NoSuchMemory:
+                except NoSuchMemory:
                     if of_step.get("mem") == (options or {}).get("mem"):
                         raise
                     of_step.pop("mem")  # an estimate, of which the cluster knows nothing or has less
@@ -164,10 +151,10 @@ def _submit_job(
         ) from None
     executor = submitit.SlurmExecutor(folder, max_num_timeout=3)
     log = str(run_folder.log_path(run).resolve())
-    known, other = _sort_options(options)
+    known, other = sort_options(options)
     executor.update_parameters(
         **{"time": DEFAULT_MINUTES, **known},
-        job_name=_job_name(run),
+        job_name=job_name(run),
         dependency=f"afterok:{':'.join(parents)}" if parents else None,
         stderr_to_stdout=True,
         srun_args=["--output", log],  # the same place as the local executor's
@@ -179,39 +166,8 @@ def _submit_job(
     except (FailedJobError, OSError, subprocess.SubprocessError) as error:
         words = str(error).strip().splitlines()
         reason = (words[-1] if words else str(error)).removeprefix("sbatch: error: ").rstrip(".")
-        kind = _NoSuchMemory if "Memory specification" in str(error) else PftoolsError
+        kind = NoSuchMemory if "Memory specification" in str(error) else PftoolsError
         raise kind(f"sbatch refused the job of {run.name}: {reason}.") from None
-
-
-_MEMORY_OPTIONS = {"mem", "mem-per-cpu", "mem-per-gpu"}
-_GPU_OPTIONS = re.compile(r"(?P<before>(?:gpu:)?(?:[\w-]+:)?)(?P<count>\d+)")
-
-
-def asked_for(estimate: costs.JobEstimate | None, options: dict[str, str]) -> dict[str, str]:
-    """sbatch's options for one step: those that were given, and memory and time where they were not.
-
-    The GPUs that were asked for are the most that a step may have: only one that is spread has more than one.
-
-    Args:
-        estimate: of the step; None: nothing is known of it.
-        options: as they were given.
-    """
-    found = dict(options)
-    if estimate is None:
-        return found
-    if not {name.replace("_", "-") for name in options} & _MEMORY_OPTIONS:
-        found["mem"] = f"{math.ceil(estimate.memory / 10**9 / ROOM) + 1}G"
-    if "time" not in options and estimate.minutes:
-        found["time"] = str(max(_LEAST_MINUTES, math.ceil(_TIMES_AS_LONG * estimate.minutes)))
-    for name in ("gres", "gpus", "gpus-per-node"):
-        told = _GPU_OPTIONS.fullmatch(options.get(name, ""))
-        if told and not estimate.spread:
-            found[name] = f"{told['before']}{min(1, int(told['count']))}"
-    return found
-
-
-class _NoSuchMemory(PftoolsError):
-    """No node of the partition has as much memory as was asked for, or says how much it has."""
 
 
 class StepJob:
@@ -250,62 +206,6 @@ def _wait_until_seen(runs: list[str]) -> None:
         time.sleep(1)
 
 
-def queue(root: Path) -> dict[str, Job]:
-    """The jobs of this user that make runs in the folder ``root``: {run: job}.
-
-    Raises:
-        PftoolsError: there is no SLURM here, or its controller cannot be reached.
-    """
-    if shutil.which("squeue") is None:
-        raise PftoolsError(
-            "there is no squeue on this machine: run with --executor local, or from a login node of the "
-            "cluster."
-        )
-    command = ["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%j"]
-    try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        raise PftoolsError("SLURM's controller did not answer within a minute: try again later.") from None
-    if asked.returncode != 0:
-        raise PftoolsError(f"SLURM's queue cannot be read: {asked.stderr.strip() or 'squeue failed'}.")
-    found = {}
-    mark = _mark(root)
-    for line in asked.stdout.splitlines():
-        number, state, reason, name = line.split("|", 3)
-        run, _, of = name.rpartition("@")
-        if of == mark and state in _ALIVE:
-            found[run] = Job(number, state, reason)
-    return found
-
-
-# States of a job that works or will. A job that is queued again passes through COMPLETING, so that is not the
-# end of it.
-_ALIVE = {
-    "PENDING",
-    "CONFIGURING",
-    "RUNNING",
-    "COMPLETING",
-    "SUSPENDED",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "REQUEUE_FED",
-    "SPECIAL_EXIT",
-    "SIGNALING",
-    "STAGE_OUT",
-    "RESIZING",
-    "STOPPED",
-}
-
-
-def _job_name(folder: Path) -> str:
-    return f"{folder.name}@{_mark(folder.parent)}"
-
-
-def _mark(root: Path) -> str:
-    """Tells the same run in two folders of runs apart."""
-    return hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
-
-
 def _folder(root: Path) -> Path:
     folder = root / ".slurm"
     folder.mkdir(parents=True, exist_ok=True)
@@ -318,42 +218,6 @@ def _remove_files_of_ended_jobs(folder: Path, alive: set[str]) -> None:
         job = re.match(r"(\d+)_", path.name)
         if job and job[1] not in alive:
             path.unlink(missing_ok=True)
-
-
-def _sort_options(options: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """sbatch's options: those that submitit converts, and the rest as they are."""
-    known: dict[str, Any] = {}
-    other = {}
-    for name, value in options.items():
-        if name == "time":
-            known["time"] = minutes(value)
-        elif name == "setup":  # a line of shell before the step, such as `module load cuda`
-            known["setup"] = [value]
-        else:
-            other[name.replace("_", "-")] = value
-    return known, other
-
-
-def minutes(text: str) -> int:
-    """A time limit as sbatch takes it, in whole minutes: MIN, MIN:SEC, H:MIN:SEC, D-H, D-H:MIN, D-H:MIN:SEC.
-
-    >>> minutes("90"), minutes("2:00:00"), minutes("1-12")
-    (90, 120, 2160)
-    """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
-    if not found:
-        raise PftoolsError(
-            f"the time {text!r} is not one of SLURM's: give minutes, or HOURS:MINUTES:SECONDS, or DAYS-HOURS."
-        )
-    days, *parts = found.groups()
-    first, second, third = (int(part or 0) for part in parts)
-    if days is not None:
-        seconds = ((int(days) * 24 + first) * 60 + second) * 60 + third
-    elif parts[2] is not None:
-        seconds = (first * 60 + second) * 60 + third
-    else:
-        seconds = first * 60 + second
-    return max(1, -(-seconds // 60))
 
 
 def _watch(plan: Plan, submitted: list[str], progress: bool) -> list[Failure]:
