@@ -7,6 +7,7 @@
 file         a study file: the orderings, and what they have in common
 yaml_file    YAML with the line of everything in it
 plan         every step that a study needs, once
+trainings    the steps of one training, added to a plan
 stages       `plan_study`: trials, first trainings, more of them; as the finished runs tell
 tuning       which learning rate an ordering gets
 seeds        which orderings get more trainings

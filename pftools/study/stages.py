@@ -14,7 +14,8 @@ from pftools.errors import PftoolsError
 from pftools.orderings import parse_ordering
 from pftools.study import seeds, tuning
 from pftools.study.file import Study
-from pftools.study.plan import Plan, Variant, add_training, variants
+from pftools.study.plan import Plan, Variant, variants
+from pftools.study.trainings import add_training
 
 
 def plan_study(study: Study, *, runs: str | Path = "runs") -> Plan:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from pftools import run_folder
 from pftools.study.file import TRIAL_SEEDS, Tune
-from pftools.study.plan import Plan, PlannedTrial, Variant, add_trial
+from pftools.study.plan import Plan, PlannedTrial, Variant
+from pftools.study.trainings import add_trial
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,7 +15,8 @@ import yaml
 
 from pftools import cli, run_folder, study
 from pftools.errors import PftoolsError
-from pftools.execute import sbatch, slurm, slurm_queue, steps
+from pftools.execute import sbatch, slurm, steps
+from pftools.execute.slurm_queue import queue
 from tests.tiny import save_tiny
 from tests.trivial import contents, trivial_plan, write_notebooks
 
@@ -93,17 +94,13 @@ def test_the_driver_may_be_killed_and_a_second_one_submits_nothing_twice(tmp_pat
         "run_study(trivial_plan(Path(sys.argv[1])), executor='slurm', notebooks=sys.argv[2], progress=False)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "runs"), str(notebooks)], cwd=ROOT)
-    wait_until(
-        lambda: len(slurm_queue.queue(tmp_path / "runs")) == len(plan.steps) or driver.poll() is not None
-    )
+    wait_until(lambda: len(queue(tmp_path / "runs")) == len(plan.steps) or driver.poll() is not None)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    queued = slurm_queue.queue(tmp_path / "runs")
+    queued = queue(tmp_path / "runs")
     assert len(queued) > 3
     slurm.submit(plan, notebooks=notebooks)
-    assert {job.id for job in slurm_queue.queue(tmp_path / "runs").values()} <= {
-        job.id for job in queued.values()
-    }
+    assert {job.id for job in queue(tmp_path / "runs").values()} <= {job.id for job in queued.values()}
     assert run_all(plan, notebooks) == []
     begun = [
         line
@@ -119,8 +116,8 @@ def test_a_job_that_the_cluster_kills_is_not_finished_and_says_its_last_words(tm
     slurm.submit(plan, notebooks=notebooks)
     name = next(name for name in plan.steps if name.startswith("prune"))
     wait_until(lambda: run_folder.is_locked(plan.steps[name].folder))
-    subprocess.run(["scancel", "--signal=KILL", slurm_queue.queue(tmp_path / "runs")[name].id], check=True)
-    wait_until(lambda: not slurm_queue.queue(tmp_path / "runs"))
+    subprocess.run(["scancel", "--signal=KILL", queue(tmp_path / "runs")[name].id], check=True)
+    wait_until(lambda: not queue(tmp_path / "runs"))
     assert not run_folder.is_finished(plan.steps[name].folder) and not run_folder.is_locked(
         plan.steps[name].folder
     )
@@ -179,11 +176,11 @@ def test_a_study_in_stages_ends_without_a_driver_that_waits(tmp_path):
     words = {"orderings": ["F", "F F"], "seeds": {"start": 2, "most": 3}}
     plan = trivial_plan(tmp_path / "runs", **words)
     assert run_all(plan, notebooks, wait=False) == []
-    submitted = slurm_queue.queue(tmp_path / "runs")
+    submitted = queue(tmp_path / "runs")
     assert any(name.startswith("plan-trivial-") for name in submitted)
     assert len(slurm.submit(plan, notebooks=notebooks)) >= 1  # a second driver adds nothing
-    assert sum(name.startswith("plan-") for name in slurm_queue.queue(tmp_path / "runs")) <= 1
-    wait_until(lambda: not slurm_queue.queue(tmp_path / "runs"), seconds=900)
+    assert sum(name.startswith("plan-") for name in queue(tmp_path / "runs")) <= 1
+    wait_until(lambda: not queue(tmp_path / "runs"), seconds=900)
     plan = trivial_plan(tmp_path / "runs", **words)
     assert not plan.open and not plan.missing() and {row.seed for row in plan.rows} == {0, 1, 2}
     journal = (tmp_path / "runs" / "journal.txt").read_text().splitlines()
@@ -195,7 +192,7 @@ def test_a_failed_stage_plans_no_other(tmp_path):
     words = {"orderings": ["F P"], "tune": {"learning_rate": [0.001, 0.002]}}
     plan = trivial_plan(tmp_path / "runs", **words)
     assert [failure.cell for failure in run_all(plan, notebooks)] == [3, 3]
-    wait_until(lambda: not slurm_queue.queue(tmp_path / "runs"))
+    wait_until(lambda: not queue(tmp_path / "runs"))
     assert not plan.rows
 
 
