@@ -11,7 +11,7 @@ from pftools.errors import PftoolsError
 from pftools.execute import local, steps
 from pftools.study import costs
 from pftools.study.checks import check_plan
-from pftools.study.file import TRIAL_SEEDS
+from pftools.study.words import TRIAL_SEEDS
 from tests.stub_engine import StubEngine
 
 ORDERINGS = ["prune", "finetune_prune", "prune_finetune"]

@@ -39,8 +39,20 @@ app = typer.Typer(
     add_completion=False,
     help="In which order should a language model be pruned and fine-tuned, and is the difference real?",
 )
-for command in (plan, run, status, report, compare, export, clean, fetch_data, show_settings, doctor):
-    app.command("settings" if command is show_settings else None)(command)
+_COMMANDS = {
+    "plan": plan,
+    "run": run,
+    "status": status,
+    "report": report,
+    "compare": compare,
+    "export": export,
+    "clean": clean,
+    "fetch-data": fetch_data,
+    "settings": show_settings,
+    "doctor": doctor,
+}
+for name, command in _COMMANDS.items():
+    app.command(name)(command)
 
 
 # A disk that is read-only or full, or somebody else's.

@@ -33,8 +33,8 @@ from pftools.execute.sbatch import NoSuchMemory, asked_for, sort_options
 from pftools.execute.slurm_queue import job_name, queue
 from pftools.execute.steps import Failure, execute_step, read_failure, request, unusable
 from pftools.study import costs
-from pftools.study.file import Study
 from pftools.study.stages import grow, plan_study
+from pftools.study.words import Study
 
 if TYPE_CHECKING:
     import submitit

@@ -4,7 +4,8 @@
     failures = study.run_study(plan)
     table = study.results(plan)
 
-file         a study file: the orderings, and what they have in common
+words        the words of a study: the orderings, and what they have in common
+file         a study file, read
 yaml_file    YAML with the line of everything in it
 plan         every step that a study needs, once
 trainings    the steps of one training, added to a plan
@@ -26,11 +27,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pftools.execute.executors import run_study
     from pftools.execute.steps import Failure
-    from pftools.study.file import Study, load_study
+    from pftools.study.file import load_study
     from pftools.study.finished import results
     from pftools.study.plan import Plan, PlannedRow, PlannedStep, PlannedTrial, Variant, run_state
     from pftools.study.stages import grow, plan_study
     from pftools.study.tuning import trials
+    from pftools.study.words import Study
 
 __all__ = [
     "Failure",
@@ -54,7 +56,7 @@ _HOMES = {
     "PlannedRow": "study.plan",
     "PlannedStep": "study.plan",
     "PlannedTrial": "study.plan",
-    "Study": "study.file",
+    "Study": "study.words",
     "Variant": "study.plan",
     "grow": "study.stages",
     "load_study": "study.file",

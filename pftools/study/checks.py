@@ -27,8 +27,8 @@ from pftools.pretrained.suitable import (
     unsuitable_folder,
 )
 from pftools.study.costs import estimate_disk, shapes_of
-from pftools.study.file import Study
 from pftools.study.plan import Plan
+from pftools.study.words import Study
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -25,8 +25,8 @@ from pftools.pretrained.model_files import (
     read_config,
     weight_shapes,
 )
-from pftools.study.file import Study
 from pftools.study.plan import Plan, PlannedStep
+from pftools.study.words import Study
 
 
 def summary(plan: Plan) -> list[str]:

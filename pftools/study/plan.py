@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pftools import inputs, run_folder, settings
 from pftools.orderings import parse_ordering
-from pftools.study.file import OrderingEntry, Study
+from pftools.study.words import OrderingEntry, Study
 
 if TYPE_CHECKING:
     import pandas as pd

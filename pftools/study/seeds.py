@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pftools import run_folder
-from pftools.study.file import Study
 from pftools.study.plan import Plan, Variant
+from pftools.study.words import Study
 
 
 def wanted_seeds(plan: Plan) -> dict[Variant, int]:

@@ -25,8 +25,8 @@ from pftools.errors import PftoolsError
 from pftools.inference.crossed import LEVEL, Estimate, Variances, crossed_mean, crossed_proportion
 from pftools.inference.power import visible_difference
 from pftools.shipped import DATA
-from pftools.study.file import TRIAL_SEEDS, Study
 from pftools.study.plan import Plan, variants
+from pftools.study.words import TRIAL_SEEDS, Study
 
 SEEDS = (1, 3, 5, 10)
 PERPLEXITY = "perplexity"

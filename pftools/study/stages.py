@@ -13,9 +13,9 @@ from pathlib import Path
 from pftools.errors import PftoolsError
 from pftools.orderings import parse_ordering
 from pftools.study import seeds, tuning
-from pftools.study.file import Study
 from pftools.study.plan import Plan, Variant, variants
 from pftools.study.trainings import add_training
+from pftools.study.words import Study
 
 
 def plan_study(study: Study, *, runs: str | Path = "runs") -> Plan:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pftools import run_folder
-from pftools.study.file import TRIAL_SEEDS, Tune
 from pftools.study.plan import Plan, PlannedTrial, Variant
 from pftools.study.trainings import add_trial
+from pftools.study.words import TRIAL_SEEDS, Tune
 
 if TYPE_CHECKING:
     import pandas as pd
