@@ -12,7 +12,7 @@ The helper package behind the notebooks. A module is one idea, and imports only 
     weights                                 weight analysis
     models                                  a model by any name
     notebook, inputs                        what a notebook does first; what a step reads, by digests
-    checkpoints, model_card, reload_check   base plus deltas, replayed; would they give what was measured
+    checkpoints                             a base plus deltas, replayed or exported
     prune, finetune, evaluate               the three steps
     needs                                   what a step needs of memory, GPU and disk, before it starts
     pretrained                              a model by its name or from its files, loaded or only read

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pftools import checkpoints, needs, reload_check
+from pftools import checkpoints, needs
+from pftools.checkpoints import reload_check
 from pftools.errors import PftoolsError
 from pftools.layers import fingerprint, measured_sparsity
 from pftools.pretrained.loading import load_pretrained

@@ -12,9 +12,10 @@ from pftools.errors import PftoolsError
 from pftools.finetune.recipe import find_targets
 from pftools.layers import linear_modules
 from pftools.pretrained.model_files import matrices, read_config, weight_shapes
-from pftools.study import costs, load_study, plan_study, timing
+from pftools.study import durations, load_study, plan_study, timing
 from pftools.study.checks import check_plan
-from pftools.study.costs import estimate_disk, estimate_first_seconds, first_times
+from pftools.study.costs import estimate_disk
+from pftools.study.durations import estimate_first_seconds, first_times
 from tests.tiny import save_tiny, tiny_llama
 
 
@@ -237,7 +238,7 @@ def test_a_first_run_is_estimated_without_past_runs(checked):
 def test_a_model_that_cannot_be_timed_is_said(checked, monkeypatch, settings_of, says):
     plan = checked()
     told = {**read_config(settings.EMBEDDED_MODEL), **settings_of}
-    monkeypatch.setattr(costs, "read_config", lambda name: told)
+    monkeypatch.setattr(durations, "read_config", lambda name: told)
     assert re.search(says, first_times(plan))
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from pftools import checkpoints, contents, files, inputs, models, run_folder, settings
+from pftools import checkpoints, contents, files, inputs, masks, models, run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.finetune import finetune_model, merge_adapter
 from pftools.prune import prune_model
@@ -36,10 +36,10 @@ def tuned(sealed):
 
 
 def test_masks_are_one_bit_a_weight_and_come_back(tmp_path):
-    masks = {"a": torch.rand(7, 9) > 0.5, "b": torch.rand(64, 64) > 0.5}
-    checkpoints.save_masks(tmp_path / "masks.safetensors", masks)
+    kept = {"a": torch.rand(7, 9) > 0.5, "b": torch.rand(64, 64) > 0.5}
+    masks.save_masks(tmp_path / "masks.safetensors", kept)
     again = checkpoints.load_masks(tmp_path / "masks.safetensors")
-    assert all(torch.equal(masks[name], again[name]) for name in masks)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
     assert (tmp_path / "masks.safetensors").stat().st_size < 64 * 64 / 8 + 500
 
 

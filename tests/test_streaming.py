@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from pftools import checkpoints, layers, mapped, models, needs, run_folder, settings, weights
+from pftools.checkpoints import exported, replay
 from pftools.errors import PftoolsError
 from pftools.evaluate import evaluate_tasks, perplexity
 from pftools.finetune import finetune_model, merge_adapter
@@ -258,7 +259,7 @@ def test_files_that_hold_the_same_weights_are_not_copied_into_an_export(folder, 
     (folder / "consolidated.00.pth").write_bytes(b"dense")
     (folder / "LICENSE").write_text("free")
     _, other = both(folder)
-    checkpoints._write_model(other, tmp_path / "written")
+    exported._write_model(other, tmp_path / "written")
     assert (tmp_path / "written" / "LICENSE").exists()
     assert not (tmp_path / "written" / "consolidated.00.pth").exists()
 
@@ -285,7 +286,7 @@ def test_spreading_over_the_cpu_and_the_disk_gives_equal_logits(folder, monkeypa
     with torch.no_grad():
         assert torch.equal(plain(tiny_blocks()).logits, spread(tiny_blocks()).logits)
     with pytest.raises(PftoolsError, match="a part of it went to cpu and disk: use placement='stream'"):
-        checkpoints._refuse_offloaded(spread)
+        replay._refuse_offloaded(spread)
 
 
 def test_a_disk_without_room_is_one_sentence(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 from pftools import run_folder, settings
 from pftools.errors import PftoolsError
 from pftools.study import Study, load_study, plan_study
-from pftools.study.costs import estimate_disk, estimate_seconds
+from pftools.study.costs import estimate_disk
+from pftools.study.durations import estimate_seconds
 from pftools.study.layout import plan_layout
 
 

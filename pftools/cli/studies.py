@@ -16,7 +16,7 @@ from pftools.cli.console import coloured, err, out
 from pftools.cli.tables import print_answers, print_results, print_sensitivity
 from pftools.errors import PftoolsError, nearest
 from pftools.files import as_bytes, size_of
-from pftools.study import checks, costs
+from pftools.study import checks, costs, durations
 
 StudyFile = Annotated[
     Path, typer.Argument(help="The study file, such as data/studies/quick.yaml", metavar="STUDY.yaml")
@@ -82,8 +82,8 @@ def run(
     options = _slurm_options(slurm or [])
     for line in costs.summary(planned):
         out.print(line, highlight=False)
-    if executor == "local" and planned.missing() and not costs.estimate_seconds(planned)[0]:
-        out.print(costs.first_times(planned), highlight=False)
+    if executor == "local" and planned.missing() and not durations.estimate_seconds(planned)[0]:
+        out.print(durations.first_times(planned), highlight=False)
     again = _command("run", study, runs, executor=executor, jobs=jobs, slurm=slurm or [])
     try:
         failures = studies.run_study(planned, executor=executor, jobs=jobs, wait=not detach, slurm=options)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pftools import run_folder
-from pftools.study import costs
+from pftools.study import durations
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -81,7 +81,7 @@ class _Lines(Progress):
     def _expectation(self, left: int) -> str:
         if not left:
             return "none left, until the next stage is planned" if self._plan.open else "none left"
-        seconds, unknown = costs.estimate_seconds(self._plan)
+        seconds, unknown = durations.estimate_seconds(self._plan)
         if unknown:  # then what this call has done so far tells it
             seconds = (time.monotonic() - self._began) / self._here * left * self._jobs
         seconds /= self._jobs

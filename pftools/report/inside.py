@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from pftools import run_folder
+from pftools.checkpoints.reload_check import ADAPTER
 from pftools.compare import sparsity_words
 from pftools.masks import MASKS
-from pftools.reload_check import ADAPTER
 from pftools.report.lineage import runs_behind
 from pftools.report.matrix import STYLE, square
 from pftools.report.results import entry_table, final_states, ordering_names, plan_of

@@ -13,10 +13,12 @@ stages       `plan_study`: trials, first trainings, more of them; as the finishe
 tuning       which learning rate an ordering gets
 seeds        which orderings get more trainings
 sensitivity  which differences the study will be able to see
-costs        memory, disk and time
+costs        what it costs, in sentences; memory and disk
+durations    how long steps take
 checks       what can be known before the first step
 finished     the results so far, a row each
 layout       where a chart draws the models
+timing       how fast this machine is with a model
 
 `run_study` is in `pftools.execute`, a floor above. The names below are loaded at first use.
 """
