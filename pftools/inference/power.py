@@ -8,7 +8,7 @@ the other way round: each has a floor of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -117,11 +117,3 @@ def _smallest(holds: Callable[[int], bool], start: int, most: int) -> int | None
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
     return low
-
-
-def power_table(
-    variances: Variances, n_blocks: int, *, seeds: Iterable[int] = (1, 3, 5, 10), level: float = LEVEL
-) -> dict[int, float]:
-    """{seeds: smallest visible difference at these blocks}; infinite at one seed, which is about
-    two models only."""
-    return {many: visible_difference(variances, many, n_blocks, level=level) for many in seeds}
