@@ -11,6 +11,7 @@ console  where all of them print
 
 import errno
 import sys
+from collections.abc import Callable
 
 import typer
 from rich.markup import escape
@@ -39,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
     help="In which order should a language model be pruned and fine-tuned, and is the difference real?",
 )
-_COMMANDS = {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "run": run,
     "status": status,
