@@ -157,8 +157,11 @@ def weight_differences(
 def _difference(
     ours: dict[str, Any], theirs: dict[str, Any], names: list[str], top_percent: float
 ) -> dict[str, float]:
-    new = torch.cat([ours[name].weight.detach().float().flatten() for name in names])
-    old = torch.cat([theirs[name].weight.detach().float().flatten() for name in names]).to(new.device)
+    device = ours[names[0]].weight.device  # others of a streamed or spread model may be elsewhere
+    new, old = (
+        torch.cat([model[name].weight.detach().to(device).float().flatten() for name in names])
+        for model in (ours, theirs)
+    )
     for name in names:
         release(ours[name].weight)
         release(theirs[name].weight)
