@@ -14,7 +14,6 @@ ctypes.CDLL(os.environ["PFTOOLS_IMITATED_GPU"], mode=ctypes.RTLD_GLOBAL)
 import torch  # noqa: E402
 
 
-
 class _Anything:
     """A context and a stream of a device that nothing has to wait for."""
 
