@@ -109,7 +109,7 @@ def _note(asked: settings.Step, step: settings.Step, facts: needs.Facts, device:
     if not changed:
         return short
     words = " and ".join(f"{name} {value}" for name, value in changed.items())
-    return f"{short} When memory runs out it goes on by itself with {words}, of which its line tells."
+    return f"{short} When memory runs out, it goes on with {words} by itself: its line is of that."
 
 
 def paper_lines(plan: Plan, device: needs.Device) -> list[str]:
