@@ -89,6 +89,11 @@ class _Case:
         return replace(self, parameters=parameters, placement=placement)
 
 
+def _case(parameters: Any, facts: Facts, placement: Placement, found: Machine) -> _Case:
+    """A step on the device of a machine that its parameters name."""
+    return _Case(parameters, facts, placement, device_kind(parameters.device, found), found)
+
+
 def fitting(parameters: settings.Step, facts: Facts, found: Machine) -> Placement:
     """The fastest placement that fits; where none does, the one that lacks least."""
     kind = device_kind(parameters.device, found)
@@ -122,7 +127,7 @@ def gpus_for(parameters: settings.Step, facts: Facts, found: Machine) -> tuple[i
 
 def on(found: Machine, parameters: settings.Step, facts: Facts, placement: Placement) -> Needs:
     """What a step needs on a machine."""
-    return _Case(parameters, facts, placement, device_kind(parameters.device, found), found).needs()
+    return _case(parameters, facts, placement, found).needs()
 
 
 def before(parameters: settings.Step) -> list[str]:
@@ -138,7 +143,7 @@ def before(parameters: settings.Step) -> list[str]:
         return []
     found = machine(str(getattr(parameters, "runs", "runs")))
     placement = placement_of(parameters, facts, found)
-    case = _Case(parameters, facts, placement, device_kind(parameters.device, found), found)
+    case = _case(parameters, facts, placement, found)
     too_little = shortage(parameters, facts, found, placement)
     if too_little and case.at_least().is_hopeless():
         raise PftoolsError(too_little)
@@ -177,7 +182,7 @@ def resolve(parameters: settings.Step) -> tuple[Placement, int]:
 
 def resident_layers(parameters: settings.Step, facts: Facts, found: Machine, placement: Placement) -> int:
     """How many layers of a streamed model stay on the GPU of a machine."""
-    return _Case(parameters, facts, placement, device_kind(parameters.device, found), found).resident()
+    return _case(parameters, facts, placement, found).resident()
 
 
 def as_it_goes_on(
@@ -185,7 +190,7 @@ def as_it_goes_on(
 ) -> settings.Step:
     """The settings that a step comes to when memory runs out: the largest batch that fits, and gradient
     checkpointing last; its own, where it fits, or nothing helps."""
-    case = _Case(parameters, facts, placement, device_kind(parameters.device, found), found)
+    case = _case(parameters, facts, placement, found)
     known = type(parameters).model_fields
     changes = [{}, *({"batch_size": rows} for rows in (8, 4, 2, 1) if "batch_size" in known)]
     if "gradient_checkpointing" in known:
@@ -205,7 +210,7 @@ def shortage(
     if placement is not None:
         parameters = parameters.model_copy(update={"placement": placement})
     placement = placement_of(parameters, facts, found)
-    case = _Case(parameters, facts, placement, device_kind(parameters.device, found), found)
+    case = _case(parameters, facts, placement, found)
     lacking = case.lacking()
     if not lacking:
         return ""

@@ -99,11 +99,8 @@ def seconds_on(device: Device, parameters: settings.Step, facts: Facts, placemen
     layers are copied to the device before they compute, not meanwhile.
     """
     d, streams = number_bytes(parameters, facts, "cuda"), placement == "stream"
-    linear, stored, needed = (
-        d * facts.linear,
-        facts.stored * facts.total,
-        on(device.machine, parameters, facts, placement),
-    )
+    linear, stored = d * facts.linear, facts.stored * facts.total
+    needed = on(device.machine, parameters, facts, placement)
     in_file = needed.scratch
     speed = device.bus if in_file + needed.memory < device.machine.memory else min(device.bus, device.disk)
     a_look = (linear - in_file) / device.bandwidth + in_file / speed
